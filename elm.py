@@ -905,15 +905,13 @@ def lr_at(step: int, total: int, cfg: TrainConfig) -> float:
 
 
 def start_engine(cfg: Config, elm: ELM) -> Any:
-    """The DeepSpeed engine around `elm`, with AdamW for the adapter alone; no decay on vectors.
+    """The DeepSpeed engine around `elm`, with AdamW for the adapter alone.
 
     The loop scales each loss and tells the engine which micro-batch ends a step, so the engine's
     own batch size and accumulation stay 1. Its bf16 stays off: it would round the adapter."""
-    weights = list(elm.adapter.parameters())
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in weights if p.ndim > 1], "weight_decay": cfg.train.weight_decay},
-         {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0}],
-        lr=cfg.train.lr, betas=(0.9, 0.999), eps=1e-8)  # fmt: skip
+    # One group: with several, DeepSpeed 0.19.8 links the moments of the first one only (ZeRO 1, 2).
+    optimizer = torch.optim.AdamW(elm.adapter.parameters(), lr=cfg.train.lr, betas=(0.9, 0.999),
+                                  eps=1e-8, weight_decay=cfg.train.weight_decay)  # fmt: skip
     zero = {**cfg.deepspeed.extra.get("zero_optimization", {}), "stage": cfg.deepspeed.zero_stage}
     config = {**cfg.deepspeed.extra, "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero,
               "gradient_clipping": cfg.train.max_grad_norm, "zero_allow_untested_optimizer": True,
