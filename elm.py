@@ -11,9 +11,9 @@ text that it sees only as a vector. The adapter is all that is trained.
 As a module (`from elm import ELM, Adapter, load_config, train`) it needs torch, transformers and
 safetensors; deepspeed and wandb are imported where they are first used.
 
-Letters in shapes: n examples, T packed tokens, R response tokens, E embedding width, D width of
-the LLM's token embeddings, K soft tokens per embedding. A `step` is one update of the optimizer;
-a micro-batch is one forward and backward pass.
+Letters in shapes: n examples, N rows of a split, T packed tokens, R response tokens, E embedding
+width, D width of the LLM's token embeddings, K soft tokens per embedding. A `step` is one update
+of the optimizer, a micro-batch one forward and backward pass.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
@@ -59,20 +59,17 @@ try:
 except ImportError:  # Python 3.10
     import tomli as tomllib
 
-
 class UserError(ValueError):
-    """A mistake its reader can mend: each line says what, where, what to do. Exit code 2."""
-
+    """A mistake its reader can mend: each line says what, where and what to do. Exit code 2."""
 
 # -----------------------------------------------------------------------------
-# Config: one frozen dataclass per TOML table; None means not set
+# Config: one frozen dataclass per TOML table; None is not set
 
 TASKS = ("keywords", "category", "questions", "summary", "describe", "explain_beginner",
          "explain_expert", "related_topics", "characteristics_pos", "characteristics_neg",
-         "style_academic", "style_casual", "counterfactual")  # fmt: skip
+         "style_academic", "style_casual", "counterfactual")
 REMOVED_TASKS = ("compare", "hypothetical")  # pair tasks of older data sets: skipped and counted
 table = dataclass(frozen=True, kw_only=True)
-
 
 @table
 class ModelConfig:
@@ -85,7 +82,6 @@ class ModelConfig:
     bf16: bool = True  # the LLM; the adapter and its optimizer stay fp32
     grad_checkpoint: bool | Literal["auto"] = "auto"
 
-
 @table
 class DataConfig:
     dir: str = "data"
@@ -93,10 +89,9 @@ class DataConfig:
     max_seq_length: Annotated[int, "[1, inf)"] = 2048  # tokens of prompt and response
     num_workers: Annotated[int, "[0, inf)"] = 4  # threads that read ahead
 
-
 @table
 class TrainConfig:
-    batch_size: Annotated[int, "[1, inf)"] = 16  # a step has this * grad_accum * processes examples
+    batch_size: Annotated[int, "[1, inf)"] = 16  # a step has this * grad_accum * processes rows
     grad_accum: Annotated[int, "[1, inf)"] = 2
     epochs: Annotated[int, "[1, inf)"] = 3
     max_steps: Annotated[int, "[1, inf)"] | None = None  # overrides epochs
@@ -110,29 +105,25 @@ class TrainConfig:
     seed: Annotated[int, "[0, 4294967295]"] = 42
     resume: str | None = None  # a checkpoint, or "auto": the newest in output.dir
 
-
 @table
 class LossConfig:
     drift_weight: Annotated[float, "[0, inf)"] = 0.0
     drift_target: Annotated[float, "[-1, 1]"] = 1.0
     distill_weight: Annotated[float, "[0, inf)"] = 0.0
 
-
 @table
 class EvalConfig:
     samples: Annotated[int, "[0, inf)"] = 100  # rows that are generated; losses use the whole split
     max_new_tokens: Annotated[int, "[1, inf)"] = 256
     embedder: str | None = None
-    split: Literal["train", "val", "test"] | None = None  # of the final report; None: test, else val
+    split: Literal["train", "val", "test"] | None = None  # of the report; None: test, else val
     bertscore_model: str = "microsoft/deberta-xlarge-mnli"
     bertscore_layers: Annotated[int, "[1, inf)"] | None = None
-
 
 @table
 class DeepSpeedConfig:
     zero_stage: Annotated[int, "[0, 3]"] = 0
     extra: dict = field(default_factory=dict)  # the table's other keys, as DeepSpeed wants them
-
 
 @table
 class WandbConfig:
@@ -140,12 +131,10 @@ class WandbConfig:
     project: str = "elm-training"
     run_name: str | None = None
 
-
 @table
 class OutputConfig:
     dir: str = "data/checkpoints"
     log_file: str | None = None
-
 
 @table
 class Config:
@@ -158,24 +147,18 @@ class Config:
     wandb: WandbConfig = WandbConfig()
     output: OutputConfig = OutputConfig()
 
-
 SECTIONS = {f.name: type(f.default) for f in dataclasses.fields(Config)}
-OWNED = {  # keys of DeepSpeed's config that elm computes, and the keys to set instead
-    "train_batch_size": "train.batch_size", "train_micro_batch_size_per_gpu": "train.batch_size",
-    "gradient_accumulation_steps": "train.grad_accum", "gradient_clipping": "train.max_grad_norm",
-    "optimizer": "train.lr", "scheduler": "train.warmup_steps", "bf16": "model.bf16",
-    "fp16": "model.bf16", "activation_checkpointing": "model.grad_checkpoint",
-}  # fmt: skip
-
+OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+         "gradient_clipping", "optimizer", "scheduler", "bf16", "fp16", "activation_checkpointing")
+UNBUILT = ("drift_weight", "distill_weight")
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a TOML value has the type `hint`. An integer serves as a float, a bool does not."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         low, high = (float(x) for x in args[1][1:-1].split(","))
-        return fits(value, args[0]) and (
-            (low <= value if args[1][0] == "[" else low < value)
-            and (value <= high if args[1][-1] == "]" else value < high))  # fmt: skip
+        return fits(value, args[0]) and (low <= value <= high and not (
+            value == low and args[1][0] == "(" or value == high and args[1][-1] == ")"))
     if origin in (Union, UnionType):
         return any(fits(value, a) for a in args)
     if origin is Literal:
@@ -186,22 +169,19 @@ def fits(value: Any, hint: Any) -> bool:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is hint
 
-
 def describe(annotation: str) -> str:
-    """A field's annotation as an error calls it: `float in (0, inf)`, `bool or "auto"`."""
-    text = re.sub(r'Annotated\[(\w+), "(.*?)"\]', r"\1 in \2", annotation.replace(" | None", ""))
+    """A field's annotation as an error calls it: `float in (0, inf)`, `bool or 'auto'`."""
+    text = re.sub(r"Annotated\[(\w+), '(.*?)'\]", r"\1 in \2", annotation.replace(" | None", ""))
     return re.sub(r"Literal\[(.*?)\]", r"\1", text).replace(" | ", " or ")
-
 
 def nearest(name: str, names: Any) -> str:
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f", did you mean {match[0]}?" if match else f"; known are {', '.join(names)}"
 
-
 def build_config(tables: dict, source: str = "config") -> Config:
     """Nested dicts as a Config. Raises: UserError with one line for each mistake, all at once."""
     errors: list[str] = []
-    values: dict[str, dict] = {}
+    values: dict[str, dict] = {name: {} for name in SECTIONS}
     for name, entries in tables.items():
         if name not in SECTIONS:
             errors.append(f"{name}: unknown table{nearest(name, SECTIONS)}")
@@ -210,7 +190,7 @@ def build_config(tables: dict, source: str = "config") -> Config:
             errors.append(f"{name} = {entries!r}: must be a table, [{name}]")
             continue
         hints = get_type_hints(SECTIONS[name], include_extras=True)
-        known, values[name] = [f"{name}.{k}" for k in hints if k != "extra"], {}
+        known = [f"{name}.{k}" for k in hints if k != "extra"]
         for key, value in entries.items():
             dotted = f"{name}.{key}"
             if dotted in known and not fits(value, hints[key]):
@@ -220,39 +200,31 @@ def build_config(tables: dict, source: str = "config") -> Config:
                 values[name][key] = tuple(value) if isinstance(value, list) else value
             elif name != "deepspeed":
                 errors.append(f"{dotted}: unknown key{nearest(dotted, known)}")
-            elif key in OWNED:
-                errors.append(f"{dotted}: elm computes it, set {OWNED[key]}")
-            elif key == "zero_optimization" and "stage" in value:
-                errors.append(f"{dotted}.stage: elm computes it, set deepspeed.zero_stage")
+            elif key in OWNED or key == "zero_optimization" and "stage" in value:
+                errors.append(f"{dotted}: elm computes it, from [train], [model] and zero_stage")
             else:
                 values[name].setdefault("extra", {})[key] = value
-    tasks = values.get("data", {}).get("tasks", TASKS)
-    errors += [f"data.tasks: unknown task {t!r}{nearest(t, TASKS)}" for t in tasks if t not in TASKS]
-    if not tasks:
-        errors.append("data.tasks = []: must name a task")
-    for key in ("drift_weight", "distill_weight"):
-        if values.get("loss", {}).get(key):
-            errors.append(f"loss.{key}: not in this version yet, set it to 0.0")
+    tasks = values["data"].get("tasks", TASKS)
+    errors += [f"data.tasks: unknown task {t!r}{nearest(t, TASKS)}" for t in set(tasks) - {*TASKS}]
+    errors += ["data.tasks = []: must name a task"] * (not tasks)
+    errors += [f"loss.{k}: not built yet, set it to 0.0" for k in UNBUILT if values["loss"].get(k)]
     if errors:
         raise UserError("\n".join(f"{source}: {e}" for e in errors))
     return Config(**{name: SECTIONS[name](**v) for name, v in values.items()})
 
-
 def load_config(path: str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The config of a TOML file (none: the defaults) under `section.key=value` overrides, whose
     values are TOML; a bare word is a string. Raises: UserError with one line for each mistake."""
-    tables: dict = {}
     try:
-        if path:
-            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
-    except ValueError as e:  # of TOML or UTF-8
+    except ValueError as e:  # of TOML or of UTF-8
         raise UserError(f"{path}: not valid TOML: {e}") from None
     for override in overrides:
-        name, found, text = override.partition("=")
+        name, _, text = override.partition("=")
         *parents, key = name.strip().split(".")
-        if not found or not parents:
+        if "=" not in override or not parents:
             raise UserError(f"{override}: an override has the form section.key=value")
         try:
             value = tomllib.loads(f"x = {text}")["x"]
@@ -266,31 +238,25 @@ def load_config(path: str | None = None, overrides: list[str] | tuple[str, ...] 
         place[key] = value
     return build_config(tables, path or "config")
 
-
 def to_tables(cfg: Config) -> dict[str, dict]:
     """The nested dicts that `build_config` reads back."""
     tables = dataclasses.asdict(cfg)
     tables["deepspeed"] |= tables["deepspeed"].pop("extra")
     return {n: {k: list(v) if isinstance(v, tuple) else v for k, v in t.items() if v is not None}
-            for n, t in tables.items()}  # fmt: skip
+            for n, t in tables.items()}
 
-
-def to_toml(value: Any, top: bool = False) -> str:
-    if isinstance(value, dict) and top:
-        return "\n\n".join("\n".join([f"[{name}]", *(f"{k} = {to_toml(v)}" for k, v in t.items())])
-                           for name, t in value.items())  # fmt: skip
+def to_toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(k)} = {to_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(to_toml, value)) + "]"
     return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
-
 # -----------------------------------------------------------------------------
 # Runtime: processes, device, messages, files
 
-
 class Runtime(NamedTuple):
+    """This process among all of the run."""
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
@@ -306,11 +272,10 @@ class Runtime(NamedTuple):
                     f.write(f"{time.strftime('%F %T')} {message}\n")
 
     def sum(self, x: Tensor) -> Tensor:
-        """`x` summed over all processes, in place. Also a barrier."""
+        """`x` summed over all processes, in place; they wait for each other."""
         if self.world > 1:
             torch.distributed.all_reduce(x)
         return x
-
 
 def need(package: str) -> Any:
     try:
@@ -318,20 +283,19 @@ def need(package: str) -> Any:
     except ImportError:
         raise UserError(f"{package} is not installed: pip install {package}") from None
 
-
 def start_runtime(cfg: Config) -> Runtime:
     """Join the processes that the `deepspeed` launcher started, or be one process alone."""
     cuda = torch.cuda.is_available()
     if cuda and cfg.model.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"model.bf16: {torch.cuda.get_device_name()} has none, set model.bf16=false")
+        raise UserError(f"model.bf16: not on {torch.cuda.get_device_name()}, set model.bf16=false")
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = need("deepspeed")
     if not torch.distributed.is_initialized():
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
-            alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1",
-                         MASTER_PORT=s.getsockname()[1])  # fmt: skip
+            port = s.getsockname()[1]
+        alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         for key, value in alone.items():
             os.environ.setdefault(key, str(value))
         # DeepSpeed would compile its shared-memory op for CPUs at first use: a minute, a C++
@@ -346,7 +310,6 @@ def start_runtime(cfg: Config) -> Runtime:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     return Runtime(rank, world, device, cfg.output.log_file)
 
-
 @contextmanager
 def whole_file(path: Path):
     """A temporary path that becomes `path`, whole and on disk, or leaves nothing."""
@@ -359,39 +322,30 @@ def whole_file(path: Path):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
-
 def read_ahead(make: Any, keys: Any, threads: int):
-    """make(key) for each key, in order, up to 2 * threads of them made before they are asked for."""
-    if not threads:
-        yield from map(make, keys)
-        return
+    """make(key) for each key, in order, 2 * threads of them ahead of the one that is asked for."""
     keys = iter(keys)
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque(pool.submit(make, k) for k in islice(keys, 2 * threads))
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        waiting = deque(pool.submit(make, k) for k in islice(keys, 2 * threads + 1))
         while waiting:
             yield waiting.popleft().result()
             waiting.extend(pool.submit(make, k) for k in islice(keys, 1))
-
 
 # -----------------------------------------------------------------------------
 # Data: rows of text beside a table of vectors, both read through memory maps
 
 SLOT = "<EMB>"  # where the vector goes in a query; without it, on a line of its own before it
-ROW = np.dtype([  # of the token cache; (by vector, by text): where the row's two forms lie in ids
+BY_VECTOR, BY_TEXT = 0, 1  # the two forms of a row
+ROW = np.dtype([  # of the token cache; start and length: where the two forms lie in ids
     ("line", "i8"), ("byte", "i8"), ("vector", "i8"), ("start", "i8", 2), ("length", "i4", 2),
-    ("slot", "i4"), ("response", "i4"), ("task", "i2"),
-])  # fmt: skip
-BY_VECTOR, BY_TEXT = 0, 1
-
+    ("slot", "i4"), ("response", "i4"), ("task", "i2")])
 
 class Prompt(NamedTuple):
     """The LLM's chat template around one user turn."""
-
     tokenizer: Any
     head: str
     tail: str
@@ -416,7 +370,6 @@ class Prompt(NamedTuple):
     def ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-
 def open_vectors(path: Path) -> Tensor:
     """The one table [N, E] (fp32, fp16, bf16) of a safetensors file, through the memory map.
     Raises: UserError on anything else."""
@@ -428,9 +381,8 @@ def open_vectors(path: Path) -> Tensor:
     floats = (torch.float32, torch.float16, torch.bfloat16)
     if len(tensors) != 1 or tensors[0].ndim != 2 or tensors[0].dtype not in floats:
         found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors)
-        raise UserError(f"{path}: holds {found or 'nothing'}; wanted is one float tensor [N, width]")
+        raise UserError(f"{path}: holds {found or 'nothing'}, not one float tensor [N, E]")
     return tensors[0]
-
 
 def vector_statistics(vectors: Tensor, path: Path) -> dict[str, Tensor]:
     """Mean and deviation [E] fp32 of the rows. Raises: UserError at a NaN, infinite or zero row."""
@@ -445,7 +397,6 @@ def vector_statistics(vectors: Tensor, path: Path) -> dict[str, Tensor]:
     mean, square = total / max(1, len(vectors))
     return {"mean": mean.float(), "std": (square - mean.square()).clamp(min=0).sqrt().float()}
 
-
 def parse_row(line: bytes, num_vectors: int) -> dict:
     """One line of a JSONL file as a checked row. Raises: ValueError that says what is wrong."""
     try:
@@ -454,98 +405,84 @@ def parse_row(line: bytes, num_vectors: int) -> dict:
         raise ValueError(f"broken JSON: {e}") from None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    fields = dict(task_type=str, embedding_file_idx=int, query=str, response=str)
-    for key, kind in fields.items() | ({("text", str)} if "text" in row else set()):
-        if key not in row:
+    fields = dict(task_type=str, embedding_file_idx=int, query=str, response=str, text=str)
+    for key, kind in fields.items():
+        if key not in row and key != "text":
             raise ValueError(f"field {key!r} is missing")
-        if type(row[key]) is not kind:
+        if key in row and type(row[key]) is not kind:
             raise ValueError(f"field {key!r} is {row[key]!r}, not of type {kind.__name__}")
-    if row["task_type"] not in TASKS + REMOVED_TASKS:
-        raise ValueError(f"unknown task_type {row['task_type']!r}{nearest(row['task_type'], TASKS)}")
-    if not 0 <= row["embedding_file_idx"] < num_vectors:
-        raise ValueError(f"embedding_file_idx {row['embedding_file_idx']} is not a row of the "
-                         f"{num_vectors} vectors")  # fmt: skip
+    task, index = row["task_type"], row["embedding_file_idx"]
+    if task not in TASKS + REMOVED_TASKS:
+        raise ValueError(f"unknown task_type {task!r}{nearest(task, TASKS)}")
+    if not 0 <= index < num_vectors:
+        raise ValueError(f"embedding_file_idx {index}, but there are {num_vectors} vectors")
     if row["query"].count(SLOT) > 1:
         raise ValueError(f"the query has more than one {SLOT}")
     return row
 
+def read_rows(path: Path, tasks: tuple[str, ...], num_vectors: int, counts: dict):
+    """(line, byte, row) of each row of `tasks`; `counts` the others. Raises: UserError with the
+    line of the first wrong row."""
+    byte = 0
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = parse_row(line, num_vectors) if line.strip() else None
+            except ValueError as e:
+                raise UserError(f"{path}:{number}: {e}") from None
+            if row and row["task_type"] in tasks:
+                yield number, byte, row
+            elif row:
+                counts["pair_tasks" if row["task_type"] in REMOVED_TASKS else "other_tasks"] += 1
+            byte += len(line)
 
-def tokenize_rows(chunk: list, start: int, prompt: Prompt, limit: int, soft: int, counts: dict):
-    """(records [len(chunk)] of ROW, ids int32) of parsed rows [(line, byte, row)], whose ids begin
-    at `start`. A row by vector is [before, 0 * soft, after, response, end], by text the text stands
-    in place of the zeros. Raises: ValueError if a prompt leaves no room for a response."""
-    texts = [s for _, _, r in chunk
-             for s in (*prompt.parts(r["query"]), r.get("text", ""), r["response"])]  # fmt: skip
-    tokens, records, ids = prompt.ids(texts), [], []
-    for k, (line, byte, row) in enumerate(chunk):
-        before, after, text, response = tokens[4 * k : 4 * k + 4]
-        room = limit - len(before) - len(after) - soft
-        if room < 1:
-            raise ValueError(f"{line}: the prompt has {limit - room} tokens and leaves none of "
-                             f"data.max_seq_length = {limit} to the response; raise it")  # fmt: skip
-        response = response + [prompt.tokenizer.eos_token_id]
-        counts["responses_cut"] += len(response) > room
-        response = response[:room]
-        counts["texts_cut"] += len(text) > room + soft - len(response)
-        text = text[: room + soft - len(response)]
-        forms = [before + [0] * soft + after + response]
-        forms.append(before + text + after + response if text else [])
-        records.append((line, byte, row["embedding_file_idx"], (start, start + len(forms[0])),
-                        (len(forms[0]), len(forms[1])), len(before), len(response),
-                        TASKS.index(row["task_type"])))  # fmt: skip
-        ids += forms[0] + forms[1]
-        start = start + len(forms[0]) + len(forms[1])
-    return np.array(records, ROW), np.array(ids, np.int32)
+def build_cache(folder: Path, path: Path, num_vectors: int, prompt: Prompt, data: DataConfig,
+                soft: int) -> None:
+    """Check and tokenise a JSONL file, by chunks, into folder/{rows,ids}.bin and counts.json.
 
-
-def build_cache(folder: Path, path: Path, vectors: Tensor, prompt: Prompt, data: DataConfig, soft: int):
-    """Check and tokenise a JSONL file into folder/{rows,ids}.bin and counts.json, by chunks."""
+    By vector a row is [before, 0 * soft, after, response, end]; by text, if it has one, the text
+    stands in place of the zeros. What is too long is cut at the end of the response (and of the
+    text). Raises: UserError if a prompt leaves no room for a response."""
     counts = dict(rows=0, pair_tasks=0, other_tasks=0, responses_cut=0, texts_cut=0)
-    chunk, start, byte, where = [], 0, 0, ""
-    with open(path, "rb") as lines, open(folder / "rows.bin", "wb") as rows_file, \
-            open(folder / "ids.bin", "wb") as ids_file:  # fmt: skip
-        def flush():
-            nonlocal start
-            records, ids = tokenize_rows(chunk, start, prompt, data.max_seq_length, soft, counts)
-            rows_file.write(records.tobytes())
-            ids_file.write(ids.tobytes())
-            start += len(ids)
+    rows, start = read_rows(path, data.tasks, num_vectors, counts), 0
+    with open(folder / "rows.bin", "wb") as rows_file, open(folder / "ids.bin", "wb") as ids_file:
+        while chunk := list(islice(rows, 1024)):
+            texts = [(*prompt.parts(r["query"]), r.get("text", ""), r["response"])
+                     for _, _, r in chunk]
+            tokens, records, ids = iter(prompt.ids([s for four in texts for s in four])), [], []
+            for line, byte, row in chunk:
+                before, after, text, response = islice(tokens, 4)
+                room = data.max_seq_length - len(before) - len(after) - soft
+                if room < 1:
+                    raise UserError(f"{path}:{line}: the prompt takes all of data.max_seq_length = "
+                                    f"{data.max_seq_length} tokens, lacking {1 - room}; raise it")
+                whole = response + [prompt.tokenizer.eos_token_id]
+                response, text_room = whole[:room], room + soft - min(room, len(whole))
+                counts["responses_cut"] += len(whole) > room
+                counts["texts_cut"] += len(text) > text_room
+                forms = [before + [0] * soft + after + response,
+                         before + text[:text_room] + after + response if text else []]
+                lengths = [len(f) for f in forms]
+                records.append((line, byte, row["embedding_file_idx"], (start, start + lengths[0]),
+                                lengths, len(before), len(response), TASKS.index(row["task_type"])))
+                ids += forms[0] + forms[1]
+                start += sum(lengths)
             counts["rows"] += len(chunk)
-            chunk.clear()
-
-        try:
-            for number, line in enumerate(lines, 1):
-                where = f"{number}: "
-                if line.strip():
-                    row = parse_row(line, len(vectors))
-                    if row["task_type"] in data.tasks:
-                        chunk.append((number, byte, row))
-                    else:
-                        counts["pair_tasks" if row["task_type"] in REMOVED_TASKS else "other_tasks"] += 1
-                byte += len(line)
-                if len(chunk) == 1024:
-                    where = ""
-                    flush()
-            where = ""
-            if chunk:
-                flush()
-        except ValueError as e:
-            raise UserError(f"{path}:{where}{e}") from None
+            rows_file.write(np.array(records, ROW).tobytes())
+            ids_file.write(np.array(ids, np.int32).tobytes())
     if not counts["rows"]:
         raise UserError(f"{path}: no row of data.tasks = {list(data.tasks)}")
     (folder / "counts.json").write_text(json.dumps(counts))
 
-
 class Split(NamedTuple):
-    """A split of a data set, opened."""
-
+    """An opened split of a data set."""
     path: Path  # of its rows
     rows: np.ndarray  # [N] of ROW, memory-mapped
     ids: np.ndarray  # token ids, int32, memory-mapped
-    vectors: Tensor  # [M, E], memory-mapped
+    vectors: Tensor  # [number of vectors, E], memory-mapped
     statistics: dict[str, Tensor]  # mean and std [E] of the vectors
     counts: dict[str, int]
-    soft: int  # soft tokens per vector
+    soft: int  # K
 
     def raw(self, i: int) -> dict:
         """Row i as it stands in the file."""
@@ -553,13 +490,10 @@ class Split(NamedTuple):
             f.seek(int(self.rows["byte"][i]))
             return json.loads(f.readline())
 
-
-def split_paths(data: DataConfig, split: str) -> tuple[Path, Path]:
-    """Where a split's vectors and rows lie."""
-    folder = Path(data.dir)
-    return (folder / "embeddings" / f"{split}_embeddings.safetensors",
-            folder / "synthesis" / f"{split}_synthesis.jsonl")  # fmt: skip
-
+def split_paths(data: DataConfig, split: str) -> list[Path]:
+    """[vectors, rows]"""
+    return [Path(data.dir, "embeddings", f"{split}_embeddings.safetensors"),
+            Path(data.dir, "synthesis", f"{split}_synthesis.jsonl")]
 
 def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runtime) -> Split:
     """Open a split; process 0 checks and tokenises it first, unless that was done before.
@@ -573,15 +507,15 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runt
     except OSError as e:
         raise UserError(f"{e.filename}: {e.strerror}") from None
     vocabulary = sorted(prompt.tokenizer.get_vocab().items())
-    made_from = (1, files, vocabulary, prompt[1:], soft, data.tasks, data.max_seq_length)
+    made_from = (files, vocabulary, prompt[1:], soft, data.tasks, data.max_seq_length)
     key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
-    cache = Path(data.dir) / ".cache" / f"{split}-{key}"
+    cache = Path(data.dir, ".cache", f"{split}-{key}")
     if rt.rank == 0 and not cache.exists():
         work = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
         work.mkdir(parents=True)
         try:
             save_file(vector_statistics(vectors, paths[0]), work / "statistics.safetensors")
-            build_cache(work, paths[1], vectors, prompt, data, soft)
+            build_cache(work, paths[1], len(vectors), prompt, data, soft)
             os.replace(work, cache)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -592,15 +526,13 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runt
     counts = json.loads((cache / "counts.json").read_text())
     return Split(paths[1], rows, ids, vectors, statistics, counts, soft)
 
-
 def shuffled_vectors(split: Split) -> np.ndarray:
-    """[N] a vector of another text for each row: the control in which all but the match is kept."""
+    """[N] for each row a vector that is not its own, the same for rows of one vector."""
     used, where = np.unique(split.rows["vector"], return_inverse=True)
     order = np.random.default_rng(0).permutation(len(used))
     other = np.empty_like(used)
     other[order] = used[np.roll(order, 1)]
     return other[where]
-
 
 def cut(lengths: np.ndarray, bins: int, budget: int) -> list[list[int]]:
     """Split examples of `lengths` tokens into micro-batches of about equal token counts: a multiple
@@ -616,8 +548,7 @@ def cut(lengths: np.ndarray, bins: int, budget: int) -> list[list[int]]:
             return [sorted(m) for m in micros]
         per_bin += 1
 
-
-def pack(split: Split, rows: list[int], form: int = BY_VECTOR, vectors: Any = None) -> dict:
+def pack(split: Split, rows: Any, form: int = BY_VECTOR, vectors: np.ndarray | None = None) -> dict:
     """One micro-batch without padding: the rows end to end, positions restarting at each.
 
     ids [T] and positions [T] int64; lengths, n ints; targets [R], the positions that predict a
@@ -625,72 +556,57 @@ def pack(split: Split, rows: list[int], form: int = BY_VECTOR, vectors: Any = No
     positions of the soft tokens, and embeddings [n, E] fp32, of `vectors[row]` if given."""
     r = split.rows[rows]
     lengths, responses = r["length"][:, form], r["response"]
-    ends = np.cumsum(lengths)
-    spans = zip(r["start"][:, form], r["start"][:, form] + lengths, strict=True)
-    ids = torch.from_numpy(np.concatenate([split.ids[a:b] for a, b in spans]).astype(np.int64))
-    positions = np.concatenate([np.arange(n) for n in lengths])
-    spans = zip(ends - responses - 1, ends - 1, strict=True)
-    targets = torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in spans]))
-    batch = dict(ids=ids, positions=torch.from_numpy(positions), lengths=lengths.tolist(),
-                 targets=targets, labels=ids[targets + 1],
-                 owner=torch.from_numpy(np.repeat(np.arange(len(r)), responses)))  # fmt: skip
+    starts, ends = r["start"][:, form], np.cumsum(lengths)
+    ids = [split.ids[a : a + n] for a, n in zip(starts, lengths, strict=True)]
+    targets = [np.arange(b - n, b) - 1 for b, n in zip(ends, responses, strict=True)]
+    batch = dict(ids=np.concatenate(ids), positions=np.concatenate([np.arange(n) for n in lengths]),
+                 targets=np.concatenate(targets), owner=np.repeat(np.arange(len(r)), responses))
     if form == BY_VECTOR:
-        slots = (ends - lengths + r["slot"])[:, None] + np.arange(split.soft)
-        use = np.array(r["vector"] if vectors is None else vectors[rows])
-        batch |= dict(slots=torch.from_numpy(slots.ravel().astype(np.int64)),
-                      embeddings=split.vectors[torch.from_numpy(use)].float())  # fmt: skip
-    return batch
-
-
-def to_device(batch: dict, device: torch.device) -> dict:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
-            for k, v in batch.items()}  # fmt: skip
-
+        batch["slots"] = ((ends - lengths + r["slot"])[:, None] + np.arange(split.soft)).ravel()
+        batch["embeddings"] = r["vector"] if vectors is None else vectors[rows]
+    batch = {k: torch.from_numpy(v.astype(np.int64)) for k, v in batch.items()}
+    if form == BY_VECTOR:
+        batch["embeddings"] = split.vectors[batch["embeddings"]].float()
+    return batch | dict(lengths=lengths.tolist(), labels=batch["ids"][batch["targets"] + 1])
 
 @lru_cache(2)
 def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
-
-def positions_after(epoch: int, position: int, num_rows: int, size: int):
-    """Endless (epoch, position) of the steps that follow."""
+def places_after(epoch: int, position: int, num_rows: int, size: int):
+    """Endless (epoch, position in rows) of the steps that follow."""
     while True:
         if position >= num_rows:
             epoch, position = epoch + 1, 0
         yield epoch, position
         position += size
 
-
-def step_batches(split: Split, seed: int, size: int, budget: int, rt: Runtime, at: tuple[int, int]):
-    """The step at (epoch, position): its rows, its response tokens over all processes, and this
-    process's micro-batches as [(weight, batch)].
+def plan_step(split: Split, seed: int, size: int, budget: int, rt: Runtime, place: tuple[int, int]):
+    """A step at (epoch, position): that place, its rows, their number of response tokens over all
+    processes, and this process's micro-batches as [(weight, batch)].
 
     The rows depend on seed, epoch and position alone. A process that has no row for a micro-batch
     repeats one with weight 0, as ZeRO-3 wants every process in every pass."""
-    rows = epoch_order(len(split.rows), seed, at[0])[at[1] : at[1] + size]
+    rows = epoch_order(len(split.rows), seed, place[0])[place[1] : place[1] + size]
     micros = cut(split.rows["length"][rows, BY_VECTOR], rt.world, budget)[rt.rank :: rt.world]
-    batches = [(float(bool(m)), pack(split, rows[m or [0]].tolist())) for m in micros]
-    return at, rows, int(split.rows["response"][rows].sum()), batches
-
+    batches = [(float(bool(m)), pack(split, rows[m or [0]])) for m in micros]
+    return place, rows, int(split.rows["response"][rows].sum()), batches
 
 # -----------------------------------------------------------------------------
 # Model: the adapter, and the frozen LLM with the vector spliced in
 
-
 class Adapter(nn.Module):
-    """norm(W2 gelu(W1 x + b1) + b2 + residual) of the standardised embedding x: [n, E] -> [n, K, D].
+    """norm(W2 gelu(W1 x + b1) + b2 + residual), x the standardised embedding: [n, E] -> [n, K, D].
 
-    The residual, times residual_scale, is the identity where E = D and else a linear map without
+    The residual, times residual_scale, is x itself where E = D and else a linear map of it without
     bias. The norm is an RMSNorm times `scale`, the root mean square of the LLM's token embeddings,
-    so that a fresh adapter speaks at their volume. mean, std and scale are saved but not trained.
-    """
+    so that a fresh adapter speaks at their volume. mean, std and scale are saved, not trained."""
 
     def __init__(self, d_emb: int, hidden_dim: int, d_llm: int, tokens: int = 1,
-                 dropout: float = 0.0, residual_scale: float = 1.0, scale: float = 1.0):  # fmt: skip
+                 dropout: float = 0.0, residual_scale: float = 1.0, scale: float = 1.0):
         super().__init__()
         self.settings = dict(d_emb=d_emb, hidden_dim=hidden_dim, d_llm=d_llm, tokens=tokens,
-                             dropout=dropout, residual_scale=residual_scale)  # fmt: skip
-        self.dropout, self.residual_scale = dropout, residual_scale
+                             dropout=dropout, residual_scale=residual_scale)
         self.fc1 = nn.Linear(d_emb, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, tokens * d_llm)
         same = d_emb == d_llm
@@ -702,16 +618,18 @@ class Adapter(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         x = (embeddings.float() - self.mean) / self.std.clamp(min=1e-6)
-        hidden = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
+        hidden = F.dropout(F.gelu(self.fc1(x)), self.settings["dropout"], self.training)
         out = self.fc2(hidden).unflatten(-1, (self.settings["tokens"], -1))
-        return self.norm(out + self.residual_scale * self.residual(x)[..., None, :]) * self.scale
+        residual = self.settings["residual_scale"] * self.residual(x)[..., None, :]
+        return self.norm(out + residual) * self.scale
 
-    def save(self, path: str | Path, state: dict[str, Tensor] | None = None, **metadata: Any) -> None:
-        """Write the adapter alone (or another `state` of it) as fp32 safetensors, whole or not at
-        all, with what is needed to rebuild it and whatever else is given."""
+    def save(self, path: str | Path, state: dict | None = None, **metadata: Any) -> None:
+        """Write the adapter (or another `state` of it) as fp32 safetensors, whole or not at all,
+        with what is needed to rebuild it and any metadata given."""
         tensors = {k: v.detach().float().cpu() for k, v in (state or self.state_dict()).items()}
+        about = json.dumps({"adapter": self.settings, **metadata})
         with whole_file(Path(path)) as temporary:
-            save_file(tensors, temporary, {"elm": json.dumps({"adapter": self.settings} | metadata)})
+            save_file(tensors, temporary, {"elm": about})
 
     @staticmethod
     def load(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
@@ -727,13 +645,10 @@ class Adapter(nn.Module):
             raise UserError(f"{path}: {reason}") from None
         return adapter.eval(), metadata
 
-
 def packed_attention(module, query, key, value, attention_mask, scaling=None, lengths=None,
-                     sliding_window=None, softcap=None, **_):  # fmt: skip
+                     sliding_window=None, softcap=None, **_):
     """Causal attention within each example of a packed row: [1, heads, T, d] -> [1, T, heads, d].
-
-    torch.split, as the backward pass of a slice would allocate zeros of the whole row.
-    """
+    torch.split, as the backward pass of a slice would allocate zeros of the whole row."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
     outs = []
@@ -749,30 +664,28 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, le
         outs.append(scores.masked_fill(~seen, -math.inf).softmax(-1).to(v.dtype) @ v)
     return torch.cat(outs, dim=2).transpose(1, 2), None
 
-
 # transformers makes no mask for a name that it has no mask function for, so no O(T^2) one either.
 AttentionInterface.register("elm_packed", packed_attention)
 
-
 @contextmanager
-def attention(llm: Any, implementation: str):
-    before = llm.config._attn_implementation
-    llm.set_attn_implementation(implementation)
+def packed(llm: Any):
+    """The LLM with packed_attention; outside, its own attention is back. Set in the config, where
+    the layers look: set_attn_implementation walks over all modules, too slow for every layer."""
+    own = llm.config._attn_implementation
+    llm.config._attn_implementation = "elm_packed"
     try:
         yield
     finally:
-        llm.set_attn_implementation(before)
-
+        llm.config._attn_implementation = own
 
 def load_pretrained(auto: Any, name: str, place: str, **options: Any) -> Any:
-    """auto.from_pretrained(name). Raises: UserError naming the config key `place`."""
+    """auto.from_pretrained(name). Raises: UserError naming `place`, the config key."""
     if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"{place}: no folder {name}, and not the name of a model on the hub")
+        raise UserError(f"{place}: no folder {name}, nor is that the name of a model on the hub")
     try:
         return auto.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as e:
         raise UserError(f"{place}: cannot load {name}: {' '.join(str(e).split())[:300]}") from None
-
 
 def load_llm(name: str, device: torch.device, bf16: bool, place: str = "model.llm") -> Any:
     """The frozen LLM on `device`, in eval mode."""
@@ -780,17 +693,16 @@ def load_llm(name: str, device: torch.device, bf16: bool, place: str = "model.ll
     llm = load_pretrained(AutoModelForCausalLM, name, place, dtype=dtype)
     return llm.to(device).eval().requires_grad_(False)
 
-
 @torch.no_grad()
 def llm_facts(llm: Any) -> dict[str, Any]:
-    """Of the token embeddings: width, root mean square, and a fingerprint that bf16 keeps."""
+    """Width and root mean square of the token embeddings, and a fingerprint: a hash over 16
+    numbers of every parameter, rounded to bf16 so that it does not depend on the dtype."""
     embed = llm.get_input_embeddings()
     ids = torch.linspace(0, embed.num_embeddings - 1, 4096, device=embed.weight.device).long()
     rows = embed(ids).float()
-    sample = rows[::64].bfloat16().float().cpu().numpy().tobytes()
+    sample = torch.cat([p.flatten()[:16].bfloat16() for p in llm.parameters()]).float().cpu()
     return dict(d_llm=rows.shape[1], scale=rows.square().mean().sqrt().item(),
-                fingerprint=hashlib.sha256(sample).hexdigest()[:16])  # fmt: skip
-
+                fingerprint=hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16])
 
 class ELM(nn.Module):
     """A frozen LLM and the adapter that lets it read vectors."""
@@ -805,13 +717,13 @@ class ELM(nn.Module):
         Raises: UserError if that is not the LLM it was trained for."""
         adapter, metadata = Adapter.load(path)
         wanted = metadata["llm"]
-        name = llm or wanted["name"]
+        name, bf16 = llm or wanted["name"], wanted["bf16"] if bf16 is None else bf16
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         prompt = Prompt.of(load_pretrained(AutoTokenizer, name, "llm"))
-        model = load_llm(name, device, wanted["bf16"] if bf16 is None else bf16, "llm")
+        model = load_llm(name, device, bf16, "llm")
         if llm_facts(model)["fingerprint"] != wanted["fingerprint"]:
-            raise UserError(f"{path}: trained for {wanted['name']}; the token embeddings of {name} "
-                            "are others; name the LLM that the adapter was trained for")  # fmt: skip
+            raise UserError(f"{path}: the adapter was trained for {wanted['name']}, and {name} has "
+                            "other weights; name the LLM that it was trained for")
         return ELM(model, adapter.to(device), prompt).eval()
 
     def train(self, mode: bool = True) -> ELM:
@@ -822,66 +734,58 @@ class ELM(nn.Module):
     def forward(self, batch: dict) -> tuple[Tensor, Tensor | None]:
         """A packed micro-batch -> each response's summed token cross-entropy [n] fp32, and the
         soft tokens [n, K, D] fp32 (None by text)."""
+        device = self.adapter.scale.device
+        batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+                 for k, v in batch.items()}
         soft = None
         with torch.no_grad():
             embeds = self.llm.get_input_embeddings()(batch["ids"])
-        if "slots" in batch:
+        if "slots" in batch:  # out of place: any id stands there, and its embedding is replaced
             soft = self.adapter(batch["embeddings"])
             embeds = embeds.index_copy(0, batch["slots"], soft.flatten(0, 1).to(embeds.dtype))
-        with attention(self.llm, "elm_packed"):
-            logits = self.llm(
-                inputs_embeds=embeds[None], position_ids=batch["positions"][None],
-                logits_to_keep=batch["targets"], lengths=batch["lengths"],
-                use_cache=False,  # with a cache, transformers would not see the row as packed
-            ).logits[0]  # fmt: skip
-        losses = F.cross_entropy(logits.float(), batch["labels"], reduction="none")
+        with packed(self.llm):  # with a cache, transformers would not see that the row is packed
+            out = self.llm(inputs_embeds=embeds[None], position_ids=batch["positions"][None],
+                           logits_to_keep=batch["targets"], lengths=batch["lengths"],
+                           use_cache=False)
+        losses = F.cross_entropy(out.logits[0].float(), batch["labels"], reduction="none")
         return losses.new_zeros(len(batch["lengths"])).index_add(0, batch["owner"], losses), soft
 
     @torch.no_grad()
     def prompt_embeds(self, embedding: Tensor, query: str) -> Tensor:
         """[E] -> [T, D] in the LLM's dtype: the prompt with the vector in its place."""
-        embed = self.llm.get_input_embeddings()
-        device = next(self.adapter.buffers()).device
+        embed, device = self.llm.get_input_embeddings(), self.adapter.scale.device
         before, after = (embed(torch.tensor(ids, dtype=torch.long, device=device))
-                         for ids in self.prompt.ids(self.prompt.parts(query)))  # fmt: skip
+                         for ids in self.prompt.ids(self.prompt.parts(query)))
         return torch.cat([before, self.adapter(embedding.to(device)).to(before.dtype), after])
 
     @torch.no_grad()
     def generate(self, embeddings: Tensor, query: str | list[str], max_new_tokens: int = 256,
-                 batch_size: int = 16, **options: Any) -> list[str]:  # fmt: skip
+                 batch_size: int = 16, **options: Any) -> list[str]:
         """[n, E] and one query, or n of them -> n answers; greedy, unless `options` of the LLM's
         own `generate` say otherwise. Raises: UserError if the vectors are of another width."""
         if embeddings.ndim != 2 or embeddings.shape[1] != self.adapter.settings["d_emb"]:
-            raise UserError(f"vectors {list(embeddings.shape)}: this adapter reads "
-                            f"[n, {self.adapter.settings['d_emb']}]")  # fmt: skip
+            raise UserError(f"the vectors are {list(embeddings.shape)}, but this adapter reads "
+                            f"[n, {self.adapter.settings['d_emb']}]")
         queries = [query] * len(embeddings) if isinstance(query, str) else query
-        tokenizer, answers = self.prompt.tokenizer, []
+        end, answers = self.prompt.tokenizer.eos_token_id, []
+        options = dict(do_sample=False, eos_token_id=end, pad_token_id=end) | options
         self.eval()
-        for start in range(0, len(embeddings), batch_size):
-            part = slice(start, start + batch_size)
-            prompts = [self.prompt_embeds(e, q)
-                       for e, q in zip(embeddings[part], queries[part], strict=True)]  # fmt: skip
-            missing = [max(map(len, prompts)) - len(p) for p in prompts]  # padded on the left
-            embeds = [F.pad(p, (0, 0, m, 0)) for p, m in zip(prompts, missing, strict=True)]
-            mask = torch.ones(len(embeds), len(embeds[0]), dtype=torch.long, device=embeds[0].device)
-            for row, m in zip(mask, missing, strict=True):
-                row[:m] = 0
-            out = self.llm.generate(
-                inputs_embeds=torch.stack(embeds), attention_mask=mask,
-                max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.eos_token_id, **({"do_sample": False} | options),
-            )  # fmt: skip
-            answers += tokenizer.batch_decode(out, skip_special_tokens=True)
+        for i in range(0, len(embeddings), batch_size):
+            pairs = zip(embeddings[i : i + batch_size], queries[i : i + batch_size], strict=True)
+            prompts = [self.prompt_embeds(e, q) for e, q in pairs]
+            mask = [torch.ones_like(p[:, 0], dtype=torch.long) for p in prompts]
+            left = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+            out = self.llm.generate(inputs_embeds=left(prompts), attention_mask=left(mask),
+                                    max_new_tokens=max_new_tokens, **options)
+            answers += self.prompt.tokenizer.batch_decode(out, skip_special_tokens=True)
         return answers
-
 
 def checkpoint_layers(llm: Any, setting: bool | str, tokens: int) -> bool:
     """Have every layer recomputed in the backward pass: less memory for a third forward pass.
 
     "auto" does so on a GPU if the layers' activations for `tokens` tokens would not fit: a frozen
     layer keeps about 10 D + 4 F numbers per token (F the feed-forward width; linear inputs are not
-    kept). The layers' own switch is of no use, as it needs train mode, in which they drop out.
-    """
+    kept). The layers' own switch is of no use, as it needs train mode, in which they drop out."""
     if setting == "auto":
         c = llm.config.get_text_config()
         width = 10 * c.hidden_size + 4 * getattr(c, "intermediate_size", 4 * c.hidden_size)
@@ -889,20 +793,18 @@ def checkpoint_layers(llm: Any, setting: bool | str, tokens: int) -> bool:
         setting = llm.device.type == "cuda" and size > 0.7 * torch.cuda.mem_get_info()[0]
     for layer in llm.modules() if setting else ():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
+                                    context_fn=lambda: (nullcontext(), packed(llm)))
     return bool(setting)
-
 
 # -----------------------------------------------------------------------------
 # Optimization: the schedule, AdamW inside DeepSpeed, and its state as plain tensors
-
 
 def lr_at(step: int, total: int, cfg: TrainConfig) -> float:
     """The rate of update `step`, from 0: linear warm-up to cfg.lr, then linear decay to 0."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     return cfg.lr * max(0, total - step) / max(1, total - cfg.warmup_steps)
-
 
 def start_engine(cfg: Config, elm: ELM) -> Any:
     """The DeepSpeed engine around `elm`, with AdamW for the adapter alone.
@@ -911,113 +813,103 @@ def start_engine(cfg: Config, elm: ELM) -> Any:
     own batch size and accumulation stay 1. Its bf16 stays off: it would round the adapter."""
     # One group: with several, DeepSpeed 0.19.8 links the moments of the first one only (ZeRO 1, 2).
     optimizer = torch.optim.AdamW(elm.adapter.parameters(), lr=cfg.train.lr, betas=(0.9, 0.999),
-                                  eps=1e-8, weight_decay=cfg.train.weight_decay)  # fmt: skip
+                                  eps=1e-8, weight_decay=cfg.train.weight_decay)
     zero = {**cfg.deepspeed.extra.get("zero_optimization", {}), "stage": cfg.deepspeed.zero_stage}
     config = {**cfg.deepspeed.extra, "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero,
               "gradient_clipping": cfg.train.max_grad_norm, "zero_allow_untested_optimizer": True,
-              "zero_force_ds_cpu_optimizer": False}  # fmt: skip
+              "zero_force_ds_cpu_optimizer": False}
     return need("deepspeed").initialize(model=elm, optimizer=optimizer, config=config)[0]
 
-
 def adam_of(engine: Any) -> torch.optim.Optimizer:
-    """The AdamW itself; under ZeRO its parameters are this process's parts of the adapter."""
+    """The AdamW itself; under ZeRO its parameters are this process's share of the adapter."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
-
-def gather_state(engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def gather_state(engine: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(adapter, Adam's moments and step), whole, fp32, on the CPU, from any ZeRO stage. Every
     process must call it."""
     from deepspeed import utils as ds
 
     adam, adapter = adam_of(engine).state, engine.module.adapter
     sharded = engine.zero_optimization_stage() > 0
-    weights = {k: b for k, b in adapter.named_buffers()}
-    moments: dict[str, Any] = {"step": max((int(s["step"]) for s in adam.values()), default=0)}
+    step = max((int(s["step"]) for s in adam.values()), default=0)
+    weights, moments = dict(adapter.named_buffers()), {"step": torch.tensor(float(step))}
     for name, p in adapter.named_parameters():
         weights[name] = ds.safe_get_full_fp32_param(p) if sharded else p
-        for key in ("exp_avg", "exp_avg_sq") if moments["step"] else ():
-            moments[f"{name}.{key}"] = (ds.safe_get_full_optimizer_state(p, key) if sharded
-                                        else adam[p][key])  # fmt: skip
-    return tuple({k: v.detach().float().cpu().clone() if isinstance(v, Tensor) else v
-                  for k, v in d.items()} for d in (weights, moments))  # fmt: skip
+        for key in ("exp_avg", "exp_avg_sq") if step else ():
+            moment = ds.safe_get_full_optimizer_state(p, key) if sharded else adam[p][key]
+            moments[f"{name}.{key}"] = moment
+    return tuple({k: v.detach().float().cpu().clone() for k, v in state.items()}
+                 for state in (weights, moments))
 
-
-def restore_state(engine: Any, weights: dict[str, Tensor], moments: dict[str, Any]) -> None:
-    """The inverse of gather_state. AdamW makes its moments, and ZeRO their partition, at the first
+def restore_state(engine: Any, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+    """The inverse of gather_state. AdamW makes its moments, and ZeRO their shares, at the first
     update: one of rate 0 goes before, and all that it touched is then overwritten."""
     from deepspeed import utils as ds
 
     adam, adapter = adam_of(engine), engine.module.adapter
+    sharded = engine.zero_optimization_stage() > 0
     for group in adam.param_groups:
         group["lr"] = 0.0
-    engine.set_gradient_accumulation_boundary(True)
     rows = torch.zeros(1, adapter.settings["d_emb"], device=engine.device)
+    engine.set_gradient_accumulation_boundary(True)
     engine.backward(adapter(rows).sum() * 0.0, scale_wrt_gas=False)
     engine.step()
     with torch.no_grad():
         for name, buffer in adapter.named_buffers():
             buffer.copy_(weights[name])
         for name, p in adapter.named_parameters():
-            values = {k: moments[f"{name}.{k}"].to(engine.device) for k in ("exp_avg", "exp_avg_sq")}
-            if engine.zero_optimization_stage() > 0:
+            new = {k: moments[f"{name}.{k}"].to(engine.device) for k in ("exp_avg", "exp_avg_sq")}
+            if sharded:
                 ds.safe_set_full_fp32_param(p, weights[name].to(engine.device))
-                for key, value in values.items():
-                    ds.safe_set_full_optimizer_state(p, value, key)
             else:
                 p.copy_(weights[name])
-                for key, value in values.items():
+            for key, value in new.items():
+                if sharded:
+                    ds.safe_set_full_optimizer_state(p, value, key)
+                else:
                     adam.state[p][key].copy_(value)
     for state in adam.state.values():
-        state["step"] = torch.full_like(torch.as_tensor(state["step"]), moments["step"])
-
+        state["step"].copy_(moments["step"])
 
 # -----------------------------------------------------------------------------
 # Checkpoint: one portable file with the whole state, for any processes and any ZeRO stage
 
-
 @dataclass
 class TrainState:
     """What the loop carries from step to step beside the adapter and its optimizer."""
-
     step: int = 0  # updates done
     epoch: int = 0
-    position: int = 0  # examples of the epoch that are done
+    position: int = 0  # rows of the epoch that are done
     best: float = math.inf  # lowest validation loss
     nll_sum: float = 0.0  # since the last logging step
     num_labels: int = 0
     wandb_id: str | None = None
 
-
 def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
-    """The checkpoint that train.resume names; with "auto" the newest whole one, None if there is
-    none. Raises: UserError."""
+    """The checkpoint that train.resume names; "auto": the newest whole one, None without any. Runs
+    no code from it. Raises: UserError, also if the folder holds a run that is not to be resumed."""
     folder, resume = Path(cfg.output.dir), cfg.train.resume
-    if resume is None:
-        if any(folder.glob("checkpoint_*.pt")) or (folder / "metrics.jsonl").exists():
-            raise UserError(f"output.dir: {folder} holds a run already; go on with it by "
-                            "train.resume=auto, or choose another output.dir")  # fmt: skip
-        return None
-    steps = {p: int(p.stem.split("_")[2]) for p in folder.glob("checkpoint_step_*.pt")}
-    newest_first = sorted(steps, key=steps.get, reverse=True)
-    paths = [folder / "checkpoint_final.pt", *newest_first] if resume == "auto" else [Path(resume)]
-    for path in paths:
+    paths = sorted(folder.glob("checkpoint_*.pt"), key=lambda p: p.stat().st_mtime_ns)
+    if resume is None and (paths or (folder / "metrics.jsonl").exists()):
+        raise UserError(f"output.dir: {folder} holds a run already; go on with it by "
+                        "train.resume=auto, or choose another folder")
+    for path in paths[::-1] if resume == "auto" else [Path(resume)] if resume else []:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            return saved | {"state": TrainState(**saved["state"])}
         except Exception as e:  # torch.load has no error of its own for a file that is not whole
+            why = getattr(e, "strerror", None) or f"no whole checkpoint: {str(e).splitlines()[0]}"
             if resume != "auto":
-                raise UserError(f"train.resume: {path} is no whole checkpoint: {e}") from None
-            if path.exists():
-                rt.say(f"{path} is not whole and is passed over: {e}")
+                raise UserError(f"train.resume: {path}: {why}") from None
+            rt.say(f"passed over {path}: {why}")
     return None
-
 
 def check_identity(saved: dict, identity: dict) -> None:
     """Refuse a checkpoint of other dimensions or of another LLM."""
-    wrong = [f"train.resume: the checkpoint has {k} = {saved.get(k)!r}, this run {v!r}"
-             for k, v in identity.items() if saved.get(k) != v]  # fmt: skip
+    wrong = [f"train.resume: the checkpoint has {key} = {saved.get(key)!r}, this run {value!r}"
+             for key, value in identity.items() if saved.get(key) != value]
     if wrong:
         raise UserError("\n".join(wrong))
-
 
 def trim_metrics(path: Path, last_step: int) -> None:
     """Drop what a killed run wrote after its last checkpoint: those steps come again."""
@@ -1026,142 +918,125 @@ def trim_metrics(path: Path, last_step: int) -> None:
     if lines != kept:
         write_text(path, b"".join(kept).decode())
 
-
 # -----------------------------------------------------------------------------
 # Evaluation: losses by vector, by another's vector and by text; answers
 
+def token_budget(device: torch.device) -> int:
+    """Tokens of a micro-batch."""
+    return 16384 if device.type == "cuda" else 2048
 
 @torch.no_grad()
-def row_losses(forward: Any, split: Split, rt: Runtime, form: int = BY_VECTOR, vectors: Any = None):
-    """[N] fp64 on the CPU: each row's summed token cross-entropy, on every process. Micro-batches
-    are the same for any number of processes, so the result is too."""
+def row_losses(forward: Any, split: Split, rt: Runtime, form: int = BY_VECTOR,
+               vectors: np.ndarray | None = None) -> Tensor:
+    """[N] fp64 on the CPU: each row's summed token cross-entropy, the same on every process and for
+    any number of them, as the micro-batches are."""
     lengths = split.rows["length"][:, form].astype(np.int64)
     rows = np.flatnonzero(lengths)
-    bounds = np.flatnonzero(np.diff(np.cumsum(lengths[rows]) // token_budget(rt.device))) + 1
-    micros = np.split(rows, bounds)
+    filled = np.cumsum(lengths[rows]) // token_budget(rt.device)
+    micros = np.split(rows, np.flatnonzero(np.diff(filled)) + 1)
     losses = torch.zeros(len(lengths), dtype=torch.float64, device=rt.device)
     for first in range(0, len(micros), rt.world):  # ZeRO-3 wants every process in every pass
         mine = micros[min(first + rt.rank, len(micros) - 1)]
-        nll, _ = forward(to_device(pack(split, mine, form, vectors), rt.device))
+        nll, _ = forward(pack(split, mine, form, vectors))
         if first + rt.rank < len(micros):
-            losses[torch.from_numpy(mine)] = nll.double()
+            losses[torch.from_numpy(mine).to(rt.device)] = nll.double()
     return rt.sum(losses).cpu()
 
+def vector_losses(forward: Any, split: Split, rt: Runtime) -> dict[str, Tensor]:
+    shuffled = row_losses(forward, split, rt, vectors=shuffled_vectors(split))
+    return {"loss": row_losses(forward, split, rt), "loss_shuffled": shuffled}
 
-def summarize(split: Split, losses: dict[str, Tensor], mask: Tensor) -> dict[str, float]:
-    """Per-token losses of the rows in `mask`; where they have texts also loss_text and the carried
-    information (shuffled - ours) / (shuffled - text): 0, the vector is ignored; 1, it says as much
-    as its text."""
-    tokens = torch.from_numpy(split.rows["response"].astype(np.float64))
-
-    def mean(name: str, rows: Tensor) -> float:
-        return (losses[name][rows].sum() / tokens[rows].sum()).item()
+def summarize(split: Split, losses: dict[str, Tensor], mask: np.ndarray) -> dict[str, float]:
+    """Losses per response token over the rows in `mask`; where they have texts also loss_text, and
+    the carried information (shuffled - ours) / (shuffled - text): 0, the vector is ignored; 1, it
+    says as much as its text."""
+    def mean(name: str, rows: np.ndarray) -> float:
+        return float(losses[name].numpy()[rows].sum() / split.rows["response"][rows].sum())
 
     result = {"rows": int(mask.sum()), **{k: mean(k, mask) for k in losses if k != "loss_text"}}
-    told = mask & torch.from_numpy(split.rows["length"][:, BY_TEXT] > 0)
+    told = mask & (split.rows["length"][:, BY_TEXT] > 0)
     if "loss_text" in losses and told.any():
         ours, shuffled, text = (mean(k, told) for k in ("loss", "loss_shuffled", "loss_text"))
         result |= {"loss_text": text, "carried": (shuffled - ours) / (shuffled - text)}
     return result
 
-
-def mean_loss(split: Split, losses: Tensor) -> float:
-    return (losses.sum() / int(split.rows["response"].sum())).item()
-
-
-def vector_losses(forward: Any, split: Split, rt: Runtime) -> dict[str, Tensor]:
-    return {"loss": row_losses(forward, split, rt),
-            "loss_shuffled": row_losses(forward, split, rt, vectors=shuffled_vectors(split))}  # fmt: skip
-
-
 def report(forward: Any, elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime, alike: bool):
-    """(the summary of a split, over all rows and per task; predictions for eval.samples rows).
-    `alike`: every process generates all of them, as ZeRO-3 wants them in step."""
+    """(summary over all rows and per task, answers to eval.samples rows). `alike`: every process
+    generates all of them, in step with the others, as ZeRO-3 wants it."""
     losses = vector_losses(forward, split, rt)
     if split.rows["length"][:, BY_TEXT].any():
         losses["loss_text"] = row_losses(forward, split, rt, BY_TEXT)
-    task = torch.from_numpy(split.rows["task"].astype(np.int64))
-    result = summarize(split, losses, torch.ones_like(task, dtype=torch.bool))
-    present = [t for t in range(len(TASKS)) if (task == t).any()]
-    result["tasks"] = {TASKS[t]: summarize(split, losses, task == t) for t in present}
+    task = split.rows["task"]
+    result = summarize(split, losses, task >= 0)
+    result["tasks"] = {TASKS[t]: summarize(split, losses, task == t) for t in np.unique(task)}
     chosen = np.unique(np.linspace(0, len(task) - 1, cfg.samples).astype(int))
     rows = [split.raw(i) for i in (chosen if alike else chosen[rt.rank :: rt.world])]
     vectors = split.vectors[torch.tensor([r["embedding_file_idx"] for r in rows], dtype=torch.long)]
     answers = elm.generate(vectors, [r["query"] for r in rows], cfg.max_new_tokens)
     keys = ("embedding_file_idx", "task_type", "query", "response")
     mine = [{k: r[k] for k in keys} | {"prediction": a} for r, a in zip(rows, answers, strict=True)]
-    everyone: list = [mine] * rt.world
-    if rt.world > 1 and not alike:
-        torch.distributed.all_gather_object(everyone, mine)
-    count = 1 if alike else rt.world
-    return result, [everyone[k % count][k // count] for k in range(len(chosen))]
-
+    if rt.world == 1 or alike:
+        return result, mine
+    everyone: list[list] = [[]] * rt.world
+    torch.distributed.all_gather_object(everyone, mine)
+    return result, [everyone[k % rt.world][k // rt.world] for k in range(len(chosen))]
 
 def show(result: dict, predictions: list[dict], rt: Runtime) -> None:
-    names = {"loss_shuffled": "another text's vector (shuffled)", "loss": "the text's own vector",
-             "loss_text": "the text itself", "carried": "carried information"}  # fmt: skip
-    rt.say(f"\n{result['split']}, {result['rows']} rows, adapter of step {result['adapter_step']}")
-    for key, name in names.items():
-        if key in result:
-            rt.say(f"  {'loss, LLM reads ' if key != 'carried' else ''}{name}".ljust(52)
-                   + f"{result[key]:8.4f}")  # fmt: skip
+    """The final table, and five answers beside their references."""
+    step = result["adapter_step"]
+    lines = [f"\n{result['split']}, {result['rows']} rows, adapter of step {step}"]
+    names = {"loss_shuffled": "loss, vectors shuffled", "loss": "loss, vectors",
+             "loss_text": "loss, text in place of the vector", "carried": "carried information"}
+    lines += [f"  {name:<36}{result[key]:.4f}" for key, name in names.items() if key in result]
     for p in predictions[:: max(1, len(predictions) // 5)][:5]:
-        rt.say(f"\n  {p['task_type']}: {p['query']}\n    reference   {p['response']}\n"
-               f"    prediction  {p['prediction']}")  # fmt: skip
-
+        lines += [f"\n  {p['task_type']}: {p['query']}", f"    reference   {p['response']}",
+                  f"    prediction  {p['prediction']}"]
+    rt.say("\n".join(lines))
 
 def memory_gib() -> float:
-    """Peak memory of this process: the GPU's where there is one."""
+    """Peak memory of this process, the GPU's where there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-
 
 def mean_cosine(x: Tensor) -> float:
     """Mean pairwise cosine of the rows of x [n, d]: near 1, the adapter has collapsed."""
     u = F.normalize(x, dim=1)
     return ((u.sum(0).square().sum() - len(u)) / max(1, len(u) * (len(u) - 1))).item()
 
-
 # -----------------------------------------------------------------------------
 # Training
-
-
-def token_budget(device: torch.device) -> int:
-    """Tokens of a micro-batch."""
-    return 16384 if device.type == "cuda" else 2048
-
 
 @contextmanager
 def noticed_signals():
     """A list that SIGTERM and Ctrl-C append to; the loop looks at it between steps."""
     seen: list[int] = []
-    before = {k: signal.signal(k, lambda number, _: seen.append(number))
-              for k in (signal.SIGTERM, signal.SIGINT)}  # fmt: skip
+    before = {kind: signal.signal(kind, lambda number, _: seen.append(number))
+              for kind in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield seen
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
-
-def provenance() -> str:
-    """The package versions and the git commit of this run, as TOML comments."""
+def config_text(cfg: Config) -> str:
+    """The resolved config as TOML, under the package versions and the git commit as comments."""
     packages = ("torch", "transformers", "deepspeed", "safetensors")
     lines = [f"# {p} {importlib.metadata.version(p)}" for p in packages]
     if shutil.which("git"):
         git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
-        lines.append(f"# commit {subprocess.run(git, capture_output=True, text=True).stdout.strip()}")
-    return "\n".join(lines) + "\n\n"
-
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        lines.append(f"# commit {commit or 'unknown'}")
+    for name, entries in to_tables(cfg).items():
+        lines += ["", f"[{name}]", *(f"{key} = {to_toml(value)}" for key, value in entries.items())]
+    return "\n".join(lines) + "\n"
 
 def attempt(rt: Runtime, call: Any) -> Any:
-    """call(), whose failure is told and does not matter: W&B must never stop a training."""
+    """call(); its failure is told and has no consequence: W&B must never stop a training."""
     try:
         return call()
     except Exception as e:
         rt.say(f"W&B failed, training goes on: {e!r}")
-
 
 def start_wandb(cfg: Config, state: TrainState, rt: Runtime) -> Any:
     """The W&B run, the same again after a resume; None where it is off or failed."""
@@ -1169,17 +1044,16 @@ def start_wandb(cfg: Config, state: TrainState, rt: Runtime) -> Any:
         return None
     run = attempt(rt, lambda: need("wandb").init(
         project=cfg.wandb.project, name=cfg.wandb.run_name, id=state.wandb_id, resume="allow",
-        dir=cfg.output.dir, config=to_tables(cfg)))  # fmt: skip
+        dir=cfg.output.dir, config=to_tables(cfg)))
     state.wandb_id = run.id if run else state.wandb_id
     return run
 
-
 def open_data(cfg: Config, prompt: Prompt, rt: Runtime) -> tuple[dict[str, Split], str]:
-    """The splits of a run, and the name of the one for the final report."""
+    """The splits of a run, and which of them the final report is on."""
     has_test = all(p.exists() for p in split_paths(cfg.data, "test"))
     final = cfg.eval.split or ("test" if has_test else "val")
     data = {name: open_split(cfg.data, name, prompt, cfg.model.tokens, rt)
-            for name in dict.fromkeys(("train", "val", final))}  # fmt: skip
+            for name in dict.fromkeys(("train", "val", final))}
     widths = {name: split.vectors.shape[1] for name, split in data.items()}
     if len(set(widths.values())) > 1:
         raise UserError(f"data.dir: the vectors of the splits differ in width: {widths}")
@@ -1188,38 +1062,38 @@ def open_data(cfg: Config, prompt: Prompt, rt: Runtime) -> tuple[dict[str, Split
         rt.say(f"{name}: {len(split.vectors)} vectors of width {widths[name]}, {counts}")
     return data, final
 
-
 def build_model(cfg: Config, data: Split, prompt: Prompt, rt: Runtime) -> tuple[ELM, dict]:
     """A fresh adapter on the frozen LLM, and what a checkpoint must agree with."""
-    llm = load_llm(cfg.model.llm, rt.device, cfg.model.bf16)
-    facts, m = llm_facts(llm), cfg.model
-    identity = dict(d_emb=data.vectors.shape[1], hidden_dim=m.hidden_dim, d_llm=facts["d_llm"],
-                    tokens=m.tokens, llm=facts["fingerprint"])  # fmt: skip
+    m, llm = cfg.model, load_llm(cfg.model.llm, rt.device, cfg.model.bf16)
+    reach = getattr(llm.config.get_text_config(), "max_position_embeddings", math.inf)
+    if cfg.data.max_seq_length > reach:
+        raise UserError(f"data.max_seq_length = {cfg.data.max_seq_length}: {m.llm} reads {reach}")
+    facts, d_emb = llm_facts(llm), data.vectors.shape[1]
+    identity = dict(d_emb=d_emb, hidden_dim=m.hidden_dim, d_llm=facts["d_llm"], tokens=m.tokens,
+                    llm=facts["fingerprint"])
     torch.manual_seed(cfg.train.seed)
-    adapter = Adapter(data.vectors.shape[1], m.hidden_dim, facts["d_llm"], m.tokens, m.dropout,
-                      m.residual_scale, facts["scale"])  # fmt: skip
+    adapter = Adapter(d_emb, m.hidden_dim, facts["d_llm"], m.tokens, m.dropout, m.residual_scale,
+                      facts["scale"])
     if m.standardize:
         adapter.load_state_dict(data.statistics, strict=False)
     recompute = checkpoint_layers(llm, m.grad_checkpoint, token_budget(rt.device))
-    trained, frozen = (sum(p.numel() for p in module.parameters()) for module in (adapter, llm))
+    trained, frozen = (sum(p.numel() for p in part.parameters()) for part in (adapter, llm))
     rt.say(f"{rt.world} process(es) on {rt.device.type}, ZeRO {cfg.deepspeed.zero_stage}, LLM in "
-           f"{str(llm.dtype)[6:]}, checkpointing {'on' if recompute else 'off'}")  # fmt: skip
-    rt.say(f"{trained:,} parameters trained, {frozen:,} frozen; "
-           f"token embeddings have rms {facts['scale']:.4f}")  # fmt: skip
+           f"{str(llm.dtype)[6:]}, recomputation {'on' if recompute else 'off'}\n"
+           f"{trained:,} parameters trained, {frozen:,} frozen; "
+           f"token embeddings of root mean square {facts['scale']:.4f}")
     return ELM(llm, adapter.to(rt.device), prompt), identity
-
 
 def train(cfg: Config) -> dict:
     """Train an adapter as `cfg` says and report on it: returns the dict of eval.json.
 
     Raises: UserError for what its user can mend, with nothing on disk harmed; SystemExit(128 +
     signal) after SIGTERM or Ctrl-C, with a checkpoint of the last step."""
-    rt = start_runtime(cfg)
-    folder = Path(cfg.output.dir)
+    rt, folder = start_runtime(cfg), Path(cfg.output.dir)
     saved = find_checkpoint(cfg, rt)
-    state = TrainState(**saved["state"]) if saved else TrainState()
+    state = saved["state"] if saved else TrainState()
     prompt = Prompt.of(load_pretrained(AutoTokenizer, cfg.model.llm, "model.llm"))
-    data, final = open_data(cfg, prompt, rt)
+    data, final = open_data(cfg, prompt, rt)  # before the LLM: its errors come in seconds
     source, size = data["train"], cfg.train.batch_size * cfg.train.grad_accum * rt.world
     total = cfg.train.max_steps or cfg.train.epochs * math.ceil(len(source.rows) / size)
     if saved and state.step >= total and (folder / "eval.json").exists():
@@ -1232,16 +1106,16 @@ def train(cfg: Config) -> dict:
     engine = start_engine(cfg, elm)
     if saved:
         restore_state(engine, saved["adapter"], saved["optimizer"])
-        changed = [f"{s}.{k}" for s, t in to_tables(cfg).items() for k, v in t.items()
-                   if saved["config"][s].get(k) != v and (s, k) != ("train", "resume")]  # fmt: skip
-        rt.say(f"resumed at step {state.step}"
-               + f"; not as it was, and now valid: {', '.join(changed)}" * bool(changed))  # fmt: skip
+        changed = [f"{name}.{key}" for name, entries in to_tables(cfg).items() for key in entries
+                   if saved["config"][name].get(key) != entries[key] and key != "resume"]
+        rt.say(f"resumed after step {state.step}; changed since: {', '.join(changed) or 'nothing'}")
     if cfg.train.warmup_steps >= total:
-        rt.say(f"train.warmup_steps = {cfg.train.warmup_steps}, of {total}: train.lr is not reached")
+        rt.say(f"train.warmup_steps = {cfg.train.warmup_steps} of {total}: lr stays below train.lr")
+    rt.say(f"{total} steps of {size} rows")
     if rt.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         trim_metrics(folder / "metrics.jsonl", state.step if saved else -1)
-        write_text(folder / "config.toml", provenance() + to_toml(to_tables(cfg), top=True) + "\n")
+        write_text(folder / "config.toml", config_text(cfg))
     wandb = start_wandb(cfg, state, rt)
 
     def record(**entry: Any) -> None:
@@ -1259,44 +1133,42 @@ def train(cfg: Config) -> dict:
             attempt(rt, lambda: wandb.log_artifact(str(folder / name), type="adapter"))
 
     def save(name: str) -> None:
-        """Collective. The order of the data and a step's dropout depend on train.seed and the step
-        alone, so there is no generator to save."""
+        """There is no generator to save: the order of the rows, and the dropout of a step, are
+        functions of train.seed and the step."""
         weights, moments = gather_state(engine)
         if name != "final":
             save_adapter(f"adapter_{name}.safetensors", weights)
         if rt.rank == 0:
+            whole = dict(state=dataclasses.asdict(state), adapter=weights, optimizer=moments,
+                         identity=identity, config=to_tables(cfg))
             with whole_file(folder / f"checkpoint_{name}.pt") as temporary:
-                torch.save(dict(state=dataclasses.asdict(state), adapter=weights, optimizer=moments,
-                                identity=identity, config=to_tables(cfg)), temporary)  # fmt: skip
+                torch.save(whole, temporary)
 
     def evaluate() -> None:
         engine.eval()
-        losses = vector_losses(engine, data["val"], rt)
+        losses = summarize(data["val"], vector_losses(engine, data["val"], rt),
+                           np.ones(len(data["val"].rows), bool))
         engine.train()
-        val, shuffled = (mean_loss(data["val"], x) for x in losses.values())
+        val, shuffled = losses["loss"], losses["loss_shuffled"]
         record(step=state.step, val_loss=val, val_loss_shuffled=shuffled)
-        rt.say(f"step {state.step:6d}  val_loss {val:.4f}  with shuffled vectors {shuffled:.4f}")
+        rt.say(f"step {state.step:6d}  val_loss {val:.4f}  with vectors shuffled {shuffled:.4f}")
         if val < state.best:
             state.best = val
             save_adapter("adapter_best.safetensors", gather_state(engine)[0])
 
     not_finite = torch.zeros((), device=rt.device)
-
-    def look(grad: Tensor) -> None:
-        not_finite.add_(~grad.isfinite().all())
-
-    for p in elm.adapter.parameters():
-        p.register_hook(look)
+    for p in elm.adapter.parameters():  # gradients as they come, before DeepSpeed shares them out
+        p.register_hook(lambda grad: [not_finite.add_(~grad.isfinite().all()), None][1])
     bar = tqdm(total=total, initial=state.step, unit="step", disable=rt.rank > 0 or None)
     if state.step == 0:
         evaluate()
     engine.train()
-    places = islice(positions_after(state.epoch, state.position, len(source.rows), size),
-                    max(0, total - state.step))  # fmt: skip
-    make = partial(step_batches, source, cfg.train.seed, size, token_budget(rt.device), rt)
+    places = islice(places_after(state.epoch, state.position, len(source.rows), size),
+                    max(0, total - state.step))
+    plan = partial(plan_step, source, cfg.train.seed, size, token_budget(rt.device), rt)
     clock, num_tokens = time.perf_counter(), 0
     with noticed_signals() as signals:
-        for at, rows, num_labels, batches in read_ahead(make, places, cfg.data.num_workers):
+        for place, rows, num_labels, batches in read_ahead(plan, places, cfg.data.num_workers):
             lr = lr_at(state.step, total, cfg.train)
             for group in adam_of(engine).param_groups:
                 group["lr"] = lr
@@ -1304,8 +1176,8 @@ def train(cfg: Config) -> dict:
             sums = torch.zeros(3, dtype=torch.float64, device=rt.device)
             for k, (weight, batch) in enumerate(batches):
                 engine.set_gradient_accumulation_boundary(k == len(batches) - 1)
-                nll, soft = engine(to_device(batch, rt.device))
-                # Summed here, averaged over processes by DeepSpeed: a mean over the step's labels.
+                nll, soft = engine(batch)
+                # DeepSpeed averages over processes; the mean wanted is the one over all labels.
                 engine.backward(nll.sum() * (weight * rt.world / num_labels), scale_wrt_gas=False)
                 sums[0] += nll.detach().sum() * weight
             sums[1], sums[2] = not_finite, float(bool(signals))
@@ -1313,27 +1185,28 @@ def train(cfg: Config) -> dict:
             if bad or not math.isfinite(nll_sum):
                 what = "gradient" if math.isfinite(nll_sum) else "loss"
                 lines = ",".join(str(n) for n in source.rows["line"][rows][:64])
-                raise UserError(f"step {state.step + 1}: the {what} is not finite; nothing was updated"
-                                f". Lower train.lr, or look at {source.path}:{lines}")  # fmt: skip
+                raise UserError(f"step {state.step + 1}: the {what} is not finite, and nothing was "
+                                f"updated; lower train.lr, or look at {source.path}:{lines}")
             grads = [p.grad for p in elm.adapter.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads) if grads else None
+            norm = torch.nn.utils.get_total_norm(grads)  # what ZeRO 0 leaves; it tells no norm
             engine.step()
             norm = engine.get_global_grad_norm() if cfg.deepspeed.zero_stage else norm
 
-            state.step, state.epoch, state.position = state.step + 1, at[0], at[1] + len(rows)
+            state.step, state.epoch, state.position = state.step + 1, place[0], place[1] + len(rows)
             state.nll_sum, state.num_labels = state.nll_sum + nll_sum, state.num_labels + num_labels
             num_tokens += int(source.rows["length"][rows, BY_VECTOR].sum())
             bar.update()
             if state.step % cfg.train.logging_steps == 0 or state.step == total:
-                rate, loss = num_tokens / (time.perf_counter() - clock), state.nll_sum / state.num_labels
-                record(step=state.step, epoch=at[0], loss=loss, lm_loss=loss, lr=lr,
+                loss = state.nll_sum / state.num_labels
+                rate = num_tokens / (time.perf_counter() - clock)
+                record(step=state.step, epoch=place[0], loss=loss, lm_loss=loss, lr=lr,
                        grad_norm=float(norm), tokens_per_second=rate, memory_gib=memory_gib(),
-                       similarity=mean_cosine(soft.detach().flatten(1)))  # fmt: skip
+                       similarity=mean_cosine(soft.detach().flatten(1)))
                 line = f"loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s  {memory_gib():.2f} GiB"
                 bar.set_postfix_str(line)
-                rt.say(f"step {state.step:6d}  {line}  grad_norm {float(norm):.3f}")
-                state.nll_sum, state.num_labels, num_tokens = 0.0, 0, 0
-                clock = time.perf_counter()
+                rt.say(f"step {state.step:6d}  {line}")
+                state.nll_sum, state.num_labels = 0.0, 0
+                clock, num_tokens = time.perf_counter(), 0
             if state.step % cfg.train.eval_steps == 0 or state.step == total:
                 paused = time.perf_counter()
                 evaluate()
@@ -1341,13 +1214,12 @@ def train(cfg: Config) -> dict:
             if stop or state.step % cfg.train.save_steps == 0:
                 save(f"step_{state.step}")
             if stop:
-                bar.close()
                 rt.say(f"stopped after step {state.step}; train.resume=auto goes on from there")
                 raise SystemExit(128 + max(signals, default=signal.SIGTERM))
     bar.close()
     save("final")
 
-    rt.sum(torch.zeros(1, device=rt.device))  # adapter_best is there for all processes
+    rt.sum(torch.zeros(1, device=rt.device))  # adapter_best is there for every process
     elm.adapter, metadata = Adapter.load(folder / "adapter_best.safetensors")
     elm.adapter.to(rt.device)
     engine.eval()
@@ -1362,10 +1234,8 @@ def train(cfg: Config) -> dict:
         attempt(rt, lambda: (wandb.summary.update(result), wandb.finish()))
     return result
 
-
 # -----------------------------------------------------------------------------
 # Command line
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 only if the job is done, 2 after an error its user can mend."""
@@ -1380,12 +1250,12 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(*(f"elm: {line}" for line in str(e).splitlines()), sep="\n", file=sys.stderr)
         return 2
+    except SystemExit as stopped:
+        return stopped.code
     return 0
-
 
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Some threads of torch and DeepSpeed abort now and then when the interpreter takes them down.
-    os._exit(code)
+    os._exit(code)  # threads of torch and DeepSpeed abort now and then when the interpreter ends

@@ -612,7 +612,7 @@ def make_scorer(steps: int = 900, seed: int = 0) -> None:
 
 def make_rows(num_texts: dict[str, int] | None = None, rows_per_text: int = 4) -> None:
     rng = random.Random(4000)
-    for split, n in (num_texts or dict(train=1500, val=200, test=200)).items():
+    for split, n in (num_texts or dict(train=800, val=200, test=200)).items():
         records: list[int] = []
         while len(records) < n:  # distinct within train and over val and test together
             record = draw(rng, held_out=split != "train")

@@ -1,0 +1,144 @@
+"""Small real things for the tests: random LLMs of several architectures, a byte tokenizer, data."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "data" / "tiny")]
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import elm
+
+ARCHITECTURES = {
+    "qwen3": dict(head_dim=8, tie_word_embeddings=True),
+    "llama": {},
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=512),
+    "gemma": dict(head_dim=8),
+    "gemma2": dict(head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
+    "gemma3_text": dict(head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
+}
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        chat_template=chat_template,
+    )  # fmt: skip
+
+
+def make_llm(folder: Path, kind: str = "qwen3", chat_template: str | None = CHAT) -> Path:
+    """A random LLM of 2 layers and width 32, with its tokenizer."""
+    tok = byte_tokenizer(chat_template)
+    common = dict(
+        vocab_size=len(tok) + 5, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    if kind == "gpt2":
+        common = {k: v for k, v in common.items() if k.endswith("_id") or k == "vocab_size"}
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**common | ARCHITECTURES[kind]))
+    for p in llm.parameters():  # away from the flat start, so that differences show
+        p.data += 0.1 * torch.randn_like(p)
+    llm.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return folder
+
+
+def make_data(folder: Path, num_rows: int = 40, num_vectors: int = 10, width: int = 12) -> Path:
+    """Random rows of all tasks with ragged responses, and random vectors."""
+    rng = random.Random(0)
+    words = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+    for sub in ("embeddings", "synthesis"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    for seed, split in enumerate(("train", "val", "test")):
+        vectors = torch.randn(num_vectors, width, generator=torch.Generator().manual_seed(seed))
+        save_file({"embeddings": vectors}, elm.split_paths(elm.DataConfig(dir=str(folder)), split)[0])
+        rows = [
+            dict(
+                task_type=elm.TASKS[i % 13],
+                embedding_file_idx=rng.randrange(num_vectors),
+                query=rng.choice(["What?", "Say it.", "Is <EMB> so, and how?"]),
+                response=" ".join(rng.choices(words, k=rng.randint(1, 12))),
+                text=" ".join(rng.choices(words, k=rng.randint(4, 9))),
+            )
+            for i in range(num_rows)
+        ]
+        write_rows(folder, split, rows)
+    return folder
+
+
+def rows_path(folder: Path, split: str = "train") -> Path:
+    return elm.split_paths(elm.DataConfig(dir=str(folder)), split)[1]
+
+
+def write_rows(folder: Path, split: str, rows: list) -> None:
+    text = "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows)
+    rows_path(folder, split).write_text(text)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(*arguments: str, launcher: tuple[str, ...] = (), **environment: str):
+    """`elm.py` as a user starts it, in a process of its own."""
+    start = launcher or (sys.executable,)
+    return subprocess.run(
+        [*start, str(ROOT / "elm.py"), *map(str, arguments)], capture_output=True, text=True,
+        timeout=300, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def deepspeed_launcher(processes: int, port: int) -> tuple[str, ...]:
+    script = str(Path(sys.executable).parent / "deepspeed")
+    return script, f"--num_gpus={processes}", f"--master_port={port}"
+
+
+@pytest.fixture(scope="session")
+def llm_dir(tmp_path_factory):
+    return make_llm(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    return make_data(tmp_path / "data")
+
+
+@pytest.fixture
+def settings(llm_dir, data_dir, tmp_path):
+    """Overrides of a run of six steps, two and a half epochs, in less than a second."""
+    return [
+        f"model.llm={llm_dir}", "model.hidden_dim=24", "model.bf16=false", f"data.dir={data_dir}",
+        "data.max_seq_length=256", "data.num_workers=1", "train.batch_size=16",
+        "train.grad_accum=1", "train.max_steps=6", "train.lr=1e-2", "train.warmup_steps=2",
+        "train.eval_steps=3", "train.save_steps=2", "train.logging_steps=1", "eval.samples=6",
+        "eval.max_new_tokens=5", f"output.dir={tmp_path / 'out'}",
+    ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums in one order, so that equal means equal."""
+    torch.set_num_threads(1)

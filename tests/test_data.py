@@ -1,0 +1,254 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import byte_tokenizer, make_data, read_jsonl, rows_path, write_rows
+from safetensors.torch import save_file
+
+import elm
+
+PROMPT = elm.Prompt.of(byte_tokenizer())
+RT = elm.Runtime()
+
+
+def open_train(folder, soft=1, limit=256, tasks=elm.TASKS):
+    data = elm.DataConfig(dir=str(folder), max_seq_length=limit, tasks=tasks)
+    return elm.open_split(data, "train", PROMPT, soft, RT)
+
+
+def decode(ids) -> str:
+    return PROMPT.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("soft", [1, 3])
+def test_row_is_prompt_slot_response_end(data_dir, soft):
+    split = open_train(data_dir, soft)
+    for i, row in enumerate(read_jsonl(rows_path(data_dir))):
+        r = split.rows[i]
+        ids = split.ids[r["start"][0] :][: r["length"][0]]
+        slot, response = r["slot"], r["response"]
+        before = "" if "<EMB>" not in row["query"] else row["query"].split("<EMB>")[0]
+        assert decode(ids[:slot]) == "<|im_start|>user\n" + before
+        after = row["query"].split("<EMB>")[-1] if "<EMB>" in row["query"] else "\n" + row["query"]
+        tail = after + "<|im_end|>\n<|im_start|>assistant\n"
+        assert decode(ids[slot + soft : -response]) == tail
+        assert decode(ids[-response:]) == row["response"] + "<|im_end|>"
+        text_ids = split.ids[r["start"][1] :][: r["length"][1]]
+        assert decode(text_ids) == "<|im_start|>user\n" + before + row["text"] + tail + (
+            row["response"] + "<|im_end|>")  # fmt: skip
+        assert split.raw(i) == row and r["line"] == i + 1
+
+
+def test_pack_describes_the_same_tokens(data_dir):
+    split = open_train(data_dir, soft=2)
+    rows = [3, 0, 7]
+    batch = elm.pack(split, rows)
+    assert sum(batch["lengths"]) == len(batch["ids"]) == len(batch["positions"])
+    offset, seen = 0, 0
+    for k, i in enumerate(rows):
+        r, n = split.rows[i], batch["lengths"][k]
+        assert batch["positions"][offset : offset + n].tolist() == list(range(n))
+        assert batch["slots"][2 * k : 2 * k + 2].tolist() == [offset + r["slot"], offset + r["slot"] + 1]
+        mine = batch["owner"] == k
+        assert int(mine.sum()) == r["response"]
+        last = offset + n
+        assert batch["targets"][mine].tolist() == list(range(last - r["response"] - 1, last - 1))
+        assert batch["labels"][mine].tolist() == batch["ids"][last - r["response"] : last].tolist()
+        torch.testing.assert_close(batch["embeddings"][k], split.vectors[int(r["vector"])])
+        offset, seen = last, seen + r["response"]
+    assert len(batch["labels"]) == seen
+    by_text = elm.pack(split, rows, elm.BY_TEXT)
+    assert "slots" not in by_text and by_text["lengths"] == split.rows["length"][rows, 1].tolist()
+
+
+def test_truncation_cuts_the_response_only_and_is_counted(data_dir):
+    whole = open_train(data_dir)
+    longest = int(whole.rows["length"][:, 0].max())
+    cut = open_train(data_dir, limit=longest - 5)
+    assert whole.counts["responses_cut"] == 0 < cut.counts["responses_cut"]
+    prompts = [split.rows["length"][:, 0] - split.rows["response"] for split in (whole, cut)]
+    assert (prompts[0] == prompts[1]).all()
+    assert cut.rows["length"][:, 0].max() == longest - 5
+    changed = int((whole.rows["length"][:, 0] != cut.rows["length"][:, 0]).sum())
+    assert changed == cut.counts["responses_cut"]
+
+
+def test_task_filter_and_removed_pair_tasks(data_dir):
+    rows = read_jsonl(rows_path(data_dir))
+    pair = [rows[0] | {"task_type": t} for t in ("compare", "hypothetical", "compare")]
+    write_rows(data_dir, "train", [*pair[:2], *rows, pair[2], ""])
+    split = open_train(data_dir, tasks=("summary", "category"))
+    wanted = [r for r in rows if r["task_type"] in ("summary", "category")]
+    assert [split.raw(i)["response"] for i in range(len(split.rows))] == [r["response"] for r in wanted]
+    assert split.counts["pair_tasks"] == 3
+    assert split.counts["other_tasks"] == len(rows) - len(wanted)
+
+
+def bad_rows(change):
+    def write(folder):
+        rows = read_jsonl(rows_path(folder))
+        rows[4] = change(dict(rows[4]))
+        write_rows(folder, "train", rows)
+
+    return write
+
+
+def bad_vectors(**tensors):
+    def write(folder):
+        path = elm.split_paths(elm.DataConfig(dir=str(folder)), "train")[0]
+        save_file(tensors, path)
+
+    return write
+
+
+def with_value(value):
+    table = torch.randn(10, 12)
+    table[6, 3] = value
+    return table
+
+
+ZERO = torch.randn(10, 12)
+ZERO[2] = 0
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (bad_rows(lambda r: "{broken"), r"train_synthesis.jsonl:5: broken JSON"),
+        (bad_rows(lambda r: "[1]"), r":5: not a JSON object"),
+        (bad_rows(lambda r: {k: r[k] for k in r if k != "query"}), r":5: field 'query' is missing"),
+        (bad_rows(lambda r: r | {"response": 3}), r":5: field 'response' is 3, not of type str"),
+        (bad_rows(lambda r: r | {"text": None}), r":5: field 'text' is None"),
+        (bad_rows(lambda r: r | {"embedding_file_idx": True}), r":5: field 'embedding_file_idx'"),
+        (bad_rows(lambda r: r | {"embedding_file_idx": 10}), r":5: embedding_file_idx 10"),
+        (bad_rows(lambda r: r | {"embedding_file_idx": -1}), r":5: embedding_file_idx -1"),
+        (bad_rows(lambda r: r | {"task_type": "sumary"}), r":5: unknown .*did you mean summary"),
+        (bad_rows(lambda r: r | {"query": "<EMB> <EMB>"}), r":5: the query has more than one <EMB>"),
+        (bad_rows(lambda r: r | {"query": "long " * 99}), r":5: the prompt takes all of data.max"),
+        (lambda f: rows_path(f).write_text("\n"), r"train_synthesis.jsonl: no row of data.tasks"),
+        (lambda f: rows_path(f).unlink(), r"train_synthesis.jsonl: No such file"),
+        (bad_vectors(a=with_value(torch.nan)), r"embeddings.safetensors: vector 6 is zero, NaN"),
+        (bad_vectors(a=with_value(torch.inf)), r": vector 6 is"),
+        (bad_vectors(a=ZERO), r": vector 2 is zero"),
+        (bad_vectors(a=torch.randn(12)), r"torch.float32 \[12\], not one float tensor"),
+        (bad_vectors(a=torch.randn(2, 3), b=torch.randn(2, 3)), r"not one float tensor"),
+        (bad_vectors(a=torch.ones(2, 3, dtype=torch.int64)), r"torch.int64 \[2, 3\]"),
+        (bad_vectors(), r"holds nothing"),
+    ],
+)
+def test_bad_data_is_refused_with_its_place(data_dir, spoil, message):
+    spoil(data_dir)
+    with pytest.raises(elm.UserError, match=message) as e:
+        open_train(data_dir)
+    assert len(str(e.value).splitlines()) == 1
+    assert not list((data_dir / ".cache").glob("*"))  # nothing half-made stays
+
+
+def test_broken_and_missing_vectors(data_dir):
+    path = elm.split_paths(elm.DataConfig(dir=str(data_dir)), "train")[0]
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(elm.UserError, match="train_embeddings.safetensors"):
+        open_train(data_dir)
+    path.unlink()
+    with pytest.raises(elm.UserError, match="train_embeddings.safetensors: No such file"):
+        open_train(data_dir)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_vectors_stay_in_the_map(data_dir, dtype):
+    path = elm.split_paths(elm.DataConfig(dir=str(data_dir)), "train")[0]
+    table = elm.open_vectors(path).to(dtype)
+    save_file({"x": table.clone()}, path)
+    split = open_train(data_dir)
+    assert split.vectors.dtype == dtype
+    assert elm.pack(split, [0])["embeddings"].dtype == torch.float32
+    torch.testing.assert_close(split.statistics["mean"], table.float().mean(0), rtol=1e-5, atol=1e-6)
+    std = table.float().std(0, correction=0)
+    torch.testing.assert_close(split.statistics["std"], std, rtol=1e-5, atol=1e-6)
+
+
+def test_cache_is_used_and_renewed(data_dir):
+    first = open_train(data_dir)
+    (cache,) = (data_dir / ".cache").iterdir()
+    stamp = (cache / "ids.bin").stat().st_mtime_ns
+    open_train(data_dir)
+    assert (cache / "ids.bin").stat().st_mtime_ns == stamp
+    rows = read_jsonl(rows_path(data_dir))
+    write_rows(data_dir, "train", rows[:-1])
+    assert len(open_train(data_dir).rows) == len(first.rows) - 1
+
+
+def test_shuffled_control_gives_every_row_another_vector(data_dir):
+    split = open_train(data_dir)
+    other = elm.shuffled_vectors(split)
+    assert (other != split.rows["vector"]).all()
+    assert sorted(set(other.tolist())) == sorted(set(split.rows["vector"].tolist()))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cut_keeps_every_example_once_within_the_budget(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 300, rng.integers(1, 60))
+    for bins in (1, 2, 3):
+        micros = elm.cut(lengths, bins, 500)
+        assert len(micros) % bins == 0
+        assert sorted(i for m in micros for i in m) == list(range(len(lengths)))
+        assert all(len(m) < 2 or lengths[m].sum() <= 500 for m in micros)
+
+
+def test_any_process_count_sees_the_same_steps(data_dir):
+    """The rows of a step, and their order over epochs, are the same for 1 and 3 processes, whose
+    micro-batches together hold each row once; a repeated row has weight 0."""
+    split = open_train(data_dir)
+    places = [p for p, _ in zip(elm.places_after(0, 0, 40, 16), range(6), strict=False)]
+    assert places == [(0, 0), (0, 16), (0, 32), (1, 0), (1, 16), (1, 32)]
+    for epoch in (0, 1):
+        seen = []
+        for place in places[3 * epoch : 3 * epoch + 3]:
+            alone = elm.plan_step(split, 42, 16, 120, RT, place)
+            shares = [elm.plan_step(split, 42, 16, 120, elm.Runtime(r, 3), place) for r in range(3)]
+            assert all((s[1] == alone[1]).all() and s[2] == alone[2] for s in shares)
+            assert len({len(s[3]) for s in shares}) == 1
+            ids = [sum((b["ids"].sum() for w, b in s[3] if w), 0) for s in (alone, *shares)]
+            assert ids[0] == sum(ids[1:])
+            seen += alone[1].tolist()
+        assert sorted(seen) == list(range(40)) and seen != sorted(seen)
+    orders = [elm.epoch_order(40, 42, e).tolist() for e in (0, 1)]
+    assert orders[0] != orders[1]
+    resumed = [p for p, _ in zip(elm.places_after(0, 32, 40, 16), range(3), strict=False)]
+    assert resumed == places[2:5]
+
+
+def test_more_processes_than_rows(data_dir):
+    split = open_train(data_dir)
+    shares = [elm.plan_step(split, 0, 2, 2048, elm.Runtime(r, 4), (0, 0)) for r in range(4)]
+    assert [len(s[3]) for s in shares] == [1] * 4
+    assert sum(w for s in shares for w, _ in s[3]) == 2
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_read_ahead_keeps_order(threads):
+    assert list(elm.read_ahead(lambda k: k * k, range(30), threads)) == [k * k for k in range(30)]
+
+
+def test_tokenizer_without_chat_template_gets_a_plain_prompt(tmp_path):
+    prompt = elm.Prompt.of(byte_tokenizer(chat_template=None))
+    assert prompt.parts("What is it?") == ["", "\nWhat is it?\n"]
+    make_data(tmp_path)
+    data = elm.DataConfig(dir=str(tmp_path), max_seq_length=256)
+    assert len(elm.open_split(data, "train", prompt, 1, RT).rows) == 40
+
+
+def test_tokenizer_without_end_token_is_refused():
+    tok = byte_tokenizer()
+    tok.eos_token = None
+    with pytest.raises(elm.UserError, match="eos_token"):
+        elm.Prompt.of(tok)
+
+
+def test_rows_without_text(data_dir):
+    rows = [json.loads(x) for x in rows_path(data_dir).read_text().splitlines()]
+    write_rows(data_dir, "train", [{k: v for k, v in r.items() if k != "text"} for r in rows])
+    split = open_train(data_dir)
+    assert (split.rows["length"][:, elm.BY_TEXT] == 0).all()
