@@ -29,7 +29,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -292,16 +291,15 @@ def start_runtime(cfg: Config) -> Runtime:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = need("deepspeed")
     if not torch.distributed.is_initialized():
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        for key, value in alone.items():
-            os.environ.setdefault(key, str(value))
         # DeepSpeed would compile its shared-memory op for CPUs at first use: a minute, a C++
         # compiler, and a lock that hangs every later run if the build is killed. gloo is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+        backend = "nccl" if cuda else "gloo"
+        if "RANK" not in os.environ:
+            alone = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=alone, rank=0, world_size=1)
+            os.environ.setdefault("LOCAL_RANK", "0")
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -904,10 +902,11 @@ def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
             rt.say(f"passed over {path}: {why}")
     return None
 
-def check_identity(saved: dict, identity: dict) -> None:
+def check_identity(saved: dict | None, identity: dict) -> None:
     """Refuse a checkpoint of other dimensions or of another LLM."""
-    wrong = [f"train.resume: the checkpoint has {key} = {saved.get(key)!r}, this run {value!r}"
-             for key, value in identity.items() if saved.get(key) != value]
+    wrong = [f"train.resume: the checkpoint has {key} = {saved['identity'].get(key)!r}, this run "
+             f"{value!r}" for key, value in identity.items()
+             if saved and saved["identity"].get(key) != value]
     if wrong:
         raise UserError("\n".join(wrong))
 
@@ -1063,17 +1062,15 @@ def open_data(cfg: Config, prompt: Prompt, rt: Runtime) -> tuple[dict[str, Split
     return data, final
 
 def build_model(cfg: Config, data: Split, prompt: Prompt, rt: Runtime) -> tuple[ELM, dict]:
-    """A fresh adapter on the frozen LLM, and what a checkpoint must agree with."""
+    """A fresh adapter on the frozen LLM, and the llm_facts of that."""
     m, llm = cfg.model, load_llm(cfg.model.llm, rt.device, cfg.model.bf16)
     reach = getattr(llm.config.get_text_config(), "max_position_embeddings", math.inf)
     if cfg.data.max_seq_length > reach:
         raise UserError(f"data.max_seq_length = {cfg.data.max_seq_length}: {m.llm} reads {reach}")
-    facts, d_emb = llm_facts(llm), data.vectors.shape[1]
-    identity = dict(d_emb=d_emb, hidden_dim=m.hidden_dim, d_llm=facts["d_llm"], tokens=m.tokens,
-                    llm=facts["fingerprint"])
+    facts = llm_facts(llm)
     torch.manual_seed(cfg.train.seed)
-    adapter = Adapter(d_emb, m.hidden_dim, facts["d_llm"], m.tokens, m.dropout, m.residual_scale,
-                      facts["scale"])
+    adapter = Adapter(data.vectors.shape[1], m.hidden_dim, facts["d_llm"], m.tokens, m.dropout,
+                      m.residual_scale, facts["scale"])
     if m.standardize:
         adapter.load_state_dict(data.statistics, strict=False)
     recompute = checkpoint_layers(llm, m.grad_checkpoint, token_budget(rt.device))
@@ -1082,7 +1079,7 @@ def build_model(cfg: Config, data: Split, prompt: Prompt, rt: Runtime) -> tuple[
            f"{str(llm.dtype)[6:]}, recomputation {'on' if recompute else 'off'}\n"
            f"{trained:,} parameters trained, {frozen:,} frozen; "
            f"token embeddings of root mean square {facts['scale']:.4f}")
-    return ELM(llm, adapter.to(rt.device), prompt), identity
+    return ELM(llm, adapter.to(rt.device), prompt), facts
 
 def train(cfg: Config) -> dict:
     """Train an adapter as `cfg` says and report on it: returns the dict of eval.json.
@@ -1096,13 +1093,16 @@ def train(cfg: Config) -> dict:
     data, final = open_data(cfg, prompt, rt)  # before the LLM: its errors come in seconds
     source, size = data["train"], cfg.train.batch_size * cfg.train.grad_accum * rt.world
     total = cfg.train.max_steps or cfg.train.epochs * math.ceil(len(source.rows) / size)
+    shape = dict(d_emb=source.vectors.shape[1], hidden_dim=cfg.model.hidden_dim,
+                 tokens=cfg.model.tokens)
+    check_identity(saved, shape)
     if saved and state.step >= total and (folder / "eval.json").exists():
         rt.say(f"{folder} holds a finished run of {state.step} steps; nothing to do")
         return json.loads((folder / "eval.json").read_text())
 
-    elm, identity = build_model(cfg, source, prompt, rt)
-    if saved:
-        check_identity(saved["identity"], identity)
+    elm, facts = build_model(cfg, source, prompt, rt)
+    identity = shape | dict(d_llm=facts["d_llm"], llm=facts["fingerprint"])
+    check_identity(saved, identity)
     engine = start_engine(cfg, elm)
     if saved:
         restore_state(engine, saved["adapter"], saved["optimizer"])

@@ -74,7 +74,9 @@ def make_data(folder: Path, num_rows: int = 40, num_vectors: int = 10, width: in
         (folder / sub).mkdir(parents=True, exist_ok=True)
     for seed, split in enumerate(("train", "val", "test")):
         vectors = torch.randn(num_vectors, width, generator=torch.Generator().manual_seed(seed))
-        save_file({"embeddings": vectors}, elm.split_paths(elm.DataConfig(dir=str(folder)), split)[0])
+        save_file(
+            {"embeddings": vectors}, elm.split_paths(elm.DataConfig(dir=str(folder)), split)[0]
+        )
         rows = [
             dict(
                 task_type=elm.TASKS[i % 13],

@@ -33,7 +33,9 @@ def naive_loss(llm, adapter, examples):
     embeds = embeds.masked_scatter((batch == -1)[..., None], soft.to(embeds.dtype))
     logits = llm(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False).logits
     shifted, target = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-    return F.cross_entropy(shifted, target, ignore_index=-100, reduction="sum") / (target >= 0).sum()
+    return (
+        F.cross_entropy(shifted, target, ignore_index=-100, reduction="sum") / (target >= 0).sum()
+    )
 
 
 def naive_step(llm, adapter, examples):

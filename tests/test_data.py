@@ -49,7 +49,10 @@ def test_pack_describes_the_same_tokens(data_dir):
     for k, i in enumerate(rows):
         r, n = split.rows[i], batch["lengths"][k]
         assert batch["positions"][offset : offset + n].tolist() == list(range(n))
-        assert batch["slots"][2 * k : 2 * k + 2].tolist() == [offset + r["slot"], offset + r["slot"] + 1]
+        assert batch["slots"][2 * k : 2 * k + 2].tolist() == [
+            offset + r["slot"],
+            offset + r["slot"] + 1,
+        ]
         mine = batch["owner"] == k
         assert int(mine.sum()) == r["response"]
         last = offset + n
@@ -80,7 +83,9 @@ def test_task_filter_and_removed_pair_tasks(data_dir):
     write_rows(data_dir, "train", [*pair[:2], *rows, pair[2], ""])
     split = open_train(data_dir, tasks=("summary", "category"))
     wanted = [r for r in rows if r["task_type"] in ("summary", "category")]
-    assert [split.raw(i)["response"] for i in range(len(split.rows))] == [r["response"] for r in wanted]
+    assert [split.raw(i)["response"] for i in range(len(split.rows))] == [
+        r["response"] for r in wanted
+    ]
     assert split.counts["pair_tasks"] == 3
     assert split.counts["other_tasks"] == len(rows) - len(wanted)
 
@@ -124,7 +129,10 @@ ZERO[2] = 0
         (bad_rows(lambda r: r | {"embedding_file_idx": 10}), r":5: embedding_file_idx 10"),
         (bad_rows(lambda r: r | {"embedding_file_idx": -1}), r":5: embedding_file_idx -1"),
         (bad_rows(lambda r: r | {"task_type": "sumary"}), r":5: unknown .*did you mean summary"),
-        (bad_rows(lambda r: r | {"query": "<EMB> <EMB>"}), r":5: the query has more than one <EMB>"),
+        (
+            bad_rows(lambda r: r | {"query": "<EMB> <EMB>"}),
+            r":5: the query has more than one <EMB>",
+        ),
         (bad_rows(lambda r: r | {"query": "long " * 99}), r":5: the prompt takes all of data.max"),
         (lambda f: rows_path(f).write_text("\n"), r"train_synthesis.jsonl: no row of data.tasks"),
         (lambda f: rows_path(f).unlink(), r"train_synthesis.jsonl: No such file"),
@@ -163,7 +171,9 @@ def test_vectors_stay_in_the_map(data_dir, dtype):
     split = open_train(data_dir)
     assert split.vectors.dtype == dtype
     assert elm.pack(split, [0])["embeddings"].dtype == torch.float32
-    torch.testing.assert_close(split.statistics["mean"], table.float().mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        split.statistics["mean"], table.float().mean(0), rtol=1e-5, atol=1e-6
+    )
     std = table.float().std(0, correction=0)
     torch.testing.assert_close(split.statistics["std"], std, rtol=1e-5, atol=1e-6)
 

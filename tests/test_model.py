@@ -46,7 +46,9 @@ def test_adapter_has_the_size_of_the_contract():
     assert other(torch.empty(7, 1024, device="meta")).shape == (7, 4, 2560)
 
 
-@pytest.mark.parametrize("d_emb, d_llm, tokens", [(12, 12, 1), (12, 20, 1), (12, 20, 3), (12, 12, 3)])
+@pytest.mark.parametrize(
+    "d_emb, d_llm, tokens", [(12, 12, 1), (12, 20, 1), (12, 20, 3), (12, 12, 3)]
+)
 def test_adapter_is_its_formula(d_emb, d_llm, tokens):
     adapter = elm.Adapter(d_emb, 16, d_llm, tokens, residual_scale=0.5, scale=0.03).eval()
     adapter.mean += 1.0
@@ -158,7 +160,9 @@ def test_ragged_batch_equals_one_flat_cross_entropy(parts):
     ends = np.cumsum(batch["lengths"])
     flat = torch.cat([x[batch["targets"][batch["owner"] == k] - (ends[k] - batch["lengths"][k])]
                       for k, x in enumerate(logits)])  # fmt: skip
-    torch.testing.assert_close(nll.sum(), F.cross_entropy(flat.float(), batch["labels"], reduction="sum"))
+    torch.testing.assert_close(
+        nll.sum(), F.cross_entropy(flat.float(), batch["labels"], reduction="sum")
+    )
     assert soft.shape == (8, 2, 32)
 
 
@@ -187,7 +191,11 @@ def test_the_llm_never_drops_out(parts):
 def test_generation_is_the_same_in_batches_and_from_prompt_embeds(parts):
     llm, prompt, split = parts
     model = elm.ELM(llm, adapter_for(llm, split), prompt).eval()
-    queries = ["What?", "A much longer query than the others, so that it is padded.", "<EMB>: say it"]
+    queries = [
+        "What?",
+        "A much longer query than the others, so that it is padded.",
+        "<EMB>: say it",
+    ]
     together = model.generate(split.vectors[:3], queries, max_new_tokens=12)
     one_by_one = [model.generate(split.vectors[i : i + 1], q, 12)[0] for i, q in enumerate(queries)]
     assert together == one_by_one
@@ -285,7 +293,9 @@ def test_mean_cosine_is_that_of_all_pairs():
 
 def test_import_needs_torch_transformers_and_safetensors_alone():
     """As a copied file: with the other packages hidden, elm still imports and builds an adapter."""
-    hide = "import sys; sys.modules.update(dict.fromkeys(['deepspeed','wandb','optuna','bert_score']))"
+    hide = (
+        "import sys; sys.modules.update(dict.fromkeys(['deepspeed','wandb','optuna','bert_score']))"
+    )
     code = f"{hide}; import elm; elm.Adapter(4, 4, 4); elm.load_config()\n" + (
         "try: elm.train(elm.load_config())\nexcept elm.UserError as e: print(e)"
     )

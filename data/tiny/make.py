@@ -3,15 +3,16 @@
     python data/tiny/make.py                     everything, 20 to 30 minutes on two cores
     python data/tiny/make.py llm                 one stage: llm, embedder, scorer, rows or check
 
-    llm/         a Qwen3-architecture language model (0.8M parameters) with tokenizer and chat template
+    llm/         a Qwen3-architecture language model (0.8M parameters), tokenizer, chat template
     embedder/    a separate Qwen3-architecture text embedder of the same width, last-token pooling
     scorer/      a BERT (0.4M parameters) for offline BERTScore
     embeddings/, synthesis/   the vectors and rows of train, val and test
 
-The world has 23.6 million records (a study: its field, object, method, place, ...). A text tells a
-record in four sentences; thirteen tasks ask about it. Half of the LLM's pre-training answers from the
-text and half from one soft token, so it has *learned to accept a soft token*: it shows the pipeline
-at work and is no evidence about large language models. The embedder never meets the LLM.
+The world has 23.6 million records (a study: its field, object, method, place, ...). A text tells
+a record in four sentences; thirteen tasks ask about it. Half of the LLM's pre-training answers
+from the text and half from one soft token, so it has *learned to accept a soft token*: it shows
+the pipeline at work and is no evidence about large language models. The embedder never meets the
+LLM.
 
 Texts and rows repeat bit for bit. Weights repeat on one machine with one thread; across CPUs only
 their quality does, and `check` tests that: every attribute of every task answered from the text
@@ -108,7 +109,8 @@ DIRECTIONS = [  # direction, its opposite, in short, verbs
     ("increase", "decrease", "up", ("rises", "increases", "grows")),
     ("decrease", "increase", "down", ("falls", "decreases", "drops")),
 ]
-CAUSES = "seasons traffic aging rainfall rules defects competition training pollution chance".split()
+CAUSES = ["seasons", "traffic", "aging", "rainfall", "rules", "defects", "competition", "training",
+          "pollution", "chance"]
 LIMITS = [  # limit, gloss
     ("scarcity", "too few cases"),
     ("gaps", "missing values"),
@@ -142,10 +144,12 @@ ANSWERS = {
                  "It belongs to {field}, a part of {cat} science."],
     "questions": ["How does {cause} change the {prop} of {object} in {place}?",
                   "What does {cause} do to the {prop} of {object} in {place}?"],
-    "summary": ["A study of {object} in {place} with {method} shows the {dir} of {prop} due to {cause}.",
-                "With {method}, the authors link {cause} to the {dir} of {prop} of {object} in {place}."],
-    "describe": ["The text is about {field}: it reports on {object} in {continent} and notes {limit}.",
-                 "It is a {field} abstract on {object} in {continent}, limited by {limit}."],
+    "summary": [
+        "A study of {object} in {place} with {method} shows the {dir} of {prop} due to {cause}.",
+        "With {method}, the authors link {cause} to the {dir} of {prop} of {object} in {place}."],
+    "describe": [
+        "The text is about {field}: it reports on {object} in {continent} and notes {limit}.",
+        "It is a {field} abstract on {object} in {continent}, limited by {limit}."],
     "explain_beginner": [
         "People looked at {object} by {gloss} and saw that how {pgloss} they are went {updown}.",
         "By {gloss}, people learned that how {pgloss} {object} are went {updown}."],
@@ -169,8 +173,9 @@ ANSWERS = {
         "So folks checked out {object} over in {continent} and {prop} went {updown}, "
         "all because of {cause}!",
         "Hey, you know {object} in {continent}? Turns out {prop} went {updown} thanks to {cause}."],
-    "counterfactual": ["If {cause} had caused the {odir} of {prop} instead, {use} would need to change.",
-                       "With the {odir} of {prop} despite {cause}, the advice for {use} would differ."],
+    "counterfactual": [
+        "If {cause} had caused the {odir} of {prop} instead, {use} would need to change.",
+        "With the {odir} of {prop} despite {cause}, the advice for {use} would differ."],
 }
 QUERIES = {
     "keywords": ["List the keywords.", "Which key terms fit?", "Give five keywords."],
@@ -183,9 +188,12 @@ QUERIES = {
                          "How would you tell a child?"],
     "explain_expert": ["Explain it to an expert.", "Give the technical account.",
                        "Explain it to a specialist."],
-    "related_topics": ["Name related topics.", "What is related to it?", "What should I read next?"],
-    "characteristics_pos": ["What are its strengths?", "What is good about it?", "Name the merits."],
-    "characteristics_neg": ["What are its weaknesses?", "What is bad about it?", "Name the flaws."],
+    "related_topics": ["Name related topics.", "What is related to it?",
+                       "What should I read next?"],
+    "characteristics_pos": ["What are its strengths?", "What is good about it?",
+                            "Name the merits."],
+    "characteristics_neg": ["What are its weaknesses?", "What is bad about it?",
+                            "Name the flaws."],
     "style_academic": ["Rewrite it in academic style.", "Say it formally.",
                        "How would a scholar put it?"],
     "style_casual": ["Rewrite it in casual style.", "Say it casually.",
@@ -216,7 +224,7 @@ def attributes(record: int) -> dict[str, str]:
 
 
 def draw(rng: random.Random, held_out: bool = False) -> int:
-    """A record's number. Multiples of 17 are held out: val and test have only these, training none."""
+    """A record's number. Multiples of 17 are held out: val and test have these, training none."""
     while True:
         record = rng.randrange(RECORDS)
         if (record % 17 == 0) == held_out:
@@ -247,7 +255,7 @@ def fill(template: str, values: dict[str, str]) -> tuple[str, list[tuple[int, in
 ATTRIBUTES = [k for k in attributes(0) if k != "verb"]
 NUM_VALUES = {k: len({attributes(i)[k] for i in range(0, RECORDS, 997)}) for k in ATTRIBUTES}
 SCORED = {  # the attributes that both templates of a task name
-    task: [a for a in ATTRIBUTES if all("{%s}" % a in t for t in templates)]
+    task: [a for a in ATTRIBUTES if all(f"{{{a}}}" in t for t in templates)]
     for task, templates in ANSWERS.items()
 }
 
@@ -274,7 +282,7 @@ def corpus(seed: int, n: int) -> list[str]:
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE: takes any text; every value of the world is one token (glosses two or three)."""
+    """Byte-level BPE, so any text will do; each value is one token, a gloss two or three."""
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
@@ -433,7 +441,7 @@ class AttributeWeights:
         self.full = self.ema.clone()
 
     def loss(self, losses, classes):
-        """`losses` [n] per answer token, `classes` [n]: an attribute, len (template) or -1 (none)."""
+        """`losses` [n] per answer token, `classes` [n]: an attribute, 19 (template), -1 (none)."""
         losses, classes = losses[classes >= 0], classes[classes >= 0]
         pushed = 0.5 + 3 * (self.ema / self.full).clamp(0, 1)
         weight = torch.cat([pushed, torch.tensor([0.3])])[classes]
@@ -444,7 +452,7 @@ class AttributeWeights:
 
 
 def qa_loss(model, prompts, answers, weights: AttributeWeights, soft=None):
-    """Weighted loss of the answers. `soft` [n, WIDTH] takes the place of each prompt's first pad."""
+    """Weighted loss of the answers. `soft` [n, WIDTH] replaces each prompt's first pad token."""
     pad_id = tokenizer().pad_token_id
     ids = pad([p + a for p, (a, _) in zip(prompts, answers, strict=True)], pad_id)
     classes = pad([[-1] * len(p) + c for p, (_, c) in zip(prompts, answers, strict=True)], -1)
@@ -455,7 +463,8 @@ def qa_loss(model, prompts, answers, weights: AttributeWeights, soft=None):
         embeds = torch.where(slot, soft.to(embeds.dtype)[:, None], embeds)
     hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, :-1]
     keep = classes[:, 1:] >= 0
-    losses = F.cross_entropy(model.lm_head(hidden[keep]).float(), ids[:, 1:][keep], reduction="none")
+    logits = model.lm_head(hidden[keep]).float()
+    losses = F.cross_entropy(logits, ids[:, 1:][keep], reduction="none")
     return weights.loss(losses, classes[:, 1:][keep])
 
 
@@ -558,7 +567,9 @@ def make_scorer(steps: int = 900, seed: int = 0) -> None:
     wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     wordpiece.decoder = decoders.WordPiece()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=1200, special_tokens=special, show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=1200, special_tokens=special, show_progress=False
+    )
     wordpiece.train_from_iterator(corpus(0, 4000), trainer)
     vocab = wordpiece.get_vocab()
     tok = BertTokenizerFast(vocab=vocab, do_lower_case=False, model_max_length=256)
@@ -576,7 +587,8 @@ def make_scorer(steps: int = 900, seed: int = 0) -> None:
     start, words = time.time(), steps * 2 // 3
     for step in range(steps):
         if step < words:
-            lines = [answers(draw(rng)) for _ in range(64)] + [tell(draw(rng), rng) for _ in range(16)]
+            lines = [answers(draw(rng)) for _ in range(64)]
+            lines += [tell(draw(rng), rng) for _ in range(16)]
             batch = tok(lines, padding=True, return_tensors="pt")
             masked = (torch.rand(batch["input_ids"].shape) < 0.25) & (batch["input_ids"] > 4)
             labels = batch["input_ids"].masked_fill(~masked, -100)
@@ -610,30 +622,38 @@ def make_scorer(steps: int = 900, seed: int = 0) -> None:
 # Vectors and rows
 
 
-def make_rows(num_texts: dict[str, int] | None = None, rows_per_text: int = 4) -> None:
-    rng = random.Random(4000)
-    for split, n in (num_texts or dict(train=800, val=200, test=200)).items():
+NUM_TEXTS = dict(train=800, val=200, test=200)  # 800: an adapter has room left to improve
+
+
+def dataset(rows_per_text: int = 4):
+    """(split, records, texts, rows) of each split; no record comes twice."""
+    rng, taken = random.Random(4000), set()
+    for split, n in NUM_TEXTS.items():
         records: list[int] = []
-        while len(records) < n:  # distinct within train and over val and test together
+        while len(records) < n:
             record = draw(rng, held_out=split != "train")
-            if record not in records and record not in taken.setdefault(split != "train", set()):
-                taken[split != "train"].add(record)
+            if record not in taken:
+                taken.add(record)
                 records.append(record)
-        texts = [tell(r, rng) for r in records]
-        for folder in ("embeddings", "synthesis"):
-            (HERE / folder).mkdir(exist_ok=True)
-        vectors = embed(texts).half()
-        save_file({"embeddings": vectors}, HERE / f"embeddings/{split}_embeddings.safetensors")
+        texts, rows = [tell(r, rng) for r in records], []
+        for i, (record, text) in enumerate(zip(records, texts, strict=True)):
+            for task in rng.sample(list(ANSWERS), rows_per_text):
+                query, answer, _ = question(record, task, rng)
+                row = dict(task_type=task, embedding_file_idx=i, query=query, response=answer)
+                rows.append(row | {"text": text})
+        yield split, records, texts, rows
+
+
+def make_rows() -> None:
+    for folder in ("embeddings", "synthesis"):
+        (HERE / folder).mkdir(exist_ok=True)
+    for split, _, texts, rows in dataset():
+        vectors = {"embeddings": embed(texts).half()}
+        save_file(vectors, HERE / f"embeddings/{split}_embeddings.safetensors")
         with open(HERE / f"synthesis/{split}_synthesis.jsonl", "w", encoding="utf-8") as out:
-            for i, (record, text) in enumerate(zip(records, texts, strict=True)):
-                for task in rng.sample(list(ANSWERS), rows_per_text):
-                    query, answer, _ = question(record, task, rng)
-                    row = dict(task_type=task, embedding_file_idx=i, query=query, response=answer)
-                    out.write(json.dumps(row | {"text": text}) + "\n")
-        print(f"rows {split}: {n} texts, {n * rows_per_text} rows")
+            out.writelines(json.dumps(row) + "\n" for row in rows)
+        print(f"rows {split}: {len(texts)} texts, {len(rows)} rows")
 
-
-taken: dict[bool, set[int]] = {}
 
 # -----------------------------------------------------------------------------
 # The gate

@@ -1,0 +1,57 @@
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import elm
+
+SOURCE = (ROOT / "elm.py").read_text()
+README = (ROOT / "README.md").read_text()
+
+
+def test_size_of_the_one_file():
+    lines = SOURCE.splitlines()
+    assert len(lines) <= 1200 and max(map(len, lines)) <= 100
+    assert "1,200 lines" in README and len(README.splitlines()) <= 200
+
+
+def test_sections_in_the_order_of_reading():
+    titles = re.findall(r"^# -{77}\n# (\w+)", SOURCE, re.MULTILINE)
+    assert titles == ["Config", "Runtime", "Data", "Model", "Optimization", "Checkpoint",
+                      "Evaluation", "Training", "Command"]  # fmt: skip
+
+
+def test_only_the_loop_is_long():
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.FunctionDef) and node.name != "train":
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_nothing_runs_code_from_files_or_trusts_remote_code():
+    assert "trust_remote_code" not in SOURCE and "weights_only=False" not in SOURCE
+    assert SOURCE.count("torch.load(") == SOURCE.count("weights_only=True")
+
+
+def test_readme_tables_name_every_key_and_metric():
+    for name, section in elm.SECTIONS.items():
+        for key in section.__annotations__:
+            assert key == "extra" or key in README, f"{name}.{key}"
+    for metric in re.findall(r"record\(step=state.step, (.*?)\)\n", SOURCE, re.DOTALL):
+        for key in re.findall(r"(\w+)=", metric):
+            assert key in README, key
+
+
+def test_readme_commands_name_files_that_exist():
+    for path in re.findall(r"(?:deepspeed|python) ([\w./]+\.py)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_ruff():
+    pytest.importorskip("ruff")
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode == 0, done.stdout.decode()

@@ -1,0 +1,101 @@
+"""The embedded default: what it is made from, what its models can do, and its run."""
+
+import json
+import random
+
+import make
+import pytest
+import torch
+from conftest import ROOT, deepspeed_launcher, read_jsonl, run
+from transformers import AutoTokenizer
+
+import elm
+
+TINY = ROOT / "data" / "tiny"
+
+
+def rows(split):
+    return read_jsonl(TINY / "synthesis" / f"{split}_synthesis.jsonl")
+
+
+@pytest.fixture(scope="module")
+def world():
+    return {split: made for split, *made in make.dataset()}
+
+
+def test_rows_repeat_bit_for_bit(world):
+    for split, (_, _, made) in world.items():
+        wanted = (TINY / "synthesis" / f"{split}_synthesis.jsonl").read_text()
+        assert "".join(json.dumps(r) + "\n" for r in made) == wanted
+
+
+def test_tokenizer_repeats_bit_for_bit(tmp_path):
+    make.save_tokenizer(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (
+        TINY / "llm" / "tokenizer.json"
+    ).read_bytes()
+
+
+def test_splits_share_no_record(world):
+    """Held-out records are the multiples of 17, which no training of any model has drawn."""
+    records = [r for made in world.values() for r in made[0]]
+    assert len(set(records)) == len(records)
+    assert all(r % 17 for r in world["train"][0])
+    assert not any(r % 17 for split in ("val", "test") for r in world[split][0])
+
+
+def test_all_tasks_and_fields():
+    for split in ("train", "val", "test"):
+        found = rows(split)
+        assert {r["task_type"] for r in found} == set(elm.TASKS) == set(make.ANSWERS)
+        assert all(r["text"] and r["query"] and r["response"] for r in found)
+
+
+def test_size():
+    files = [
+        p for p in TINY.rglob("*") if p.is_file() and not {".cache", "__pycache__"} & set(p.parts)
+    ]
+    assert sum(p.stat().st_size for p in files) < 12e6
+
+
+def test_embedder_makes_the_shipped_vectors():
+    """Last-token pooling at <|endoftext|>, which the tokenizer appends, and unit norm."""
+    seen = {r["embedding_file_idx"]: r["text"] for r in rows("val")}
+    shipped = elm.open_vectors(TINY / "embeddings" / "val_embeddings.safetensors").float()
+    vectors = make.embed([seen[i] for i in range(20)])
+    torch.testing.assert_close(vectors, shipped[:20], rtol=0, atol=2e-3)
+    tok = AutoTokenizer.from_pretrained(TINY / "embedder")
+    assert tok("x")["input_ids"][-1] == tok.convert_tokens_to_ids("<|endoftext|>")
+
+
+def test_scorer_prefers_the_right_answer(world):
+    from bert_score import BERTScorer
+
+    scorer = BERTScorer(str(TINY / "scorer"), num_layers=3)
+    found = rows("test")[:120]
+    answers = [r["response"] for r in found]
+    rng = random.Random(0)
+    known = [make.attributes(world["test"][0][r["embedding_file_idx"]]) for r in found]
+    again = [make.fill(rng.choice(make.ANSWERS[r["task_type"]]), a)[0]
+             for r, a in zip(found, known, strict=True)]  # fmt: skip
+    others = answers[7:] + answers[:7]
+    right, wrong = (scorer.score(again, refs)[2] for refs in (answers, others))
+    assert (right > wrong).float().mean() > 0.9
+    assert scorer.score(answers[:3], answers[:3])[2].allclose(torch.ones(3), atol=1e-4)
+
+
+def test_llm_answers_every_attribute_from_the_text():
+    cells = make.attribute_accuracy(num_records=20)
+    assert len(cells) == 51 and min(cells.values()) >= 0.95, min(cells.items(), key=lambda c: c[1])
+
+
+@pytest.mark.slow
+def test_the_readme_run_shows_that_the_vector_is_read(tmp_path):
+    done = run(ROOT / "train.toml", f"output.dir={tmp_path}", launcher=deepspeed_launcher(1, 29601))
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert 0.85 < result["carried"] < 0.99
+    assert result["loss_text"] < 0.1 < result["loss"] < 0.6 and result["loss_shuffled"] > 2
+    val = [m["val_loss"] for m in read_jsonl(tmp_path / "metrics.jsonl") if "val_loss" in m]
+    assert len(val) >= 4 and val[0] > 4 * val[-1]
+    assert done.stdout.count("reference  ") == done.stdout.count("prediction  ") == 5

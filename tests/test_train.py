@@ -1,0 +1,404 @@
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_data, make_llm, read_jsonl, rows_path, run
+from naive import naive_step, token_rows
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import elm
+
+RT = elm.Runtime()
+
+
+def go(settings, *more) -> tuple[dict, Path]:
+    cfg = elm.load_config(None, [*settings, *more])
+    return elm.train(cfg), Path(cfg.output.dir)
+
+
+def final_state(folder: Path) -> dict:
+    saved = torch.load(folder / "checkpoint_final.pt", weights_only=True)
+    return {f"{kind}.{k}": v for kind in ("adapter", "optimizer") for k, v in saved[kind].items()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def without_clock(folder: Path) -> list[dict]:
+    clocked = ("tokens_per_second", "memory_gib")
+    return [
+        {k: v for k, v in m.items() if k not in clocked}
+        for m in read_jsonl(folder / "metrics.jsonl")
+    ]
+
+
+def snapshot(folder: Path) -> dict:
+    return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.iterdir())}
+
+
+def test_what_a_run_leaves(settings, tmp_path):
+    result, folder = go(settings, f"output.log_file={tmp_path / 'log.txt'}")
+    assert {p.name for p in folder.iterdir()} == {
+        "config.toml", "metrics.jsonl", "eval.json", "predictions.jsonl", "adapter_best.safetensors",
+        "checkpoint_final.pt", *(f"adapter_step_{n}.safetensors" for n in (2, 4, 6)),
+        *(f"checkpoint_step_{n}.pt" for n in (2, 4, 6)),
+    }  # fmt: skip
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    steps = [m for m in metrics if "loss" in m]
+    assert [m["step"] for m in steps] == [1, 2, 3, 4, 5, 6]
+    assert set(steps[0]) == {"step", "epoch", "loss", "lm_loss", "lr", "grad_norm",
+                             "tokens_per_second", "memory_gib", "similarity"}  # fmt: skip
+    assert [m["epoch"] for m in steps] == [0, 0, 0, 1, 1, 1]
+    assert [m["lr"] for m in steps] == [
+        elm.lr_at(n, 6, elm.load_config(None, settings).train) for n in range(6)
+    ]
+    evals = [m for m in metrics if "val_loss" in m]
+    assert [m["step"] for m in evals] == [0, 3, 6]
+    assert set(evals[0]) == {"step", "val_loss", "val_loss_shuffled"}
+    assert json.loads((folder / "eval.json").read_text()) == result
+    assert result["split"] == "test" and result["rows"] == 40 and len(result["tasks"]) == 13
+    shuffled, ours, text = (result[k] for k in ("loss_shuffled", "loss", "loss_text"))
+    assert result["carried"] == pytest.approx((shuffled - ours) / (shuffled - text))
+    best = min(evals, key=lambda m: m["val_loss"])
+    assert result["adapter_step"] == best["step"]
+    predictions = read_jsonl(folder / "predictions.jsonl")
+    assert len(predictions) == 6
+    assert list(predictions[0]) == [
+        "embedding_file_idx",
+        "task_type",
+        "query",
+        "response",
+        "prediction",
+    ]
+    again = elm.load_config(str(folder / "config.toml"))
+    assert again == elm.load_config(None, [*settings, f"output.log_file={tmp_path / 'log.txt'}"])
+    assert "# torch " in (folder / "config.toml").read_text()
+    assert "val_loss" in (tmp_path / "log.txt").read_text()
+
+
+def test_adapter_file_of_a_run_speaks(settings):
+    _, folder = go(settings)
+    model = elm.ELM.load(folder / "adapter_best.safetensors")
+    data = elm.open_vectors(elm.split_paths(elm.load_config(None, settings).data, "test")[0])
+    predictions = read_jsonl(folder / "predictions.jsonl")
+    vectors = torch.stack([data[p["embedding_file_idx"]] for p in predictions])
+    spoken = model.generate(vectors, [p["query"] for p in predictions], max_new_tokens=5)
+    assert spoken == [p["prediction"] for p in predictions]
+    with safe_open(folder / "adapter_best.safetensors", "pt") as f:
+        about = json.loads(f.metadata()["elm"])
+    assert about["adapter"]["d_emb"] == 12 and about["llm"]["fingerprint"] and about["step"] >= 0
+
+
+def parts_of(settings, *more):
+    """The pieces that `train` puts together, for a closer look."""
+    cfg = elm.load_config(None, [*settings, *more])
+    rt = elm.start_runtime(cfg)
+    prompt = elm.Prompt.of(elm.load_pretrained(elm.AutoTokenizer, cfg.model.llm, "model.llm"))
+    data, _ = elm.open_data(cfg, prompt, rt)
+    model, _ = elm.build_model(cfg, data["train"], prompt, rt)
+    return cfg, data["train"], model
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_step_of_the_engine_is_the_naive_step(settings, stage):
+    """Several micro-batches; loss, clipped AdamW update and the LLM's bytes, for each ZeRO stage."""
+    cfg, split, model = parts_of(
+        settings, f"deepspeed.zero_stage={stage}", "train.max_grad_norm=0.05"
+    )
+    rows = np.arange(40)
+    llm = elm.load_llm(cfg.model.llm, RT.device, bf16=False)
+    adapter = elm.Adapter(**model.adapter.settings)
+    adapter.load_state_dict(model.adapter.state_dict())
+    adam = torch.optim.AdamW(
+        adapter.parameters(), lr=cfg.train.lr, weight_decay=cfg.train.weight_decay
+    )
+    before = {k: v.clone() for k, v in model.llm.state_dict().items()}
+    engine = elm.start_engine(cfg, model)
+    engine.train()
+    labels = int(split.rows["response"][rows].sum())
+    for _ in range(2):
+        loss, _ = naive_step(llm, adapter, token_rows(split, rows, 1))
+        torch.nn.utils.clip_grad_norm_(adapter.parameters(), 0.05)
+        adam.step()
+        micros, total = elm.cut(split.rows["length"][rows, 0], 1, 700), 0.0
+        assert len(micros) > 3
+        for k, micro in enumerate(micros):
+            engine.set_gradient_accumulation_boundary(k == len(micros) - 1)
+            nll, _ = engine(elm.pack(split, rows[micro]))
+            engine.backward(nll.sum() / labels, scale_wrt_gas=False)
+            total += nll.sum().item() / labels
+        engine.step()
+        assert total == pytest.approx(loss, rel=1e-5)
+    weights, moments = elm.gather_state(engine)
+    assert moments["step"] == 2
+    for name, p in adapter.named_parameters():
+        torch.testing.assert_close(weights[name], p.data, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            moments[f"{name}.exp_avg"], adam.state[p]["exp_avg"], rtol=1e-4, atol=1e-7
+        )
+    if stage < 3:
+        assert all(torch.equal(v, before[k]) for k, v in model.llm.state_dict().items())
+        assert all(p.grad is None for p in model.llm.parameters())
+    optimized = {id(p) for g in elm.adam_of(engine).param_groups for p in g["params"]}
+    assert not optimized & {id(p) for p in model.llm.parameters()}
+    # A state that was gathered, disturbed and restored goes on as if nothing had been.
+    elm.restore_state(engine, weights, moments)
+    again = elm.gather_state(engine)
+    assert same(weights, again[0]) and same(moments, again[1])
+
+
+def test_stopped_and_resumed_equals_never_stopped(settings, tmp_path):
+    """With dropout, over an epoch boundary, with metrics and files written after the checkpoint,
+    as a killed run leaves them; six steps are two epochs."""
+    more = ["model.dropout=0.3", "train.logging_steps=4"]
+    _, whole = go(settings, *more)
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    for name in (
+        "metrics.jsonl",
+        "config.toml",
+        "adapter_best.safetensors",
+        "checkpoint_step_2.pt",
+    ):
+        shutil.copy(whole / name, killed)
+    (killed / ".checkpoint_step_4.pt.tmp").write_bytes(b"half")
+    with open(killed / "metrics.jsonl", "a") as f:
+        f.write('{"step": 6, "val_l')
+    go(settings, *more, f"output.dir={killed}", "train.resume=auto")
+    assert same(final_state(killed), final_state(whole))
+    assert without_clock(killed) == without_clock(whole)
+    for name in (
+        "adapter_best.safetensors",
+        "adapter_step_6.safetensors",
+        "eval.json",
+        "predictions.jsonl",
+    ):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_resume_of_a_finished_run_is_a_no_op(settings, capsys):
+    result, folder = go(settings)
+    before = snapshot(folder)
+    again, _ = go(settings, "train.resume=auto")
+    assert again == result and snapshot(folder) == before
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_finished_run_killed_before_its_report(settings):
+    result, folder = go(settings)
+    wanted = (folder / "eval.json").read_bytes()
+    (folder / "eval.json").unlink()
+    again, _ = go(settings, "train.resume=auto")
+    assert again == result and (folder / "eval.json").read_bytes() == wanted
+
+
+def test_auto_resume_without_a_checkpoint_starts_afresh(settings):
+    result, folder = go(settings, "train.resume=auto")
+    assert result["step"] == 6 and (folder / "checkpoint_final.pt").exists()
+
+
+def test_a_longer_run_goes_on_from_the_final_checkpoint(settings):
+    go(settings)
+    result, folder = go(settings, "train.resume=auto", "train.max_steps=8")
+    assert result["step"] == 8
+    assert [m["step"] for m in read_jsonl(folder / "metrics.jsonl") if "loss" in m] == list(
+        range(1, 9)
+    )
+
+
+def test_broken_newest_checkpoint_is_passed_over(settings, capsys):
+    _, folder = go(settings)
+    wanted = final_state(folder)
+    for name in ("checkpoint_final.pt", "checkpoint_step_6.pt"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-200])
+    (folder / "eval.json").unlink()
+    go(settings, "train.resume=auto")
+    out = capsys.readouterr().out
+    assert out.count("passed over") == 2 and "resumed after step 4" in out
+    assert same(final_state(folder), wanted)
+
+
+@pytest.mark.parametrize("more", [("train.batch_size=8", "train.grad_accum=2"), ("data.num_workers=0",),
+                                  ("data.num_workers=3",), ("train.logging_steps=3",)])  # fmt: skip
+def test_what_must_not_matter(settings, tmp_path, more):
+    _, one = go(settings)
+    _, two = go(settings, *more, f"output.dir={tmp_path / 'two'}")
+    assert same(final_state(one), final_state(two))
+
+
+def test_epochs_where_no_max_steps(settings):
+    kept = [s for s in settings if not s.startswith("train.max_steps")]
+    result, folder = go(kept, "train.epochs=2", "train.batch_size=15", "train.save_steps=100")
+    assert result["step"] == 2 * 3  # 40 rows: 15, 15 and 10
+    metrics = [m for m in read_jsonl(folder / "metrics.jsonl") if "loss" in m]
+    assert [m["epoch"] for m in metrics] == [0, 0, 0, 1, 1, 1]
+
+
+def test_bf16_llm_and_fp32_adapter(settings):
+    _, folder = go(settings, "model.bf16=true")
+    assert {v.dtype for v in final_state(folder).values()} == {torch.float32}
+    assert {v.dtype for v in load_file(folder / "adapter_best.safetensors").values()} == {
+        torch.float32
+    }
+    assert elm.ELM.load(folder / "adapter_best.safetensors").llm.dtype == torch.bfloat16
+
+
+def test_without_text_there_is_no_ceiling(settings, data_dir):
+    for split in ("train", "val", "test"):
+        rows = [
+            {k: v for k, v in r.items() if k != "text"}
+            for r in read_jsonl(rows_path(data_dir, split))
+        ]
+        rows_path(data_dir, split).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    result, _ = go(settings)
+    assert "carried" not in result and "loss_text" not in result and "loss_shuffled" in result
+
+
+def test_validation_where_there_is_no_test_split(settings, data_dir):
+    for path in elm.split_paths(elm.load_config(None, settings).data, "test"):
+        path.unlink()
+    result, folder = go(settings)
+    assert result["split"] == "val"
+    best = min(m["val_loss"] for m in read_jsonl(folder / "metrics.jsonl") if "val_loss" in m)
+    assert result["loss"] == pytest.approx(best, rel=1e-9)
+
+
+def test_unequal_width_of_splits(settings, data_dir, tmp_path):
+    other = make_data(tmp_path / "other", width=13)
+    name = "embeddings/val_embeddings.safetensors"
+    shutil.copy(other / name, data_dir / name)
+    with pytest.raises(elm.UserError, match="data.dir: .*differ in width.*13"):
+        go(settings)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(settings, tmp_path):
+    with pytest.raises(
+        elm.UserError, match=r"step \d: the (loss|gradient) is not finite.*jsonl:\d+,\d+"
+    ) as e:
+        go(settings, "train.lr=1e30", "train.save_steps=1", "train.warmup_steps=0")
+    step = int(str(e.value).split("step ")[1].split(":")[0])
+    saved = torch.load(tmp_path / "out" / f"checkpoint_step_{step - 1}.pt", weights_only=True)
+    assert saved["state"]["step"] == step - 1 >= 1
+
+
+def test_sigterm_saves_and_leaves_at_the_step_boundary(settings, tmp_path):
+    def stop():
+        path = tmp_path / "out" / "metrics.jsonl"
+        end = time.time() + 60
+        while time.time() < end and not (path.exists() and path.read_bytes().count(b"\n") >= 4):
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(SystemExit) as e:
+        go(settings, "train.max_steps=500", "train.eval_steps=500", "train.save_steps=500")
+    thread.join()
+    assert e.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint_step_*.pt")
+    saved = torch.load(checkpoint, weights_only=True)["state"]
+    metrics = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    assert saved["step"] == metrics[-1]["step"] == int(checkpoint.stem.split("_")[-1])
+
+
+def test_wandb_offline_one_run_that_goes_on(settings, tmp_path):
+    pytest.importorskip("wandb")
+    more = ["wandb.enabled=true", "wandb.run_name=a", "train.max_steps=2"]
+    _, folder = go(settings, *more)
+    (first,) = (folder / "wandb").glob("offline-run-*")
+    saved = torch.load(folder / "checkpoint_final.pt", weights_only=True)["state"]
+    assert saved["wandb_id"] and first.name.endswith(saved["wandb_id"])
+    go(settings, *more, "train.max_steps=4", "train.resume=auto")
+    runs = list((folder / "wandb").glob("offline-run-*"))
+    assert len({r.name.split("-")[-1] for r in runs}) == 1
+    assert any(r.stat().st_size > 1000 for run in runs for r in run.glob("*.wandb"))
+
+
+def test_wandb_failure_does_not_stop_a_run(settings, capsys):
+    pytest.importorskip("wandb")
+    result, _ = go(settings, "wandb.enabled=true", "wandb.project=a/b")  # a name that W&B refuses
+    assert result["step"] == 6 and "W&B failed, training goes on" in capsys.readouterr().out
+
+
+@pytest.fixture
+def bad_cases(tmp_path, data_dir, llm_dir, settings):
+    """{case: (overrides, words of the one line)}; each run must leave the data as it was."""
+    out = tmp_path / "out"
+    no_vectors = make_data(tmp_path / "no_vectors")
+    elm.split_paths(elm.DataConfig(dir=str(no_vectors)), "train")[0].unlink()
+    broken = make_data(tmp_path / "broken")
+    path = rows_path(broken)
+    path.write_text(path.read_text().replace('"query"', '"quarry"', 1))
+    wide = make_llm(tmp_path / "wide", "llama")
+    return {
+        "no data": (
+            ["data.dir=/nowhere"],
+            "/nowhere/embeddings/train_embeddings.safetensors: No such",
+        ),
+        "no vectors": ([f"data.dir={no_vectors}"], "train_embeddings.safetensors: No such file"),
+        "missing field": (
+            [f"data.dir={broken}"],
+            "train_synthesis.jsonl:1: field 'query' is missing",
+        ),
+        "no task": (
+            ['data.tasks=["summary"]', f"data.dir={make_data(tmp_path / 'few', 3)}"],
+            "no row of",
+        ),
+        "no llm": (["model.llm=/nowhere/llm"], "model.llm: no folder /nowhere/llm"),
+        "empty llm": ([f"model.llm={tmp_path}"], "model.llm: cannot load"),
+        "prompt": (["data.max_seq_length=20"], "train_synthesis.jsonl:1: the prompt takes all of"),
+        "reach": (["data.max_seq_length=4096"], "data.max_seq_length = 4096"),
+        "key": (["train.lrr=1"], "train.lrr: unknown key, did you mean train.lr?"),
+        "type": (["train.lr=fast"], "train.lr = 'fast'"),
+        "held": ([], f"output.dir: {out} holds a run already"),
+        "resume dims": (
+            ["train.resume=auto", "model.hidden_dim=16"],
+            "hidden_dim = 24, this run 16",
+        ),
+        "resume llm": (
+            ["train.resume=auto", "train.max_steps=8", f"model.llm={wide}"],
+            "the checkpoint has llm",
+        ),
+        "resume none": (["train.resume=/nowhere/checkpoint_step_2.pt"], "No such file"),
+        "resume other": ([f"train.resume={path}"], "no whole checkpoint"),
+    }
+
+
+def test_bad_input_is_one_line_and_exit_code_2(settings, bad_cases, tmp_path, capsys):
+    config = tmp_path / "run.toml"
+    config.write_text("")
+    assert elm.main([str(config), *settings]) == 0
+    before = snapshot(tmp_path / "out")
+    for case, (overrides, words) in bad_cases.items():
+        capsys.readouterr()
+        if case not in ("held", "resume dims", "resume llm"):
+            overrides = [*overrides, f"output.dir={tmp_path / case.replace(' ', '_')}"]
+        assert elm.main([str(config), *settings, *overrides]) == 2, case
+        lines = capsys.readouterr().err.splitlines()
+        lines = [x for x in lines if x and not x.startswith(("Loading weights", "\r"))]
+        assert len(lines) == 1 and lines[0].startswith("elm: ") and words in lines[0], (case, lines)
+        assert snapshot(tmp_path / "out") == before, case
+
+
+def test_command_line_of_its_own_process(settings, tmp_path):
+    done = run()
+    assert done.returncode == 2 and "deepspeed elm.py train.toml" in done.stdout
+    assert run("--help").returncode == 0
+    done = run("missing.toml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "elm: missing.toml: No such file or directory\n"
+    config = tmp_path / "run.toml"
+    config.write_text("")
+    done = run(config, *settings)
+    assert done.returncode == 0, done.stderr
+    assert "carried information" in done.stdout and done.stdout.count("prediction  ") == 5
