@@ -839,33 +839,26 @@ def gather_state(engine: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return tuple({k: v.detach().float().cpu().clone() for k, v in state.items()}
                  for state in (weights, moments))
 
-def restore_state(engine: Any, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-    """The inverse of gather_state. AdamW makes its moments, and ZeRO their shares, at the first
-    update: one of rate 0 goes before, and all that it touched is then overwritten."""
+def restore_moments(engine: Any, moments: dict[str, Tensor]) -> None:
+    """Set Adam's moments and step as gather_state found them. AdamW makes its moments, and ZeRO
+    their shares, at the first update: one of rate 0 and no gradient, which changes no weight, goes
+    before. The weights must be in the adapter before the engine starts, as ZeRO copies them."""
     from deepspeed import utils as ds
 
     adam, adapter = adam_of(engine), engine.module.adapter
-    sharded = engine.zero_optimization_stage() > 0
     for group in adam.param_groups:
         group["lr"] = 0.0
     rows = torch.zeros(1, adapter.settings["d_emb"], device=engine.device)
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(adapter(rows).sum() * 0.0, scale_wrt_gas=False)
     engine.step()
-    with torch.no_grad():
-        for name, buffer in adapter.named_buffers():
-            buffer.copy_(weights[name])
-        for name, p in adapter.named_parameters():
-            new = {k: moments[f"{name}.{k}"].to(engine.device) for k in ("exp_avg", "exp_avg_sq")}
-            if sharded:
-                ds.safe_set_full_fp32_param(p, weights[name].to(engine.device))
+    for name, p in adapter.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = moments[f"{name}.{key}"].to(engine.device)
+            if engine.zero_optimization_stage() > 0:
+                ds.safe_set_full_optimizer_state(p, moment, key)
             else:
-                p.copy_(weights[name])
-            for key, value in new.items():
-                if sharded:
-                    ds.safe_set_full_optimizer_state(p, value, key)
-                else:
-                    adam.state[p][key].copy_(value)
+                adam.state[p][key].copy_(moment)
     for state in adam.state.values():
         state["step"].copy_(moments["step"])
 
@@ -956,7 +949,9 @@ def summarize(split: Split, losses: dict[str, Tensor], mask: np.ndarray) -> dict
     told = mask & (split.rows["length"][:, BY_TEXT] > 0)
     if "loss_text" in losses and told.any():
         ours, shuffled, text = (mean(k, told) for k in ("loss", "loss_shuffled", "loss_text"))
-        result |= {"loss_text": text, "carried": (shuffled - ours) / (shuffled - text)}
+        result["loss_text"] = text
+        if text < shuffled:  # else the LLM cannot read these texts, and nothing measures the vectors
+            result["carried"] = (shuffled - ours) / (shuffled - text)
     return result
 
 def report(forward: Any, elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime, alike: bool):
@@ -1103,9 +1098,11 @@ def train(cfg: Config) -> dict:
     elm, facts = build_model(cfg, source, prompt, rt)
     identity = shape | dict(d_llm=facts["d_llm"], llm=facts["fingerprint"])
     check_identity(saved, identity)
+    if saved:
+        elm.adapter.load_state_dict(saved["adapter"])
     engine = start_engine(cfg, elm)
     if saved:
-        restore_state(engine, saved["adapter"], saved["optimizer"])
+        restore_moments(engine, saved["optimizer"])
         changed = [f"{name}.{key}" for name, entries in to_tables(cfg).items() for key in entries
                    if saved["config"][name].get(key) != entries[key] and key != "resume"]
         rt.say(f"resumed after step {state.step}; changed since: {', '.join(changed) or 'nothing'}")

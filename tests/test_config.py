@@ -19,8 +19,13 @@ def test_shipped_files_load(path):
 
 
 def test_config_survives_its_own_toml(tmp_path):
-    overrides = ["train.lr=3e-4", 'data.tasks=["summary"]', "model.grad_checkpoint=true",
-                 "deepspeed.zero_optimization={contiguous_gradients=false}", "wandb.run_name=x y"]  # fmt: skip
+    overrides = [
+        "train.lr=3e-4",
+        'data.tasks=["summary"]',
+        "model.grad_checkpoint=true",
+        "deepspeed.zero_optimization={contiguous_gradients=false}",
+        "wandb.run_name=x y",
+    ]
     cfg = elm.load_config(None, overrides)
     assert cfg.train.lr == 3e-4 and cfg.data.tasks == ("summary",)
     path = tmp_path / "again.toml"

@@ -125,12 +125,8 @@ def test_killed_run_ends_with_the_same_bytes(settings, tmp_path):
 
 
 def test_first_run_compiles_nothing(settings, tmp_path, monkeypatch):
-    """No compiler on the path, an empty cache of extensions: two processes run, the cache stays empty."""
+    """Two processes without a compiler: the folder where extensions are built stays empty."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setenv("CXX", "/nowhere/c++")
     launch(settings, tmp_path / "out2", processes=2)
-    assert (
-        not list((tmp_path / "extensions").rglob("*"))
-        if (tmp_path / "extensions").exists()
-        else True
-    )
+    assert not (tmp_path / "extensions").exists() or not list((tmp_path / "extensions").iterdir())

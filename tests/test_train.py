@@ -48,8 +48,8 @@ def snapshot(folder: Path) -> dict:
 def test_what_a_run_leaves(settings, tmp_path):
     result, folder = go(settings, f"output.log_file={tmp_path / 'log.txt'}")
     assert {p.name for p in folder.iterdir()} == {
-        "config.toml", "metrics.jsonl", "eval.json", "predictions.jsonl", "adapter_best.safetensors",
-        "checkpoint_final.pt", *(f"adapter_step_{n}.safetensors" for n in (2, 4, 6)),
+        "config.toml", "metrics.jsonl", "eval.json", "predictions.jsonl",
+        "adapter_best.safetensors", "checkpoint_final.pt", *(f"adapter_step_{n}.safetensors" for n in (2, 4, 6)),
         *(f"checkpoint_step_{n}.pt" for n in (2, 4, 6)),
     }  # fmt: skip
     metrics = read_jsonl(folder / "metrics.jsonl")
@@ -110,7 +110,7 @@ def parts_of(settings, *more):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_one_step_of_the_engine_is_the_naive_step(settings, stage):
-    """Several micro-batches; loss, clipped AdamW update and the LLM's bytes, for each ZeRO stage."""
+    """Several micro-batches: loss, clipped AdamW update, the LLM's bytes; at each ZeRO stage."""
     cfg, split, model = parts_of(
         settings, f"deepspeed.zero_stage={stage}", "train.max_grad_norm=0.05"
     )
@@ -150,10 +150,23 @@ def test_one_step_of_the_engine_is_the_naive_step(settings, stage):
         assert all(p.grad is None for p in model.llm.parameters())
     optimized = {id(p) for g in elm.adam_of(engine).param_groups for p in g["params"]}
     assert not optimized & {id(p) for p in model.llm.parameters()}
-    # A state that was gathered, disturbed and restored goes on as if nothing had been.
-    elm.restore_state(engine, weights, moments)
-    again = elm.gather_state(engine)
-    assert same(weights, again[0]) and same(moments, again[1])
+    # Another engine that starts from the gathered state takes the same third step.
+    other = parts_of(settings, f"deepspeed.zero_stage={stage}", "train.max_grad_norm=0.05")[2]
+    other.adapter.load_state_dict(weights)
+    twin = elm.start_engine(cfg, other)
+    elm.restore_moments(twin, moments)
+    assert same(moments, elm.gather_state(twin)[1])
+    for each in (engine, twin):
+        each.train()
+        for group in elm.adam_of(each).param_groups:
+            group["lr"] = 0.01
+        each.set_gradient_accumulation_boundary(True)
+        nll, _ = each(elm.pack(split, rows[:9]))
+        each.backward(nll.sum() / labels, scale_wrt_gas=False)
+        each.step()
+    third, fourth = elm.gather_state(engine), elm.gather_state(twin)
+    assert same(third[0], fourth[0]) and same(third[1], fourth[1])
+    assert not same(third[0], weights)
 
 
 def test_stopped_and_resumed_equals_never_stopped(settings, tmp_path):
@@ -227,8 +240,15 @@ def test_broken_newest_checkpoint_is_passed_over(settings, capsys):
     assert same(final_state(folder), wanted)
 
 
-@pytest.mark.parametrize("more", [("train.batch_size=8", "train.grad_accum=2"), ("data.num_workers=0",),
-                                  ("data.num_workers=3",), ("train.logging_steps=3",)])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("train.batch_size=8", "train.grad_accum=2"),
+        ("data.num_workers=0",),
+        ("data.num_workers=3",),
+        ("train.logging_steps=3",),
+    ],
+)
 def test_what_must_not_matter(settings, tmp_path, more):
     _, one = go(settings)
     _, two = go(settings, *more, f"output.dir={tmp_path / 'two'}")
