@@ -11,9 +11,9 @@ text that it sees only as a vector. The adapter is all that is trained.
 As a module (`from elm import ELM, Adapter, load_config, train`) it needs torch, transformers and
 safetensors; deepspeed and wandb are imported where they are first used.
 
-Letters in shapes: n examples, N rows of a split, T packed tokens, R response tokens, E embedding
-width, D width of the LLM's token embeddings, K soft tokens per embedding. A `step` is one update
-of the optimizer, a micro-batch one forward and backward pass.
+Shapes: n examples, N rows of a split, T packed tokens, R response tokens, E embedding width, D
+width of the LLM's token embeddings, K soft tokens per embedding. A step is one update of the
+optimizer, a micro-batch one forward and backward pass.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import UnionType
@@ -69,7 +69,6 @@ TASKS = ("keywords", "category", "questions", "summary", "describe", "explain_be
          "style_academic", "style_casual", "counterfactual")
 REMOVED_TASKS = ("compare", "hypothetical")  # pair tasks of older data sets: skipped and counted
 table = dataclass(frozen=True, kw_only=True)
-
 @table
 class ModelConfig:
     llm: str = "Qwen/Qwen3-4B-Instruct-2507"  # hub name or folder
@@ -80,14 +79,12 @@ class ModelConfig:
     standardize: bool = True  # the vectors, by the mean and deviation of the training split's
     bf16: bool = True  # the LLM; the adapter and its optimizer stay fp32
     grad_checkpoint: bool | Literal["auto"] = "auto"
-
 @table
 class DataConfig:
     dir: str = "data"
     tasks: tuple[str, ...] = TASKS
     max_seq_length: Annotated[int, "[1, inf)"] = 2048  # tokens of prompt and response
     num_workers: Annotated[int, "[0, inf)"] = 4  # threads that read ahead
-
 @table
 class TrainConfig:
     batch_size: Annotated[int, "[1, inf)"] = 16  # a step has this * grad_accum * processes rows
@@ -103,13 +100,11 @@ class TrainConfig:
     logging_steps: Annotated[int, "[1, inf)"] = 50
     seed: Annotated[int, "[0, 4294967295]"] = 42
     resume: str | None = None  # a checkpoint, or "auto": the newest in output.dir
-
 @table
 class LossConfig:
     drift_weight: Annotated[float, "[0, inf)"] = 0.0
     drift_target: Annotated[float, "[-1, 1]"] = 1.0
     distill_weight: Annotated[float, "[0, inf)"] = 0.0
-
 @table
 class EvalConfig:
     samples: Annotated[int, "[0, inf)"] = 100  # rows that are generated; losses use the whole split
@@ -118,23 +113,19 @@ class EvalConfig:
     split: Literal["train", "val", "test"] | None = None  # of the report; None: test, else val
     bertscore_model: str = "microsoft/deberta-xlarge-mnli"
     bertscore_layers: Annotated[int, "[1, inf)"] | None = None
-
 @table
 class DeepSpeedConfig:
     zero_stage: Annotated[int, "[0, 3]"] = 0
     extra: dict = field(default_factory=dict)  # the table's other keys, as DeepSpeed wants them
-
 @table
 class WandbConfig:
     enabled: bool = False
     project: str = "elm-training"
     run_name: str | None = None
-
 @table
 class OutputConfig:
     dir: str = "data/checkpoints"
     log_file: str | None = None
-
 @table
 class Config:
     model: ModelConfig = ModelConfig()
@@ -149,19 +140,18 @@ class Config:
 SECTIONS = {f.name: type(f.default) for f in dataclasses.fields(Config)}
 OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
          "gradient_clipping", "optimizer", "scheduler", "bf16", "fp16", "activation_checkpointing")
-UNBUILT = ("drift_weight", "distill_weight")
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a TOML value has the type `hint`. An integer serves as a float, a bool does not."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         low, high = (float(x) for x in args[1][1:-1].split(","))
-        return fits(value, args[0]) and (low <= value <= high and not (
-            value == low and args[1][0] == "(" or value == high and args[1][-1] == ")"))
+        open_ends = [low] * (args[1][0] == "(") + [high] * (args[1][-1] == ")")
+        return fits(value, args[0]) and low <= value <= high and value not in open_ends
     if origin in (Union, UnionType):
         return any(fits(value, a) for a in args)
     if origin is Literal:
-        return isinstance(value, str) and value in args
+        return value in args
     if origin is tuple:
         return isinstance(value, list) and all(isinstance(v, str) for v in value)
     if hint is float:
@@ -206,7 +196,8 @@ def build_config(tables: dict, source: str = "config") -> Config:
     tasks = values["data"].get("tasks", TASKS)
     errors += [f"data.tasks: unknown task {t!r}{nearest(t, TASKS)}" for t in set(tasks) - {*TASKS}]
     errors += ["data.tasks = []: must name a task"] * (not tasks)
-    errors += [f"loss.{k}: not built yet, set it to 0.0" for k in UNBUILT if values["loss"].get(k)]
+    errors += [f"loss.{k}: not built yet, set it to 0.0" for k in ("drift_weight", "distill_weight")
+               if values["loss"].get(k)]
     if errors:
         raise UserError("\n".join(f"{source}: {e}" for e in errors))
     return Config(**{name: SECTIONS[name](**v) for name, v in values.items()})
@@ -216,8 +207,6 @@ def load_config(path: str | None = None, overrides: list[str] | tuple[str, ...] 
     values are TOML; a bare word is a string. Raises: UserError with one line for each mistake."""
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
     except ValueError as e:  # of TOML or of UTF-8
         raise UserError(f"{path}: not valid TOML: {e}") from None
     for override in overrides:
@@ -247,9 +236,7 @@ def to_tables(cfg: Config) -> dict[str, dict]:
 def to_toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(k)} = {to_toml(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(to_toml, value)) + "]"
-    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False)
 
 # -----------------------------------------------------------------------------
 # Runtime: processes, device, messages, files
@@ -287,25 +274,22 @@ def start_runtime(cfg: Config) -> Runtime:
     cuda = torch.cuda.is_available()
     if cuda and cfg.model.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"model.bf16: not on {torch.cuda.get_device_name()}, set model.bf16=false")
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    deepspeed = need("deepspeed")
-    if not torch.distributed.is_initialized():
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    deepspeed, dist, backend = need("deepspeed"), torch.distributed, "nccl" if cuda else "gloo"
+    if not dist.is_initialized():
         # DeepSpeed would compile its shared-memory op for CPUs at first use: a minute, a C++
         # compiler, and a lock that hangs every later run if the build is killed. gloo is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        backend = "nccl" if cuda else "gloo"
         if "RANK" not in os.environ:
-            alone = torch.distributed.HashStore()
-            torch.distributed.init_process_group(backend, store=alone, rank=0, world_size=1)
-            os.environ.setdefault("LOCAL_RANK", "0")
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if not cuda and world > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    elif world > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     return Runtime(rank, world, device, cfg.output.log_file)
 
 @contextmanager
@@ -350,8 +334,7 @@ class Prompt(NamedTuple):
 
     @staticmethod
     def of(tokenizer: Any) -> Prompt:
-        """A tokenizer without a chat template gets a plain one: the user's turn, a line break.
-        Raises: UserError if the tokenizer has no end token."""
+        """Without a chat template a plain one: the user's turn, a line break. Raises: UserError."""
         if tokenizer.eos_token_id is None:
             raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no eos_token")
         if not tokenizer.chat_template:
@@ -369,13 +352,12 @@ class Prompt(NamedTuple):
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 def open_vectors(path: Path) -> Tensor:
-    """The one table [N, E] (fp32, fp16, bf16) of a safetensors file, through the memory map.
-    Raises: UserError on anything else."""
+    """The one table [N, E] (fp32, fp16, bf16) of a safetensors file, mapped. Raises: UserError."""
     try:
         with safe_open(path, framework="pt") as f:
             tensors = [f.get_tensor(k) for k in f.keys()]
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
+    except SafetensorError as e:
+        raise UserError(f"{path}: not a whole safetensors file: {e}") from None
     floats = (torch.float32, torch.float16, torch.bfloat16)
     if len(tensors) != 1 or tensors[0].ndim != 2 or tensors[0].dtype not in floats:
         found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors)
@@ -407,7 +389,7 @@ def parse_row(line: bytes, num_vectors: int) -> dict:
     for key, kind in fields.items():
         if key not in row and key != "text":
             raise ValueError(f"field {key!r} is missing")
-        if key in row and type(row[key]) is not kind:
+        if type(row.get(key, kind())) is not kind:
             raise ValueError(f"field {key!r} is {row[key]!r}, not of type {kind.__name__}")
     task, index = row["task_type"], row["embedding_file_idx"]
     if task not in TASKS + REMOVED_TASKS:
@@ -419,8 +401,7 @@ def parse_row(line: bytes, num_vectors: int) -> dict:
     return row
 
 def read_rows(path: Path, tasks: tuple[str, ...], num_vectors: int, counts: dict):
-    """(line, byte, row) of each row of `tasks`; `counts` the others. Raises: UserError with the
-    line of the first wrong row."""
+    """(line, byte, row) of each row of `tasks`; counts the others. Raises: UserError at a line."""
     byte = 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -435,12 +416,10 @@ def read_rows(path: Path, tasks: tuple[str, ...], num_vectors: int, counts: dict
             byte += len(line)
 
 def build_cache(folder: Path, path: Path, num_vectors: int, prompt: Prompt, data: DataConfig,
-                soft: int) -> None:
-    """Check and tokenise a JSONL file, by chunks, into folder/{rows,ids}.bin and counts.json.
-
-    By vector a row is [before, 0 * soft, after, response, end]; by text, if it has one, the text
-    stands in place of the zeros. What is too long is cut at the end of the response (and of the
-    text). Raises: UserError if a prompt leaves no room for a response."""
+                soft: int) -> dict[str, int]:
+    """Check and tokenise a JSONL file, by chunks, into folder/{rows,ids}.bin; returns counts. By
+    vector a row is [before, 0 * soft, after, response, end]; by text, if it has one, that stands
+    for the zeros. Responses, and texts, are cut at the end. Raises: UserError without room."""
     counts = dict(rows=0, pair_tasks=0, other_tasks=0, responses_cut=0, texts_cut=0)
     rows, start = read_rows(path, data.tasks, num_vectors, counts), 0
     with open(folder / "rows.bin", "wb") as rows_file, open(folder / "ids.bin", "wb") as ids_file:
@@ -470,7 +449,7 @@ def build_cache(folder: Path, path: Path, num_vectors: int, prompt: Prompt, data
             ids_file.write(np.array(ids, np.int32).tobytes())
     if not counts["rows"]:
         raise UserError(f"{path}: no row of data.tasks = {list(data.tasks)}")
-    (folder / "counts.json").write_text(json.dumps(counts))
+    return counts
 
 class Split(NamedTuple):
     """An opened split of a data set."""
@@ -494,16 +473,12 @@ def split_paths(data: DataConfig, split: str) -> list[Path]:
             Path(data.dir, "synthesis", f"{split}_synthesis.jsonl")]
 
 def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runtime) -> Split:
-    """Open a split; process 0 checks and tokenises it first, unless that was done before.
-
-    The result lies in data.dir/.cache under a hash of all it depends on: the files' size and time,
-    the vocabulary, the chat template, data.tasks and data.max_seq_length. Raises: UserError."""
-    paths = split_paths(data, split)
+    """Open a split; process 0 checks and tokenises it first, unless data.dir/.cache has that under
+    a hash of what it depends on: the files' size and time, the vocabulary, the chat template,
+    data.tasks and data.max_seq_length. Raises: UserError."""
+    paths, error = split_paths(data, split), None
     vectors = open_vectors(paths[0])
-    try:
-        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    except OSError as e:
-        raise UserError(f"{e.filename}: {e.strerror}") from None
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     vocabulary = sorted(prompt.tokenizer.get_vocab().items())
     made_from = (files, vocabulary, prompt[1:], soft, data.tasks, data.max_seq_length)
     key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
@@ -512,17 +487,20 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runt
         work = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
         work.mkdir(parents=True)
         try:
-            save_file(vector_statistics(vectors, paths[0]), work / "statistics.safetensors")
-            build_cache(work, paths[1], len(vectors), prompt, data, soft)
+            meta = {k: v.tolist() for k, v in vector_statistics(vectors, paths[0]).items()}
+            meta["counts"] = build_cache(work, paths[1], len(vectors), prompt, data, soft)
+            write_text(work / "meta.json", json.dumps(meta))
             os.replace(work, cache)
+        except (UserError, OSError) as e:  # so that all processes leave
+            error = e
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    rt.sum(torch.zeros(1, device=rt.device))
-    with safe_open(cache / "statistics.safetensors", framework="pt") as f:
-        statistics = {k: f.get_tensor(k) for k in f.keys()}
+    if rt.sum(torch.tensor(float(error is not None), device=rt.device)).item():
+        raise error or UserError(f"{paths[1]}: refused by process 0")
+    meta = json.loads((cache / "meta.json").read_text())
     rows, ids = np.memmap(cache / "rows.bin", ROW, "r"), np.memmap(cache / "ids.bin", np.int32, "r")
-    counts = json.loads((cache / "counts.json").read_text())
-    return Split(paths[1], rows, ids, vectors, statistics, counts, soft)
+    statistics = {k: torch.tensor(meta[k]) for k in ("mean", "std")}
+    return Split(paths[1], rows, ids, vectors, statistics, meta["counts"], soft)
 
 def shuffled_vectors(split: Split) -> np.ndarray:
     """[N] for each row a vector that is not its own, the same for rows of one vector."""
@@ -533,9 +511,8 @@ def shuffled_vectors(split: Split) -> np.ndarray:
     return other[where]
 
 def cut(lengths: np.ndarray, bins: int, budget: int) -> list[list[int]]:
-    """Split examples of `lengths` tokens into micro-batches of about equal token counts: a multiple
-    of `bins` of them, the fewest for which none of several examples exceeds `budget` tokens.
-    Longest first into the emptiest; with fewer examples than bins, some stay empty."""
+    """Split examples of `lengths` tokens, longest first into the emptiest, into the fewest micro-
+    batches, a multiple of `bins`, none of several examples over `budget` tokens. Some may be []."""
     per_bin = max(1, math.ceil(int(lengths.sum()) / (bins * budget)))
     while True:
         load, micros = np.zeros(per_bin * bins, np.int64), [[] for _ in range(per_bin * bins)]
@@ -548,7 +525,6 @@ def cut(lengths: np.ndarray, bins: int, budget: int) -> list[list[int]]:
 
 def pack(split: Split, rows: Any, form: int = BY_VECTOR, vectors: np.ndarray | None = None) -> dict:
     """One micro-batch without padding: the rows end to end, positions restarting at each.
-
     ids [T] and positions [T] int64; lengths, n ints; targets [R], the positions that predict a
     response token; labels [R]; owner [R], the example of each. By vector also slots [n * K], the
     positions of the soft tokens, and embeddings [n, E] fp32, of `vectors[row]` if given."""
@@ -567,35 +543,29 @@ def pack(split: Split, rows: Any, form: int = BY_VECTOR, vectors: np.ndarray | N
         batch["embeddings"] = split.vectors[batch["embeddings"]].float()
     return batch | dict(lengths=lengths.tolist(), labels=batch["ids"][batch["targets"] + 1])
 
-@lru_cache(2)
-def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
-
-def places_after(epoch: int, position: int, num_rows: int, size: int):
-    """Endless (epoch, position in rows) of the steps that follow."""
+def step_rows(num_rows: int, seed: int, size: int, epoch: int, position: int):
+    """Endless (epoch, position after it, rows) of the steps from `position` rows into `epoch` on.
+    They depend on nothing else, so a resumed run, or one of other processes, has the same."""
     while True:
-        if position >= num_rows:
-            epoch, position = epoch + 1, 0
-        yield epoch, position
-        position += size
+        order = np.random.default_rng([seed, epoch]).permutation(num_rows)
+        for start in range(position, num_rows, size):
+            yield epoch, min(start + size, num_rows), order[start : start + size]
+        epoch, position = epoch + 1, 0
 
-def plan_step(split: Split, seed: int, size: int, budget: int, rt: Runtime, place: tuple[int, int]):
-    """A step at (epoch, position): that place, its rows, their number of response tokens over all
-    processes, and this process's micro-batches as [(weight, batch)].
-
-    The rows depend on seed, epoch and position alone. A process that has no row for a micro-batch
-    repeats one with weight 0, as ZeRO-3 wants every process in every pass."""
-    rows = epoch_order(len(split.rows), seed, place[0])[place[1] : place[1] + size]
+def plan_step(split: Split, budget: int, rt: Runtime, step: tuple[int, int, np.ndarray]):
+    """A step of step_rows with its number of response tokens over all processes, and this process's
+    micro-batches [(weight, batch)]. A process that has no row for a micro-batch repeats one with
+    weight 0, as ZeRO-3 wants every process in every pass."""
+    rows = step[2]
     micros = cut(split.rows["length"][rows, BY_VECTOR], rt.world, budget)[rt.rank :: rt.world]
     batches = [(float(bool(m)), pack(split, rows[m or [0]])) for m in micros]
-    return place, rows, int(split.rows["response"][rows].sum()), batches
+    return *step, int(split.rows["response"][rows].sum()), batches
 
 # -----------------------------------------------------------------------------
 # Model: the adapter, and the frozen LLM with the vector spliced in
 
 class Adapter(nn.Module):
     """norm(W2 gelu(W1 x + b1) + b2 + residual), x the standardised embedding: [n, E] -> [n, K, D].
-
     The residual, times residual_scale, is x itself where E = D and else a linear map of it without
     bias. The norm is an RMSNorm times `scale`, the root mean square of the LLM's token embeddings,
     so that a fresh adapter speaks at their volume. mean, std and scale are saved, not trained."""
@@ -607,8 +577,7 @@ class Adapter(nn.Module):
                              dropout=dropout, residual_scale=residual_scale)
         self.fc1 = nn.Linear(d_emb, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, tokens * d_llm)
-        same = d_emb == d_llm
-        self.residual = nn.Identity() if same else nn.Linear(d_emb, d_llm, bias=False)
+        self.residual = nn.Identity() if d_emb == d_llm else nn.Linear(d_emb, d_llm, bias=False)
         self.norm = nn.RMSNorm(d_llm, eps=1e-6)
         self.register_buffer("mean", torch.zeros(d_emb))
         self.register_buffer("std", torch.ones(d_emb))
@@ -638,15 +607,14 @@ class Adapter(nn.Module):
                 state = {k: f.get_tensor(k) for k in f.keys()}
             adapter = Adapter(**metadata["adapter"])
             adapter.load_state_dict(state)
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as e:
-            reason = getattr(e, "strerror", None) or f"not a whole elm adapter: {e}"
-            raise UserError(f"{path}: {reason}") from None
+        except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as e:
+            raise UserError(f"{path}: not a whole elm adapter: {e}") from None
         return adapter.eval(), metadata
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, lengths=None,
                      sliding_window=None, softcap=None, **_):
     """Causal attention within each example of a packed row: [1, heads, T, d] -> [1, T, heads, d].
-    torch.split, as the backward pass of a slice would allocate zeros of the whole row."""
+    By torch.split: the backward pass of a slice would allocate zeros of the whole row."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
     outs = []
@@ -667,8 +635,7 @@ AttentionInterface.register("elm_packed", packed_attention)
 
 @contextmanager
 def packed(llm: Any):
-    """The LLM with packed_attention; outside, its own attention is back. Set in the config, where
-    the layers look: set_attn_implementation walks over all modules, too slow for every layer."""
+    """The LLM with packed_attention, set where its layers look it up."""
     own = llm.config._attn_implementation
     llm.config._attn_implementation = "elm_packed"
     try:
@@ -693,8 +660,8 @@ def load_llm(name: str, device: torch.device, bf16: bool, place: str = "model.ll
 
 @torch.no_grad()
 def llm_facts(llm: Any) -> dict[str, Any]:
-    """Width and root mean square of the token embeddings, and a fingerprint: a hash over 16
-    numbers of every parameter, rounded to bf16 so that it does not depend on the dtype."""
+    """Width and root mean square of the token embeddings, and a fingerprint of the LLM, over 16
+    numbers of every parameter in bf16, so that it is the same for any dtype."""
     embed = llm.get_input_embeddings()
     ids = torch.linspace(0, embed.num_embeddings - 1, 4096, device=embed.weight.device).long()
     rows = embed(ids).float()
@@ -714,11 +681,10 @@ class ELM(nn.Module):
         """The adapter at `path` with the LLM that its metadata names, or the same one at `llm`.
         Raises: UserError if that is not the LLM it was trained for."""
         adapter, metadata = Adapter.load(path)
-        wanted = metadata["llm"]
+        wanted, device = metadata["llm"], "cuda" if torch.cuda.is_available() else "cpu"
         name, bf16 = llm or wanted["name"], wanted["bf16"] if bf16 is None else bf16
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         prompt = Prompt.of(load_pretrained(AutoTokenizer, name, "llm"))
-        model = load_llm(name, device, bf16, "llm")
+        model = load_llm(name, torch.device(device), bf16, "llm")
         if llm_facts(model)["fingerprint"] != wanted["fingerprint"]:
             raise UserError(f"{path}: the adapter was trained for {wanted['name']}, and {name} has "
                             "other weights; name the LLM that it was trained for")
@@ -730,8 +696,8 @@ class ELM(nn.Module):
         return self
 
     def forward(self, batch: dict) -> tuple[Tensor, Tensor | None]:
-        """A packed micro-batch -> each response's summed token cross-entropy [n] fp32, and the
-        soft tokens [n, K, D] fp32 (None by text)."""
+        """What `pack` makes -> each response's summed token cross-entropy [n], and the soft tokens
+        [n, K, D] (None by text), both fp32."""
         device = self.adapter.scale.device
         batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
                  for k, v in batch.items()}
@@ -779,11 +745,9 @@ class ELM(nn.Module):
         return answers
 
 def checkpoint_layers(llm: Any, setting: bool | str, tokens: int) -> bool:
-    """Have every layer recomputed in the backward pass: less memory for a third forward pass.
-
-    "auto" does so on a GPU if the layers' activations for `tokens` tokens would not fit: a frozen
-    layer keeps about 10 D + 4 F numbers per token (F the feed-forward width; linear inputs are not
-    kept). The layers' own switch is of no use, as it needs train mode, in which they drop out."""
+    """Have every layer recomputed in the backward pass; "auto" only if, on a GPU, activations for
+    `tokens` tokens would not fit: a frozen layer keeps about 10 D + 4 F numbers per token, F the
+    feed-forward width. The layers' own switch needs train mode, in which they would drop out."""
     if setting == "auto":
         c = llm.config.get_text_config()
         width = 10 * c.hidden_size + 4 * getattr(c, "intermediate_size", 4 * c.hidden_size)
@@ -805,13 +769,12 @@ def lr_at(step: int, total: int, cfg: TrainConfig) -> float:
     return cfg.lr * max(0, total - step) / max(1, total - cfg.warmup_steps)
 
 def start_engine(cfg: Config, elm: ELM) -> Any:
-    """The DeepSpeed engine around `elm`, with AdamW for the adapter alone.
-
+    """The DeepSpeed engine around `elm`, with AdamW for the adapter alone, at rate 0 as yet.
     The loop scales each loss and tells the engine which micro-batch ends a step, so the engine's
     own batch size and accumulation stay 1. Its bf16 stays off: it would round the adapter."""
     # One group: with several, DeepSpeed 0.19.8 links the moments of the first one only (ZeRO 1, 2).
-    optimizer = torch.optim.AdamW(elm.adapter.parameters(), lr=cfg.train.lr, betas=(0.9, 0.999),
-                                  eps=1e-8, weight_decay=cfg.train.weight_decay)
+    optimizer = torch.optim.AdamW(elm.adapter.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
+                                  weight_decay=cfg.train.weight_decay)
     zero = {**cfg.deepspeed.extra.get("zero_optimization", {}), "stage": cfg.deepspeed.zero_stage}
     config = {**cfg.deepspeed.extra, "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero,
               "gradient_clipping": cfg.train.max_grad_norm, "zero_allow_untested_optimizer": True,
@@ -826,7 +789,6 @@ def gather_state(engine: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(adapter, Adam's moments and step), whole, fp32, on the CPU, from any ZeRO stage. Every
     process must call it."""
     from deepspeed import utils as ds
-
     adam, adapter = adam_of(engine).state, engine.module.adapter
     sharded = engine.zero_optimization_stage() > 0
     step = max((int(s["step"]) for s in adam.values()), default=0)
@@ -840,14 +802,11 @@ def gather_state(engine: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
                  for state in (weights, moments))
 
 def restore_moments(engine: Any, moments: dict[str, Tensor]) -> None:
-    """Set Adam's moments and step as gather_state found them. AdamW makes its moments, and ZeRO
-    their shares, at the first update: one of rate 0 and no gradient, which changes no weight, goes
-    before. The weights must be in the adapter before the engine starts, as ZeRO copies them."""
+    """Give a fresh engine the moments and step of gather_state; its weights must have been in the
+    adapter when it started. AdamW makes its moments, and ZeRO their shares, at the first update:
+    one without a gradient, at the fresh engine's rate of 0, goes before and changes no weight."""
     from deepspeed import utils as ds
-
     adam, adapter = adam_of(engine), engine.module.adapter
-    for group in adam.param_groups:
-        group["lr"] = 0.0
     rows = torch.zeros(1, adapter.settings["d_emb"], device=engine.device)
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(adapter(rows).sum() * 0.0, scale_wrt_gas=False)
@@ -889,17 +848,16 @@ def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             return saved | {"state": TrainState(**saved["state"])}
         except Exception as e:  # torch.load has no error of its own for a file that is not whole
-            why = getattr(e, "strerror", None) or f"no whole checkpoint: {str(e).splitlines()[0]}"
+            why = f"{path}: no whole checkpoint: {str(e).splitlines()[0]}"
             if resume != "auto":
-                raise UserError(f"train.resume: {path}: {why}") from None
-            rt.say(f"passed over {path}: {why}")
-    return None
+                raise UserError(f"train.resume: {why}") from None
+            rt.say(f"passed over {why}")
 
 def check_identity(saved: dict | None, identity: dict) -> None:
     """Refuse a checkpoint of other dimensions or of another LLM."""
-    wrong = [f"train.resume: the checkpoint has {key} = {saved['identity'].get(key)!r}, this run "
-             f"{value!r}" for key, value in identity.items()
-             if saved and saved["identity"].get(key) != value]
+    old = saved["identity"] if saved else identity
+    wrong = [f"train.resume: the checkpoint has {key} = {old[key]!r}, this run {value!r}"
+             for key, value in identity.items() if old[key] != value]
     if wrong:
         raise UserError("\n".join(wrong))
 
@@ -907,8 +865,7 @@ def trim_metrics(path: Path, last_step: int) -> None:
     """Drop what a killed run wrote after its last checkpoint: those steps come again."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= last_step]
-    if lines != kept:
-        write_text(path, b"".join(kept).decode())
+    write_text(path, b"".join(kept).decode())
 
 # -----------------------------------------------------------------------------
 # Evaluation: losses by vector, by another's vector and by text; answers
@@ -934,57 +891,52 @@ def row_losses(forward: Any, split: Split, rt: Runtime, form: int = BY_VECTOR,
             losses[torch.from_numpy(mine).to(rt.device)] = nll.double()
     return rt.sum(losses).cpu()
 
-def vector_losses(forward: Any, split: Split, rt: Runtime) -> dict[str, Tensor]:
-    shuffled = row_losses(forward, split, rt, vectors=shuffled_vectors(split))
-    return {"loss": row_losses(forward, split, rt), "loss_shuffled": shuffled}
+def control_losses(forward: Any, split: Split, rt: Runtime, text: bool) -> dict[str, Tensor]:
+    """row_losses by the rows' own vectors, by shuffled ones and, if wanted and there, by text."""
+    losses = {"loss": row_losses(forward, split, rt),
+              "loss_shuffled": row_losses(forward, split, rt, vectors=shuffled_vectors(split))}
+    if text and split.rows["length"][:, BY_TEXT].any():
+        losses["loss_text"] = row_losses(forward, split, rt, BY_TEXT)
+    return losses
 
-def summarize(split: Split, losses: dict[str, Tensor], mask: np.ndarray) -> dict[str, float]:
-    """Losses per response token over the rows in `mask`; where they have texts also loss_text, and
-    the carried information (shuffled - ours) / (shuffled - text): 0, the vector is ignored; 1, it
-    says as much as its text."""
+def summarize(split: Split, losses: dict[str, Tensor], mask: Any = True) -> dict[str, float]:
+    """Losses per response token over the rows in `mask`; over those with texts also loss_text and
+    the carried information (shuffled - ours) / (shuffled - text), from 0, the vector is ignored, to
+    1, it says as much as its text. An LLM that cannot read the texts gives no measure."""
     def mean(name: str, rows: np.ndarray) -> float:
         return float(losses[name].numpy()[rows].sum() / split.rows["response"][rows].sum())
-
-    result = {"rows": int(mask.sum()), **{k: mean(k, mask) for k in losses if k != "loss_text"}}
+    rows = mask & (split.rows["length"][:, BY_VECTOR] > 0)
+    result = {"rows": int(rows.sum()), **{k: mean(k, rows) for k in losses if k != "loss_text"}}
     told = mask & (split.rows["length"][:, BY_TEXT] > 0)
     if "loss_text" in losses and told.any():
         ours, shuffled, text = (mean(k, told) for k in ("loss", "loss_shuffled", "loss_text"))
         result["loss_text"] = text
-        if text < shuffled:  # else the LLM cannot read these texts, and nothing measures the vectors
+        if text < shuffled:
             result["carried"] = (shuffled - ours) / (shuffled - text)
     return result
 
-def report(forward: Any, elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime, alike: bool):
-    """(summary over all rows and per task, answers to eval.samples rows). `alike`: every process
-    generates all of them, in step with the others, as ZeRO-3 wants it."""
-    losses = vector_losses(forward, split, rt)
-    if split.rows["length"][:, BY_TEXT].any():
-        losses["loss_text"] = row_losses(forward, split, rt, BY_TEXT)
-    task = split.rows["task"]
-    result = summarize(split, losses, task >= 0)
+def report(forward: Any, elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime):
+    """(summary over all rows and per task, answers to eval.samples rows). Every process generates
+    all the answers: under ZeRO-3 they must stay in step."""
+    losses = control_losses(forward, split, rt, text=True)
+    task, result = split.rows["task"], summarize(split, losses)
     result["tasks"] = {TASKS[t]: summarize(split, losses, task == t) for t in np.unique(task)}
-    chosen = np.unique(np.linspace(0, len(task) - 1, cfg.samples).astype(int))
-    rows = [split.raw(i) for i in (chosen if alike else chosen[rt.rank :: rt.world])]
+    rows = [split.raw(i) for i in np.unique(np.linspace(0, len(task) - 1, cfg.samples).astype(int))]
     vectors = split.vectors[torch.tensor([r["embedding_file_idx"] for r in rows], dtype=torch.long)]
     answers = elm.generate(vectors, [r["query"] for r in rows], cfg.max_new_tokens)
     keys = ("embedding_file_idx", "task_type", "query", "response")
-    mine = [{k: r[k] for k in keys} | {"prediction": a} for r, a in zip(rows, answers, strict=True)]
-    if rt.world == 1 or alike:
-        return result, mine
-    everyone: list[list] = [[]] * rt.world
-    torch.distributed.all_gather_object(everyone, mine)
-    return result, [everyone[k % rt.world][k // rt.world] for k in range(len(chosen))]
+    told = zip(rows, answers, strict=True)
+    return result, [{k: r[k] for k in keys} | {"prediction": a} for r, a in told]
 
 def show(result: dict, predictions: list[dict], rt: Runtime) -> None:
     """The final table, and five answers beside their references."""
-    step = result["adapter_step"]
-    lines = [f"\n{result['split']}, {result['rows']} rows, adapter of step {step}"]
+    lines = ["", "{split}, {rows} rows, adapter of step {adapter_step}".format(**result)]
     names = {"loss_shuffled": "loss, vectors shuffled", "loss": "loss, vectors",
              "loss_text": "loss, text in place of the vector", "carried": "carried information"}
     lines += [f"  {name:<36}{result[key]:.4f}" for key, name in names.items() if key in result]
     for p in predictions[:: max(1, len(predictions) // 5)][:5]:
-        lines += [f"\n  {p['task_type']}: {p['query']}", f"    reference   {p['response']}",
-                  f"    prediction  {p['prediction']}"]
+        lines += ["\n  {task_type}: {query}\n    reference   {response}\n"
+                  "    prediction  {prediction}".format(**p)]
     rt.say("\n".join(lines))
 
 def memory_gib() -> float:
@@ -1004,13 +956,12 @@ def mean_cosine(x: Tensor) -> float:
 @contextmanager
 def noticed_signals():
     """A list that SIGTERM and Ctrl-C append to; the loop looks at it between steps."""
-    seen: list[int] = []
-    before = {kind: signal.signal(kind, lambda number, _: seen.append(number))
-              for kind in (signal.SIGTERM, signal.SIGINT)}
+    seen, kinds = [], (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(kind, lambda number, _: seen.append(number)) for kind in kinds]
     try:
         yield seen
     finally:
-        for kind, handler in before.items():
+        for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)
 
 def config_text(cfg: Config) -> str:
@@ -1078,7 +1029,6 @@ def build_model(cfg: Config, data: Split, prompt: Prompt, rt: Runtime) -> tuple[
 
 def train(cfg: Config) -> dict:
     """Train an adapter as `cfg` says and report on it: returns the dict of eval.json.
-
     Raises: UserError for what its user can mend, with nothing on disk harmed; SystemExit(128 +
     signal) after SIGTERM or Ctrl-C, with a checkpoint of the last step."""
     rt, folder = start_runtime(cfg), Path(cfg.output.dir)
@@ -1088,13 +1038,12 @@ def train(cfg: Config) -> dict:
     data, final = open_data(cfg, prompt, rt)  # before the LLM: its errors come in seconds
     source, size = data["train"], cfg.train.batch_size * cfg.train.grad_accum * rt.world
     total = cfg.train.max_steps or cfg.train.epochs * math.ceil(len(source.rows) / size)
-    shape = dict(d_emb=source.vectors.shape[1], hidden_dim=cfg.model.hidden_dim,
-                 tokens=cfg.model.tokens)
+    m, d_emb = cfg.model, source.vectors.shape[1]
+    shape = dict(d_emb=d_emb, hidden_dim=m.hidden_dim, tokens=m.tokens)
     check_identity(saved, shape)
     if saved and state.step >= total and (folder / "eval.json").exists():
         rt.say(f"{folder} holds a finished run of {state.step} steps; nothing to do")
         return json.loads((folder / "eval.json").read_text())
-
     elm, facts = build_model(cfg, source, prompt, rt)
     identity = shape | dict(d_llm=facts["d_llm"], llm=facts["fingerprint"])
     check_identity(saved, identity)
@@ -1106,9 +1055,8 @@ def train(cfg: Config) -> dict:
         changed = [f"{name}.{key}" for name, entries in to_tables(cfg).items() for key in entries
                    if saved["config"][name].get(key) != entries[key] and key != "resume"]
         rt.say(f"resumed after step {state.step}; changed since: {', '.join(changed) or 'nothing'}")
-    if cfg.train.warmup_steps >= total:
-        rt.say(f"train.warmup_steps = {cfg.train.warmup_steps} of {total}: lr stays below train.lr")
-    rt.say(f"{total} steps of {size} rows")
+    late = f"; train.warmup_steps = {cfg.train.warmup_steps}, so lr stays below train.lr"
+    rt.say(f"{total} steps of {size} rows{late * (cfg.train.warmup_steps >= total)}")
     if rt.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         trim_metrics(folder / "metrics.jsonl", state.step if saved else -1)
@@ -1129,9 +1077,7 @@ def train(cfg: Config) -> dict:
         if wandb:
             attempt(rt, lambda: wandb.log_artifact(str(folder / name), type="adapter"))
 
-    def save(name: str) -> None:
-        """There is no generator to save: the order of the rows, and the dropout of a step, are
-        functions of train.seed and the step."""
+    def save(name: str) -> None:  # no generator: a step's rows and dropout depend on seed and step
         weights, moments = gather_state(engine)
         if name != "final":
             save_adapter(f"adapter_{name}.safetensors", weights)
@@ -1143,12 +1089,11 @@ def train(cfg: Config) -> dict:
 
     def evaluate() -> None:
         engine.eval()
-        losses = summarize(data["val"], vector_losses(engine, data["val"], rt),
-                           np.ones(len(data["val"].rows), bool))
+        losses = summarize(data["val"], control_losses(engine, data["val"], rt, text=False))
         engine.train()
         val, shuffled = losses["loss"], losses["loss_shuffled"]
         record(step=state.step, val_loss=val, val_loss_shuffled=shuffled)
-        rt.say(f"step {state.step:6d}  val_loss {val:.4f}  with vectors shuffled {shuffled:.4f}")
+        rt.say(f"step {state.step:6d}  val_loss {val:.4f}  vectors shuffled {shuffled:.4f}")
         if val < state.best:
             state.best = val
             save_adapter("adapter_best.safetensors", gather_state(engine)[0])
@@ -1160,22 +1105,22 @@ def train(cfg: Config) -> dict:
     if state.step == 0:
         evaluate()
     engine.train()
-    places = islice(places_after(state.epoch, state.position, len(source.rows), size),
-                    max(0, total - state.step))
-    plan = partial(plan_step, source, cfg.train.seed, size, token_budget(rt.device), rt)
+    steps = step_rows(len(source.rows), cfg.train.seed, size, state.epoch, state.position)
+    steps = islice(steps, max(0, total - state.step))
+    plan = partial(plan_step, source, token_budget(rt.device), rt)
     clock, num_tokens = time.perf_counter(), 0
     with noticed_signals() as signals:
-        for place, rows, num_labels, batches in read_ahead(plan, places, cfg.data.num_workers):
+        for epoch, position, rows, labels, micros in read_ahead(plan, steps, cfg.data.num_workers):
             lr = lr_at(state.step, total, cfg.train)
             for group in adam_of(engine).param_groups:
                 group["lr"] = lr
             torch.manual_seed(cfg.train.seed + (state.step << 32) + (rt.rank << 56))
             sums = torch.zeros(3, dtype=torch.float64, device=rt.device)
-            for k, (weight, batch) in enumerate(batches):
-                engine.set_gradient_accumulation_boundary(k == len(batches) - 1)
+            for k, (weight, batch) in enumerate(micros, 1):
+                engine.set_gradient_accumulation_boundary(k == len(micros))
                 nll, soft = engine(batch)
                 # DeepSpeed averages over processes; the mean wanted is the one over all labels.
-                engine.backward(nll.sum() * (weight * rt.world / num_labels), scale_wrt_gas=False)
+                engine.backward(nll.sum() * (weight * rt.world / labels), scale_wrt_gas=False)
                 sums[0] += nll.detach().sum() * weight
             sums[1], sums[2] = not_finite, float(bool(signals))
             nll_sum, bad, stop = rt.sum(sums).tolist()  # the step's one synchronisation
@@ -1188,15 +1133,14 @@ def train(cfg: Config) -> dict:
             norm = torch.nn.utils.get_total_norm(grads)  # what ZeRO 0 leaves; it tells no norm
             engine.step()
             norm = engine.get_global_grad_norm() if cfg.deepspeed.zero_stage else norm
-
-            state.step, state.epoch, state.position = state.step + 1, place[0], place[1] + len(rows)
-            state.nll_sum, state.num_labels = state.nll_sum + nll_sum, state.num_labels + num_labels
+            state.step, state.epoch, state.position = state.step + 1, epoch, position
+            state.nll_sum, state.num_labels = state.nll_sum + nll_sum, state.num_labels + labels
             num_tokens += int(source.rows["length"][rows, BY_VECTOR].sum())
             bar.update()
             if state.step % cfg.train.logging_steps == 0 or state.step == total:
                 loss = state.nll_sum / state.num_labels
                 rate = num_tokens / (time.perf_counter() - clock)
-                record(step=state.step, epoch=place[0], loss=loss, lm_loss=loss, lr=lr,
+                record(step=state.step, epoch=epoch, loss=loss, lm_loss=loss, lr=lr,
                        grad_norm=float(norm), tokens_per_second=rate, memory_gib=memory_gib(),
                        similarity=mean_cosine(soft.detach().flatten(1)))
                 line = f"loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s  {memory_gib():.2f} GiB"
@@ -1215,13 +1159,11 @@ def train(cfg: Config) -> dict:
                 raise SystemExit(128 + max(signals, default=signal.SIGTERM))
     bar.close()
     save("final")
-
     rt.sum(torch.zeros(1, device=rt.device))  # adapter_best is there for every process
     elm.adapter, metadata = Adapter.load(folder / "adapter_best.safetensors")
     elm.adapter.to(rt.device)
     engine.eval()
-    alike = cfg.deepspeed.zero_stage == 3
-    result, predictions = report(engine, elm, data[final], cfg.eval, rt, alike)
+    result, predictions = report(engine, elm, data[final], cfg.eval, rt)
     result = dict(split=final, step=state.step, adapter_step=metadata["step"]) | result
     if rt.rank == 0:
         write_text(folder / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
@@ -1243,16 +1185,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if given else 2
     try:
         train(load_config(given[0], given[1:]))
-    except UserError as e:
+        return 0
+    except (UserError, OSError) as e:
+        text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
         if os.environ.get("RANK", "0") == "0":
-            print(*(f"elm: {line}" for line in str(e).splitlines()), sep="\n", file=sys.stderr)
+            print(*(f"elm: {line}" for line in text.splitlines()), sep="\n", file=sys.stderr)
         return 2
     except SystemExit as stopped:
         return stopped.code
-    return 0
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    print(end="", flush=True)
     os._exit(code)  # threads of torch and DeepSpeed abort now and then when the interpreter ends

@@ -1,6 +1,6 @@
 """Rows from real text that lies on any machine with Python: the standard library's docstrings.
 
-    python tests/real_text.py FOLDER        writes FOLDER/{embeddings,synthesis}, 3,000 rows and more
+    python tests/real_text.py FOLDER        writes FOLDER/{embeddings,synthesis}, 6,000 rows
 
 The text is a docstring; its first line is the summary, the module the category, the longest
 words of the text the keywords. The tiny embedder makes the vectors. No text comes twice.

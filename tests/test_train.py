@@ -47,11 +47,11 @@ def snapshot(folder: Path) -> dict:
 
 def test_what_a_run_leaves(settings, tmp_path):
     result, folder = go(settings, f"output.log_file={tmp_path / 'log.txt'}")
-    assert {p.name for p in folder.iterdir()} == {
-        "config.toml", "metrics.jsonl", "eval.json", "predictions.jsonl",
-        "adapter_best.safetensors", "checkpoint_final.pt", *(f"adapter_step_{n}.safetensors" for n in (2, 4, 6)),
-        *(f"checkpoint_step_{n}.pt" for n in (2, 4, 6)),
-    }  # fmt: skip
+    names = ["config.toml", "metrics.jsonl", "eval.json", "predictions.jsonl"]
+    names += ["adapter_best.safetensors", "checkpoint_final.pt"]
+    names += [f"adapter_step_{n}.safetensors" for n in (2, 4, 6)]
+    names += [f"checkpoint_step_{n}.pt" for n in (2, 4, 6)]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(names)
     metrics = read_jsonl(folder / "metrics.jsonl")
     steps = [m for m in metrics if "loss" in m]
     assert [m["step"] for m in steps] == [1, 2, 3, 4, 5, 6]
@@ -67,7 +67,10 @@ def test_what_a_run_leaves(settings, tmp_path):
     assert json.loads((folder / "eval.json").read_text()) == result
     assert result["split"] == "test" and result["rows"] == 40 and len(result["tasks"]) == 13
     shuffled, ours, text = (result[k] for k in ("loss_shuffled", "loss", "loss_text"))
-    assert result["carried"] == pytest.approx((shuffled - ours) / (shuffled - text))
+    if text < shuffled:
+        assert result["carried"] == pytest.approx((shuffled - ours) / (shuffled - text))
+    else:  # a random LLM that the text does not help
+        assert "carried" not in result
     best = min(evals, key=lambda m: m["val_loss"])
     assert result["adapter_step"] == best["step"]
     predictions = read_jsonl(folder / "predictions.jsonl")
@@ -124,6 +127,8 @@ def test_one_step_of_the_engine_is_the_naive_step(settings, stage):
     before = {k: v.clone() for k, v in model.llm.state_dict().items()}
     engine = elm.start_engine(cfg, model)
     engine.train()
+    for group in elm.adam_of(engine).param_groups:
+        group["lr"] = cfg.train.lr
     labels = int(split.rows["response"][rows].sum())
     for _ in range(2):
         loss, _ = naive_step(llm, adapter, token_rows(split, rows, 1))
@@ -363,9 +368,9 @@ def bad_cases(tmp_path, data_dir, llm_dir, settings):
     return {
         "no data": (
             ["data.dir=/nowhere"],
-            "/nowhere/embeddings/train_embeddings.safetensors: No such",
+            "No such file or directory: /nowhere/embeddings/train_embeddings.safe",
         ),
-        "no vectors": ([f"data.dir={no_vectors}"], "train_embeddings.safetensors: No such file"),
+        "no vectors": ([f"data.dir={no_vectors}"], "No such file or directory: " + str(no_vectors)),
         "missing field": (
             [f"data.dir={broken}"],
             "train_synthesis.jsonl:1: field 'query' is missing",
@@ -421,4 +426,4 @@ def test_command_line_of_its_own_process(settings, tmp_path):
     config.write_text("")
     done = run(config, *settings)
     assert done.returncode == 0, done.stderr
-    assert "carried information" in done.stdout and done.stdout.count("prediction  ") == 5
+    assert "loss, vectors shuffled" in done.stdout and done.stdout.count("prediction  ") == 5
