@@ -24,6 +24,7 @@ def parts(request, tmp_path_factory):
     prompt = elm.Prompt.of(AutoTokenizer.from_pretrained(folder / "llm"))
     data = elm.DataConfig(dir=str(folder / "data"), max_seq_length=256)
     llm = elm.load_llm(str(folder / "llm"), RT.device, bf16=False)
+    llm.set_attn_implementation("eager")  # the reference: SDPA drops Gemma 2's softcap (5.17)
     return llm, prompt, elm.open_split(data, "train", prompt, 2, RT)
 
 
