@@ -189,13 +189,14 @@ def build_config(tables: dict, source: str = "config") -> Config:
                 values[name][key] = tuple(value) if isinstance(value, list) else value
             elif name != "deepspeed":
                 errors.append(f"{dotted}: unknown key{nearest(dotted, known)}")
-            elif key in OWNED or key == "zero_optimization" and "stage" in value:
+            elif key in OWNED or key == "zero_optimization" and not (
+                    isinstance(value, dict) and "stage" not in value):
                 errors.append(f"{dotted}: elm computes it, from [train], [model] and zero_stage")
             else:
                 values[name].setdefault("extra", {})[key] = value
     tasks = values["data"].get("tasks", TASKS)
-    errors += [f"data.tasks: unknown task {t!r}{nearest(t, TASKS)}" for t in set(tasks) - {*TASKS}]
-    errors += ["data.tasks = []: must name a task"] * (not tasks)
+    errors += [f"data.tasks: unknown task {t!r}{nearest(t, TASKS)}" for t in tasks or [""]
+               if t not in TASKS]
     errors += [f"loss.{k}: not built yet, set it to 0.0" for k in ("drift_weight", "distill_weight")
                if values["loss"].get(k)]
     if errors:
@@ -635,7 +636,6 @@ AttentionInterface.register("elm_packed", packed_attention)
 
 @contextmanager
 def packed(llm: Any):
-    """The LLM with packed_attention, set where its layers look it up."""
     own = llm.config._attn_implementation
     llm.config._attn_implementation = "elm_packed"
     try:
