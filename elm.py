@@ -8,9 +8,7 @@ text that it sees only as a vector. The adapter is all that is trained.
     deepspeed elm.py train.toml train.resume=auto     go on where a stopped run was last saved
     python elm.py train.toml train.lr=2e-4            in one process, with an override
 
-As a module (`from elm import ELM, Adapter, load_config, train`) it needs torch, transformers and
-safetensors; deepspeed and wandb are imported where they are first used.
-
+As a module it needs torch, transformers and safetensors; the others are imported where used.
 Shapes: n examples, N rows of a split, T packed tokens, R response tokens, E embedding width, D
 width of the LLM's token embeddings, K soft tokens per embedding. A step is one update of the
 optimizer, a micro-batch one forward and backward pass.
@@ -21,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import importlib.metadata
+import importlib
 import json
 import math
 import os
@@ -37,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from types import UnionType
@@ -53,10 +52,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-try:
-    import tomllib
-except ImportError:  # Python 3.10
-    import tomli as tomllib
+tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 class UserError(ValueError):
     """A mistake its reader can mend: each line says what, where and what to do. Exit code 2."""
@@ -140,9 +136,9 @@ class Config:
 SECTIONS = {f.name: type(f.default) for f in dataclasses.fields(Config)}
 OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
          "gradient_clipping", "optimizer", "scheduler", "bf16", "fp16", "activation_checkpointing")
+ZERO = ["zero_stage", "zero_optimization"]
 
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a TOML value has the type `hint`. An integer serves as a float, a bool does not."""
+def fits(value: Any, hint: Any) -> bool:  # an integer serves as a float, a bool does not
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         low, high = (float(x) for x in args[1][1:-1].split(","))
@@ -155,11 +151,10 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is tuple:
         return isinstance(value, list) and all(isinstance(v, str) for v in value)
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is hint
 
-def describe(annotation: str) -> str:
-    """A field's annotation as an error calls it: `float in (0, inf)`, `bool or 'auto'`."""
+def describe(annotation: str) -> str:  # as "float in (0, inf)", "bool or 'auto'"
     text = re.sub(r"Annotated\[(\w+), '(.*?)'\]", r"\1 in \2", annotation.replace(" | None", ""))
     return re.sub(r"Literal\[(.*?)\]", r"\1", text).replace(" | ", " or ")
 
@@ -172,11 +167,8 @@ def build_config(tables: dict, source: str = "config") -> Config:
     errors: list[str] = []
     values: dict[str, dict] = {name: {} for name in SECTIONS}
     for name, entries in tables.items():
-        if name not in SECTIONS:
-            errors.append(f"{name}: unknown table{nearest(name, SECTIONS)}")
-            continue
-        if not isinstance(entries, dict):
-            errors.append(f"{name} = {entries!r}: must be a table, [{name}]")
+        if name not in SECTIONS or not isinstance(entries, dict):
+            errors.append(f"{name}: is not a table of settings{nearest(name, SECTIONS)}")
             continue
         hints = get_type_hints(SECTIONS[name], include_extras=True)
         known = [f"{name}.{k}" for k in hints if k != "extra"]
@@ -189,9 +181,10 @@ def build_config(tables: dict, source: str = "config") -> Config:
                 values[name][key] = tuple(value) if isinstance(value, list) else value
             elif name != "deepspeed":
                 errors.append(f"{dotted}: unknown key{nearest(dotted, known)}")
-            elif key in OWNED or key == "zero_optimization" and not (
-                    isinstance(value, dict) and "stage" not in value):
+            elif key in OWNED or key in ZERO and (type(value) is not dict or "stage" in value):
                 errors.append(f"{dotted}: elm computes it, from [train], [model] and zero_stage")
+            elif key not in ZERO and difflib.get_close_matches(key, ZERO, 1, 0.8):
+                errors.append(f"{dotted}: unknown key{nearest(key, ZERO)}")
             else:
                 values[name].setdefault("extra", {})[key] = value
     tasks = values["data"].get("tasks", TASKS)
@@ -227,8 +220,7 @@ def load_config(path: str | None = None, overrides: list[str] | tuple[str, ...] 
         place[key] = value
     return build_config(tables, path or "config")
 
-def to_tables(cfg: Config) -> dict[str, dict]:
-    """The nested dicts that `build_config` reads back."""
+def to_tables(cfg: Config) -> dict[str, dict]:  # the inverse of build_config
     tables = dataclasses.asdict(cfg)
     tables["deepspeed"] |= tables["deepspeed"].pop("extra")
     return {n: {k: list(v) if isinstance(v, tuple) else v for k, v in t.items() if v is not None}
@@ -242,8 +234,7 @@ def to_toml(value: Any) -> str:
 # -----------------------------------------------------------------------------
 # Runtime: processes, device, messages, files
 
-class Runtime(NamedTuple):
-    """This process among all of the run."""
+class Runtime(NamedTuple):  # this process among all of the run
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
@@ -295,15 +286,12 @@ def start_runtime(cfg: Config) -> Runtime:
 
 @contextmanager
 def whole_file(path: Path):
-    """A temporary path that becomes `path`, whole and on disk, or leaves nothing."""
+    """A temporary path that becomes `path`, whole and on disk, or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    yield temporary
+    with open(temporary, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
 
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as temporary:
@@ -327,8 +315,7 @@ ROW = np.dtype([  # of the token cache; start and length: where the two forms li
     ("line", "i8"), ("byte", "i8"), ("vector", "i8"), ("start", "i8", 2), ("length", "i4", 2),
     ("slot", "i4"), ("response", "i4"), ("task", "i2")])
 
-class Prompt(NamedTuple):
-    """The LLM's chat template around one user turn."""
+class Prompt(NamedTuple):  # the LLM's chat template around one user turn
     tokenizer: Any
     head: str
     tail: str
@@ -341,8 +328,12 @@ class Prompt(NamedTuple):
         if not tokenizer.chat_template:
             return Prompt(tokenizer, "", "\n")
         chat = [{"role": "user", "content": SLOT}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return Prompt(tokenizer, *text.split(SLOT))
+        try:
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            head, tail = text.split(SLOT)
+        except Exception as e:  # jinja's, of a template that refuses, repeats or changes the turn
+            raise UserError(f"{tokenizer.name_or_path}: its chat template fails: {e}") from None
+        return Prompt(tokenizer, head, tail)
 
     def parts(self, query: str) -> list[str]:
         """[before, after] the place of the vector."""
@@ -392,11 +383,14 @@ def parse_row(line: bytes, num_vectors: int) -> dict:
             raise ValueError(f"field {key!r} is missing")
         if type(row.get(key, kind())) is not kind:
             raise ValueError(f"field {key!r} is {row[key]!r}, not of type {kind.__name__}")
-    task, index = row["task_type"], row["embedding_file_idx"]
-    if task not in TASKS + REMOVED_TASKS:
+        if row["task_type"] in REMOVED_TASKS:
+            return row  # whatever its other fields
+        str(row.get(key)).encode()  # a lone surrogate is a ValueError here
+    if row["task_type"] not in TASKS:
+        task = row["task_type"]
         raise ValueError(f"unknown task_type {task!r}{nearest(task, TASKS)}")
-    if not 0 <= index < num_vectors:
-        raise ValueError(f"embedding_file_idx {index}, but there are {num_vectors} vectors")
+    if not 0 <= row["embedding_file_idx"] < num_vectors:
+        raise ValueError(f"embedding_file_idx {row['embedding_file_idx']} of {num_vectors} vectors")
     if row["query"].count(SLOT) > 1:
         raise ValueError(f"the query has more than one {SLOT}")
     return row
@@ -418,9 +412,8 @@ def read_rows(path: Path, tasks: tuple[str, ...], num_vectors: int, counts: dict
 
 def build_cache(folder: Path, path: Path, num_vectors: int, prompt: Prompt, data: DataConfig,
                 soft: int) -> dict[str, int]:
-    """Check and tokenise a JSONL file, by chunks, into folder/{rows,ids}.bin; returns counts. By
-    vector a row is [before, 0 * soft, after, response, end]; by text, if it has one, that stands
-    for the zeros. Responses, and texts, are cut at the end. Raises: UserError without room."""
+    """Tokenise a JSONL file, by chunks, into folder/{rows,ids}.bin; returns counts. By vector a row
+    is [before, 0 * soft, after, response, end]; by text, that stands for the zeros."""
     counts = dict(rows=0, pair_tasks=0, other_tasks=0, responses_cut=0, texts_cut=0)
     rows, start = read_rows(path, data.tasks, num_vectors, counts), 0
     with open(folder / "rows.bin", "wb") as rows_file, open(folder / "ids.bin", "wb") as ids_file:
@@ -452,8 +445,7 @@ def build_cache(folder: Path, path: Path, num_vectors: int, prompt: Prompt, data
         raise UserError(f"{path}: no row of data.tasks = {list(data.tasks)}")
     return counts
 
-class Split(NamedTuple):
-    """An opened split of a data set."""
+class Split(NamedTuple):  # of a data set, opened
     path: Path  # of its rows
     rows: np.ndarray  # [N] of ROW, memory-mapped
     ids: np.ndarray  # token ids, int32, memory-mapped
@@ -468,32 +460,31 @@ class Split(NamedTuple):
             f.seek(int(self.rows["byte"][i]))
             return json.loads(f.readline())
 
-def split_paths(data: DataConfig, split: str) -> list[Path]:
-    """[vectors, rows]"""
+def split_paths(data: DataConfig, split: str) -> list[Path]:  # of the vectors, of the rows
     return [Path(data.dir, "embeddings", f"{split}_embeddings.safetensors"),
             Path(data.dir, "synthesis", f"{split}_synthesis.jsonl")]
 
 def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runtime) -> Split:
     """Open a split; process 0 checks and tokenises it first, unless data.dir/.cache has that under
-    a hash of what it depends on: the files' size and time, the vocabulary, the chat template,
-    data.tasks and data.max_seq_length. Raises: UserError."""
+    a hash of all that it depends on. Raises: UserError."""
     paths, error = split_paths(data, split), None
     vectors = open_vectors(paths[0])
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    vocabulary = sorted(prompt.tokenizer.get_vocab().items())
-    made_from = (files, vocabulary, prompt[1:], soft, data.tasks, data.max_seq_length)
-    key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
+    tok = prompt.tokenizer
+    words = tok.backend_tokenizer.to_str() if tok.is_fast else sorted(tok.get_vocab().items())
+    made_from = (files, words, tok.eos_token_id, prompt[1:], soft, data.tasks, data.max_seq_length)
+    key = hashlib.sha256(repr((ROW, made_from)).encode()).hexdigest()[:16]
     cache = Path(data.dir, ".cache", f"{split}-{key}")
     if rt.rank == 0 and not cache.exists():
         work = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-        work.mkdir(parents=True)
+        work.mkdir(parents=True, exist_ok=True)
         try:
             meta = {k: v.tolist() for k, v in vector_statistics(vectors, paths[0]).items()}
             meta["counts"] = build_cache(work, paths[1], len(vectors), prompt, data, soft)
             write_text(work / "meta.json", json.dumps(meta))
             os.replace(work, cache)
-        except (UserError, OSError) as e:  # so that all processes leave
-            error = e
+        except (UserError, OSError) as e:  # kept, so that all processes leave; or another run won
+            error = None if cache.exists() else e
         finally:
             shutil.rmtree(work, ignore_errors=True)
     if rt.sum(torch.tensor(float(error is not None), device=rt.device)).item():
@@ -512,8 +503,8 @@ def shuffled_vectors(split: Split) -> np.ndarray:
     return other[where]
 
 def cut(lengths: np.ndarray, bins: int, budget: int) -> list[list[int]]:
-    """Split examples of `lengths` tokens, longest first into the emptiest, into the fewest micro-
-    batches, a multiple of `bins`, none of several examples over `budget` tokens. Some may be []."""
+    """Examples of `lengths` tokens, longest first into the emptiest, in the fewest micro-batches, a
+    multiple of `bins`, of which none of several examples exceeds `budget`. Some may be []."""
     per_bin = max(1, math.ceil(int(lengths.sum()) / (bins * budget)))
     while True:
         load, micros = np.zeros(per_bin * bins, np.int64), [[] for _ in range(per_bin * bins)]
@@ -545,8 +536,8 @@ def pack(split: Split, rows: Any, form: int = BY_VECTOR, vectors: np.ndarray | N
     return batch | dict(lengths=lengths.tolist(), labels=batch["ids"][batch["targets"] + 1])
 
 def step_rows(num_rows: int, seed: int, size: int, epoch: int, position: int):
-    """Endless (epoch, position after it, rows) of the steps from `position` rows into `epoch` on.
-    They depend on nothing else, so a resumed run, or one of other processes, has the same."""
+    """Endless (epoch, position after it, rows) of the steps from `position` rows into `epoch` on,
+    which depend on nothing but these numbers."""
     while True:
         order = np.random.default_rng([seed, epoch]).permutation(num_rows)
         for start in range(position, num_rows, size):
@@ -554,9 +545,8 @@ def step_rows(num_rows: int, seed: int, size: int, epoch: int, position: int):
         epoch, position = epoch + 1, 0
 
 def plan_step(split: Split, budget: int, rt: Runtime, step: tuple[int, int, np.ndarray]):
-    """A step of step_rows with its number of response tokens over all processes, and this process's
-    micro-batches [(weight, batch)]. A process that has no row for a micro-batch repeats one with
-    weight 0, as ZeRO-3 wants every process in every pass."""
+    """A step of step_rows with its response tokens over all processes, and this one's micro-batches
+    [(weight, batch)]. Without a row it repeats one with weight 0: ZeRO-3 wants all in step."""
     rows = step[2]
     micros = cut(split.rows["length"][rows, BY_VECTOR], rt.world, budget)[rt.rank :: rt.world]
     batches = [(float(bool(m)), pack(split, rows[m or [0]])) for m in micros]
@@ -592,12 +582,11 @@ class Adapter(nn.Module):
         return self.norm(out + residual) * self.scale
 
     def save(self, path: str | Path, state: dict | None = None, **metadata: Any) -> None:
-        """Write the adapter (or another `state` of it) as fp32 safetensors, whole or not at all,
-        with what is needed to rebuild it and any metadata given."""
+        """Write the adapter (or a `state` of it) as fp32 safetensors, with what rebuilds it."""
         tensors = {k: v.detach().float().cpu() for k, v in (state or self.state_dict()).items()}
-        about = json.dumps({"adapter": self.settings, **metadata})
+        about = {"elm": json.dumps({"adapter": self.settings} | metadata)}
         with whole_file(Path(path)) as temporary:
-            save_file(tensors, temporary, {"elm": about})
+            save_file(tensors, temporary, about)
 
     @staticmethod
     def load(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
@@ -648,12 +637,11 @@ def load_pretrained(auto: Any, name: str, place: str, **options: Any) -> Any:
     if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"{place}: no folder {name}, nor is that the name of a model on the hub")
     try:
-        return auto.from_pretrained(name, **options)
+        return auto.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError, SafetensorError) as e:
         raise UserError(f"{place}: cannot load {name}: {' '.join(str(e).split())[:300]}") from None
 
 def load_llm(name: str, device: torch.device, bf16: bool, place: str = "model.llm") -> Any:
-    """The frozen LLM on `device`, in eval mode."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     llm = load_pretrained(AutoModelForCausalLM, name, place, dtype=dtype)
     return llm.to(device).eval().requires_grad_(False)
@@ -675,12 +663,15 @@ class ELM(nn.Module):
     def __init__(self, llm: Any, adapter: Adapter, prompt: Prompt):
         super().__init__()
         self.llm, self.adapter, self.prompt = llm, adapter, prompt
+        llm.train = lambda mode=True: llm  # frozen: it stays in eval mode, without dropout
 
     @staticmethod
     def load(path: str | Path, llm: str | None = None, bf16: bool | None = None) -> ELM:
-        """The adapter at `path` with the LLM that its metadata names, or the same one at `llm`.
-        Raises: UserError if that is not the LLM it was trained for."""
+        """With the LLM that the file names, or the same one at `llm`. Raises: UserError if that is
+        not the LLM it was trained for."""
         adapter, metadata = Adapter.load(path)
+        if "llm" not in metadata:
+            raise UserError(f"{path}: does not say which LLM it was trained for")
         wanted, device = metadata["llm"], "cuda" if torch.cuda.is_available() else "cpu"
         name, bf16 = llm or wanted["name"], wanted["bf16"] if bf16 is None else bf16
         prompt = Prompt.of(load_pretrained(AutoTokenizer, name, "llm"))
@@ -689,11 +680,6 @@ class ELM(nn.Module):
             raise UserError(f"{path}: the adapter was trained for {wanted['name']}, and {name} has "
                             "other weights; name the LLM that it was trained for")
         return ELM(model, adapter.to(device), prompt).eval()
-
-    def train(self, mode: bool = True) -> ELM:
-        super().train(mode)
-        self.llm.eval()  # frozen: no dropout
-        return self
 
     def forward(self, batch: dict) -> tuple[Tensor, Tensor | None]:
         """What `pack` makes -> each response's summed token cross-entropy [n], and the soft tokens
@@ -745,14 +731,15 @@ class ELM(nn.Module):
         return answers
 
 def checkpoint_layers(llm: Any, setting: bool | str, tokens: int) -> bool:
-    """Have every layer recomputed in the backward pass; "auto" only if, on a GPU, activations for
-    `tokens` tokens would not fit: a frozen layer keeps about 10 D + 4 F numbers per token, F the
+    """Have every layer recomputed in the backward pass; "auto" only if, on a GPU, activations of
+    `tokens` tokens take over 40 % of its memory: 10 D + 4 F numbers a token and layer, F the
     feed-forward width. The layers' own switch needs train mode, in which they would drop out."""
     if setting == "auto":
         c = llm.config.get_text_config()
         width = 10 * c.hidden_size + 4 * getattr(c, "intermediate_size", 4 * c.hidden_size)
         size = tokens * width * c.num_hidden_layers * llm.dtype.itemsize
-        setting = llm.device.type == "cuda" and size > 0.7 * torch.cuda.mem_get_info()[0]
+        cuda = llm.device.type == "cuda"  # its whole memory: alike on every process, as it must be
+        setting = cuda and size > 0.4 * torch.cuda.get_device_properties(llm.device).total_memory
     for layer in llm.modules() if setting else ():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
@@ -769,9 +756,8 @@ def lr_at(step: int, total: int, cfg: TrainConfig) -> float:
     return cfg.lr * max(0, total - step) / max(1, total - cfg.warmup_steps)
 
 def start_engine(cfg: Config, elm: ELM) -> Any:
-    """The DeepSpeed engine around `elm`, with AdamW for the adapter alone, at rate 0 as yet.
-    The loop scales each loss and tells the engine which micro-batch ends a step, so the engine's
-    own batch size and accumulation stay 1. Its bf16 stays off: it would round the adapter."""
+    """The DeepSpeed engine around `elm`, with AdamW for the adapter alone, at rate 0 as yet. The
+    loop cuts batches, so its batch size stays 1; its bf16 stays off, as it rounds the adapter."""
     # One group: with several, DeepSpeed 0.19.8 links the moments of the first one only (ZeRO 1, 2).
     optimizer = torch.optim.AdamW(elm.adapter.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=cfg.train.weight_decay)
@@ -779,17 +765,14 @@ def start_engine(cfg: Config, elm: ELM) -> Any:
     config = {**cfg.deepspeed.extra, "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero,
               "gradient_clipping": cfg.train.max_grad_norm, "zero_allow_untested_optimizer": True,
               "zero_force_ds_cpu_optimizer": False}
-    return need("deepspeed").initialize(model=elm, optimizer=optimizer, config=config)[0]
-
-def adam_of(engine: Any) -> torch.optim.Optimizer:
-    """The AdamW itself; under ZeRO its parameters are this process's share of the adapter."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+    engine = need("deepspeed").initialize(model=elm, optimizer=optimizer, config=config)[0]
+    engine.adam = optimizer  # under ZeRO, of this process's share of the adapter
+    return engine
 
 def gather_state(engine: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(adapter, Adam's moments and step), whole, fp32, on the CPU, from any ZeRO stage. Every
-    process must call it."""
+    """(adapter, Adam's moments and step), whole, fp32, on the CPU. Every process must call it."""
     from deepspeed import utils as ds
-    adam, adapter = adam_of(engine).state, engine.module.adapter
+    adam, adapter = engine.adam.state, engine.module.adapter
     sharded = engine.zero_optimization_stage() > 0
     step = max((int(s["step"]) for s in adam.values()), default=0)
     weights, moments = dict(adapter.named_buffers()), {"step": torch.tensor(float(step))}
@@ -806,7 +789,7 @@ def restore_moments(engine: Any, moments: dict[str, Tensor]) -> None:
     adapter when it started. AdamW makes its moments, and ZeRO their shares, at the first update:
     one without a gradient, at the fresh engine's rate of 0, goes before and changes no weight."""
     from deepspeed import utils as ds
-    adam, adapter = adam_of(engine), engine.module.adapter
+    adam, adapter = engine.adam, engine.module.adapter
     rows = torch.zeros(1, adapter.settings["d_emb"], device=engine.device)
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(adapter(rows).sum() * 0.0, scale_wrt_gas=False)
@@ -825,41 +808,45 @@ def restore_moments(engine: Any, moments: dict[str, Tensor]) -> None:
 # Checkpoint: one portable file with the whole state, for any processes and any ZeRO stage
 
 @dataclass
-class TrainState:
-    """What the loop carries from step to step beside the adapter and its optimizer."""
+class TrainState:  # what the loop carries on, beside the adapter and its optimizer
     step: int = 0  # updates done
     epoch: int = 0
     position: int = 0  # rows of the epoch that are done
-    best: float = math.inf  # lowest validation loss
+    best: float = math.inf  # lowest validation loss, of the adapter below
+    best_step: int = 0
+    best_adapter: dict[str, Tensor] | None = None
     nll_sum: float = 0.0  # since the last logging step
     num_labels: int = 0
     wandb_id: str | None = None
 
-def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
-    """The checkpoint that train.resume names; "auto": the newest whole one, None without any. Runs
-    no code from it. Raises: UserError, also if the folder holds a run that is not to be resumed."""
-    folder, resume = Path(cfg.output.dir), cfg.train.resume
-    paths = sorted(folder.glob("checkpoint_*.pt"), key=lambda p: p.stat().st_mtime_ns)
-    if resume is None and (paths or (folder / "metrics.jsonl").exists()):
-        raise UserError(f"output.dir: {folder} holds a run already; go on with it by "
-                        "train.resume=auto, or choose another folder")
-    for path in paths[::-1] if resume == "auto" else [Path(resume)] if resume else []:
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            return saved | {"state": TrainState(**saved["state"])}
-        except Exception as e:  # torch.load has no error of its own for a file that is not whole
-            why = f"{path}: no whole checkpoint: {str(e).splitlines()[0]}"
-            if resume != "auto":
-                raise UserError(f"train.resume: {why}") from None
-            rt.say(f"passed over {why}")
+def load_checkpoint(path: Path) -> dict:
+    """Runs no code from the file. Raises: UserError if it is not a whole checkpoint."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return saved | {"state": TrainState(**saved["state"])}
+    except Exception as e:  # torch.load has no error of its own for a file that is not whole
+        why = repr(e).splitlines()[0][:200]
+        raise UserError(f"train.resume: {path}: no whole checkpoint: {why}") from None
 
-def check_identity(saved: dict | None, identity: dict) -> None:
-    """Refuse a checkpoint of other dimensions or of another LLM."""
-    old = saved["identity"] if saved else identity
-    wrong = [f"train.resume: the checkpoint has {key} = {old[key]!r}, this run {value!r}"
-             for key, value in identity.items() if old[key] != value]
-    if wrong:
-        raise UserError("\n".join(wrong))
+def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
+    """The checkpoint that train.resume names; "auto": the whole one of the most steps, if any.
+    Raises: UserError, also if the folder holds another run."""
+    folder, resume, found = Path(cfg.output.dir), cfg.train.resume, []
+    steps = sorted(folder.glob("checkpoint_step_*.pt"), key=lambda p: int(p.stem.split("_")[2]))
+    if resume != "auto":
+        other = resume is None or Path(resume).resolve().parent != folder.resolve()
+        if other and (steps or (folder / "metrics.jsonl").exists()):
+            raise UserError(f"output.dir: {folder} holds a run already; go on with it by "
+                            "train.resume=auto, or choose another folder")
+        return load_checkpoint(Path(resume)) if resume else None
+    for path in [folder / "checkpoint_final.pt", *steps[::-1]]:
+        try:
+            found += [load_checkpoint(path)] if path.exists() else []
+        except UserError as e:
+            rt.say(f"passed over: {e}")
+        if found and path in steps:
+            break
+    return max(found, key=lambda saved: saved["state"].step, default=None)
 
 def trim_metrics(path: Path, last_step: int) -> None:
     """Drop what a killed run wrote after its last checkpoint: those steps come again."""
@@ -870,15 +857,13 @@ def trim_metrics(path: Path, last_step: int) -> None:
 # -----------------------------------------------------------------------------
 # Evaluation: losses by vector, by another's vector and by text; answers
 
-def token_budget(device: torch.device) -> int:
-    """Tokens of a micro-batch."""
-    return 16384 if device.type == "cuda" else 2048
+def token_budget(device: torch.device) -> int:  # tokens of a micro-batch
+    return 4096 if device.type == "cuda" else 2048
 
 @torch.no_grad()
 def row_losses(forward: Any, split: Split, rt: Runtime, form: int = BY_VECTOR,
                vectors: np.ndarray | None = None) -> Tensor:
-    """[N] fp64 on the CPU: each row's summed token cross-entropy, the same on every process and for
-    any number of them, as the micro-batches are."""
+    """[N] fp64: each row's summed token cross-entropy, the same for any number of processes."""
     lengths = split.rows["length"][:, form].astype(np.int64)
     rows = np.flatnonzero(lengths)
     filled = np.cumsum(lengths[rows]) // token_budget(rt.device)
@@ -905,19 +890,17 @@ def summarize(split: Split, losses: dict[str, Tensor], mask: Any = True) -> dict
     1, it says as much as its text. An LLM that cannot read the texts gives no measure."""
     def mean(name: str, rows: np.ndarray) -> float:
         return float(losses[name].numpy()[rows].sum() / split.rows["response"][rows].sum())
-    rows = mask & (split.rows["length"][:, BY_VECTOR] > 0)
+    rows = mask & (split.rows["response"] > 0)
     result = {"rows": int(rows.sum()), **{k: mean(k, rows) for k in losses if k != "loss_text"}}
     told = mask & (split.rows["length"][:, BY_TEXT] > 0)
     if "loss_text" in losses and told.any():
         ours, shuffled, text = (mean(k, told) for k in ("loss", "loss_shuffled", "loss_text"))
         result["loss_text"] = text
-        if text < shuffled:
-            result["carried"] = (shuffled - ours) / (shuffled - text)
+        result |= {"carried": (shuffled - ours) / (shuffled - text)} if text < shuffled else {}
     return result
 
 def report(forward: Any, elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime):
-    """(summary over all rows and per task, answers to eval.samples rows). Every process generates
-    all the answers: under ZeRO-3 they must stay in step."""
+    """(summary over all rows and per task, answers to eval.samples rows, made by all in step)."""
     losses = control_losses(forward, split, rt, text=True)
     task, result = split.rows["task"], summarize(split, losses)
     result["tasks"] = {TASKS[t]: summarize(split, losses, task == t) for t in np.unique(task)}
@@ -934,13 +917,11 @@ def show(result: dict, predictions: list[dict], rt: Runtime) -> None:
     names = {"loss_shuffled": "loss, vectors shuffled", "loss": "loss, vectors",
              "loss_text": "loss, text in place of the vector", "carried": "carried information"}
     lines += [f"  {name:<36}{result[key]:.4f}" for key, name in names.items() if key in result]
-    for p in predictions[:: max(1, len(predictions) // 5)][:5]:
-        lines += ["\n  {task_type}: {query}\n    reference   {response}\n"
-                  "    prediction  {prediction}".format(**p)]
+    lines += ["\n  {task_type}: {query}\n    reference   {response}\n    prediction  {prediction}"
+              .format(**p) for p in predictions[:: max(1, len(predictions) // 5)][:5]]
     rt.say("\n".join(lines))
 
-def memory_gib() -> float:
-    """Peak memory of this process, the GPU's where there is one."""
+def memory_gib() -> float:  # peak, of the GPU where there is one
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
@@ -961,13 +942,11 @@ def noticed_signals():
     try:
         yield seen
     finally:
-        for kind, handler in zip(kinds, before, strict=True):
-            signal.signal(kind, handler)
+        list(map(signal.signal, kinds, before))
 
 def config_text(cfg: Config) -> str:
     """The resolved config as TOML, under the package versions and the git commit as comments."""
-    packages = ("torch", "transformers", "deepspeed", "safetensors")
-    lines = [f"# {p} {importlib.metadata.version(p)}" for p in packages]
+    lines = [f"# {p} {version(p)}" for p in ("torch", "transformers", "deepspeed", "safetensors")]
     if shutil.which("git"):
         git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -976,8 +955,7 @@ def config_text(cfg: Config) -> str:
         lines += ["", f"[{name}]", *(f"{key} = {to_toml(value)}" for key, value in entries.items())]
     return "\n".join(lines) + "\n"
 
-def attempt(rt: Runtime, call: Any) -> Any:
-    """call(); its failure is told and has no consequence: W&B must never stop a training."""
+def attempt(rt: Runtime, call: Any) -> Any:  # W&B must never stop a training
     try:
         return call()
     except Exception as e:
@@ -1027,10 +1005,25 @@ def build_model(cfg: Config, data: Split, prompt: Prompt, rt: Runtime) -> tuple[
            f"token embeddings of root mean square {facts['scale']:.4f}")
     return ELM(llm, adapter.to(rt.device), prompt), facts
 
+@torch.no_grad()
+def check_packing(elm: ELM) -> None:
+    """Two packed prompts must have the losses that each has alone, by the LLM's own attention; an
+    LLM that mixes tokens in another way would be trained on wrong ones. Raises: UserError."""
+    ids = torch.arange(40) % elm.llm.get_input_embeddings().num_embeddings
+    at = torch.cat([torch.arange(16), torch.arange(17, 39)])
+    places = torch.cat([torch.arange(17), torch.arange(23)])
+    losses, _ = elm(dict(ids=ids, positions=places, lengths=[17, 23], targets=at,
+                         labels=ids[at + 1], owner=(at > 16).long()))
+    for part, loss in zip(ids.to(losses.device).split([17, 23]), losses, strict=True):
+        logits = elm.llm(input_ids=part[None], use_cache=False).logits[0, :-1].float()
+        alone = F.cross_entropy(logits, part[1:], reduction="sum")
+        if not torch.isclose(loss, alone, rtol=1e-4 if elm.llm.dtype == torch.float32 else 2e-2):
+            raise UserError(f"model.llm: {type(elm.llm).__name__} has more than causal attention "
+                            f"between tokens, so that rows cannot be packed ({loss}, not {alone})")
+
 def train(cfg: Config) -> dict:
-    """Train an adapter as `cfg` says and report on it: returns the dict of eval.json.
-    Raises: UserError for what its user can mend, with nothing on disk harmed; SystemExit(128 +
-    signal) after SIGTERM or Ctrl-C, with a checkpoint of the last step."""
+    """Train an adapter and report on it: returns the dict of eval.json. Raises: UserError for what
+    its user can mend; SystemExit(128 + signal) after a signal, with a checkpoint of the step."""
     rt, folder = start_runtime(cfg), Path(cfg.output.dir)
     saved = find_checkpoint(cfg, rt)
     state = saved["state"] if saved else TrainState()
@@ -1038,15 +1031,19 @@ def train(cfg: Config) -> dict:
     data, final = open_data(cfg, prompt, rt)  # before the LLM: its errors come in seconds
     source, size = data["train"], cfg.train.batch_size * cfg.train.grad_accum * rt.world
     total = cfg.train.max_steps or cfg.train.epochs * math.ceil(len(source.rows) / size)
-    m, d_emb = cfg.model, source.vectors.shape[1]
-    shape = dict(d_emb=d_emb, hidden_dim=m.hidden_dim, tokens=m.tokens)
-    check_identity(saved, shape)
-    if saved and state.step >= total and (folder / "eval.json").exists():
+    done = json.loads((folder / "eval.json").read_text()) if (folder / "eval.json").exists() else {}
+    same = saved and saved["config"]["model"] == to_tables(cfg)["model"]
+    if same and done.get("step") == state.step >= total:
         rt.say(f"{folder} holds a finished run of {state.step} steps; nothing to do")
-        return json.loads((folder / "eval.json").read_text())
+        return done
     elm, facts = build_model(cfg, source, prompt, rt)
-    identity = shape | dict(d_llm=facts["d_llm"], llm=facts["fingerprint"])
-    check_identity(saved, identity)
+    identity = {k: elm.adapter.settings[k] for k in ("d_emb", "hidden_dim", "d_llm", "tokens")}
+    identity["llm"] = facts["fingerprint"]
+    for key, value in identity.items() if saved else ():
+        if saved["identity"].get(key) != value:
+            raise UserError(f"train.resume: the checkpoint has {key} = "
+                            f"{saved['identity'].get(key)!r}, this run {value!r}")
+    check_packing(elm)
     if saved:
         elm.adapter.load_state_dict(saved["adapter"])
     engine = start_engine(cfg, elm)
@@ -1055,38 +1052,33 @@ def train(cfg: Config) -> dict:
         changed = [f"{name}.{key}" for name, entries in to_tables(cfg).items() for key in entries
                    if saved["config"][name].get(key) != entries[key] and key != "resume"]
         rt.say(f"resumed after step {state.step}; changed since: {', '.join(changed) or 'nothing'}")
-    late = f"; train.warmup_steps = {cfg.train.warmup_steps}, so lr stays below train.lr"
-    rt.say(f"{total} steps of {size} rows{late * (cfg.train.warmup_steps >= total)}")
+    rt.say(f"{total} steps of {size} rows, {cfg.train.warmup_steps} of warm-up")
     if rt.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         trim_metrics(folder / "metrics.jsonl", state.step if saved else -1)
         write_text(folder / "config.toml", config_text(cfg))
     wandb = start_wandb(cfg, state, rt)
-
     def record(**entry: Any) -> None:
         if rt.rank == 0:
             with open(folder / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
         if wandb:
             attempt(rt, lambda: wandb.log(entry, step=entry["step"]))
-
-    def save_adapter(name: str, weights: dict[str, Tensor]) -> None:
+    def save_adapter(name: str, weights: dict[str, Tensor], step: int) -> None:
         if rt.rank == 0:
             origin = dict(name=cfg.model.llm, bf16=cfg.model.bf16, fingerprint=identity["llm"])
-            elm.adapter.save(folder / name, weights, llm=origin, step=state.step)
+            elm.adapter.save(folder / name, weights, llm=origin, step=step)
         if wandb:
             attempt(rt, lambda: wandb.log_artifact(str(folder / name), type="adapter"))
-
     def save(name: str) -> None:  # no generator: a step's rows and dropout depend on seed and step
         weights, moments = gather_state(engine)
         if name != "final":
-            save_adapter(f"adapter_{name}.safetensors", weights)
+            save_adapter(f"adapter_{name}.safetensors", weights, state.step)
         if rt.rank == 0:
             whole = dict(state=dataclasses.asdict(state), adapter=weights, optimizer=moments,
                          identity=identity, config=to_tables(cfg))
             with whole_file(folder / f"checkpoint_{name}.pt") as temporary:
                 torch.save(whole, temporary)
-
     def evaluate() -> None:
         engine.eval()
         losses = summarize(data["val"], control_losses(engine, data["val"], rt, text=False))
@@ -1094,16 +1086,20 @@ def train(cfg: Config) -> dict:
         val, shuffled = losses["loss"], losses["loss_shuffled"]
         record(step=state.step, val_loss=val, val_loss_shuffled=shuffled)
         rt.say(f"step {state.step:6d}  val_loss {val:.4f}  vectors shuffled {shuffled:.4f}")
-        if val < state.best:
-            state.best = val
-            save_adapter("adapter_best.safetensors", gather_state(engine)[0])
-
+        if val < state.best or state.best_adapter is None:
+            state.best, state.best_step = val, state.step
+            state.best_adapter = gather_state(engine)[0]
+            save_adapter("adapter_best.safetensors", state.best_adapter, state.step)
     not_finite = torch.zeros((), device=rt.device)
+    def look(gradient: Tensor) -> None:
+        not_finite.add_(~gradient.isfinite().all())
     for p in elm.adapter.parameters():  # gradients as they come, before DeepSpeed shares them out
-        p.register_hook(lambda grad: [not_finite.add_(~grad.isfinite().all()), None][1])
+        p.register_hook(look)
     bar = tqdm(total=total, initial=state.step, unit="step", disable=rt.rank > 0 or None)
     if state.step == 0:
         evaluate()
+    else:
+        save_adapter("adapter_best.safetensors", state.best_adapter, state.best_step)
     engine.train()
     steps = step_rows(len(source.rows), cfg.train.seed, size, state.epoch, state.position)
     steps = islice(steps, max(0, total - state.step))
@@ -1112,9 +1108,10 @@ def train(cfg: Config) -> dict:
     with noticed_signals() as signals:
         for epoch, position, rows, labels, micros in read_ahead(plan, steps, cfg.data.num_workers):
             lr = lr_at(state.step, total, cfg.train)
-            for group in adam_of(engine).param_groups:
+            for group in engine.adam.param_groups:
                 group["lr"] = lr
-            torch.manual_seed(cfg.train.seed + (state.step << 32) + (rt.rank << 56))
+            mixed = np.random.SeedSequence([cfg.train.seed, state.step, rt.rank]).generate_state(1)
+            torch.manual_seed(int(mixed[0]))  # of 32 bits: the CPU's generator ignores any above
             sums = torch.zeros(3, dtype=torch.float64, device=rt.device)
             for k, (weight, batch) in enumerate(micros, 1):
                 engine.set_gradient_accumulation_boundary(k == len(micros))
@@ -1130,7 +1127,7 @@ def train(cfg: Config) -> dict:
                 raise UserError(f"step {state.step + 1}: the {what} is not finite, and nothing was "
                                 f"updated; lower train.lr, or look at {source.path}:{lines}")
             grads = [p.grad for p in elm.adapter.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)  # what ZeRO 0 leaves; it tells no norm
+            norm = nn.utils.get_total_norm(grads)  # for ZeRO 0, which tells none
             engine.step()
             norm = engine.get_global_grad_norm() if cfg.deepspeed.zero_stage else norm
             state.step, state.epoch, state.position = state.step + 1, epoch, position
@@ -1159,12 +1156,11 @@ def train(cfg: Config) -> dict:
                 raise SystemExit(128 + max(signals, default=signal.SIGTERM))
     bar.close()
     save("final")
-    rt.sum(torch.zeros(1, device=rt.device))  # adapter_best is there for every process
-    elm.adapter, metadata = Adapter.load(folder / "adapter_best.safetensors")
-    elm.adapter.to(rt.device)
+    elm.adapter = Adapter(**elm.adapter.settings).to(rt.device)  # the best one, outside of ZeRO
+    elm.adapter.load_state_dict(state.best_adapter)
     engine.eval()
     result, predictions = report(engine, elm, data[final], cfg.eval, rt)
-    result = dict(split=final, step=state.step, adapter_step=metadata["step"]) | result
+    result = dict(split=final, step=state.step, adapter_step=state.best_step) | result
     if rt.rank == 0:
         write_text(folder / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
         write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
@@ -1188,13 +1184,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except (UserError, OSError) as e:
         text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
-        if os.environ.get("RANK", "0") == "0":
-            print(*(f"elm: {line}" for line in text.splitlines()), sep="\n", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":  # if process 0 says the same, this one ends here
+            time.sleep(5)
+        print(*(f"elm: {line}" for line in text.splitlines()), sep="\n", file=sys.stderr)
         return 2
     except SystemExit as stopped:
         return stopped.code
 
-if __name__ == "__main__":
+def run() -> None:
     code = main()
     print(end="", flush=True)
     os._exit(code)  # threads of torch and DeepSpeed abort now and then when the interpreter ends
+
+if __name__ == "__main__":
+    run()

@@ -81,6 +81,8 @@ def test_truncation_cuts_the_response_only_and_is_counted(data_dir):
 def test_task_filter_and_removed_pair_tasks(data_dir):
     rows = read_jsonl(rows_path(data_dir))
     pair = [rows[0] | {"task_type": t} for t in ("compare", "hypothetical", "compare")]
+    pair[0]["embedding_file_idx"] = [0, 1]  # as such rows are
+    del pair[1]["embedding_file_idx"]
     write_rows(data_dir, "train", [*pair[:2], *rows, pair[2], ""])
     split = open_train(data_dir, tasks=("summary", "category"))
     wanted = [r for r in rows if r["task_type"] in ("summary", "category")]
@@ -123,13 +125,17 @@ ZERO[2] = 0
     [
         (bad_rows(lambda r: "{broken"), r"train_synthesis.jsonl:5: broken JSON"),
         (bad_rows(lambda r: "[1]"), r":5: not a JSON object"),
+        (bad_rows(lambda r: r | {"response": "a \ud83d b"}), r":5: .*surrogates not allowed"),
         (bad_rows(lambda r: {k: r[k] for k in r if k != "query"}), r":5: field 'query' is missing"),
         (bad_rows(lambda r: r | {"response": 3}), r":5: field 'response' is 3, not of type str"),
         (bad_rows(lambda r: r | {"text": None}), r":5: field 'text' is None"),
         (bad_rows(lambda r: r | {"embedding_file_idx": True}), r":5: field 'embedding_file_idx'"),
-        (bad_rows(lambda r: r | {"embedding_file_idx": 10}), r":5: embedding_file_idx 10"),
+        (bad_rows(lambda r: r | {"embedding_file_idx": 10}), r":5: embedding_file_idx 10 of 10"),
         (bad_rows(lambda r: r | {"embedding_file_idx": -1}), r":5: embedding_file_idx -1"),
-        (bad_rows(lambda r: r | {"task_type": "sumary"}), r":5: unknown .*did you mean summary"),
+        (
+            bad_rows(lambda r: r | {"task_type": "sumary"}),
+            r":5: unknown task_type .*did you mean summary",
+        ),
         (
             bad_rows(lambda r: r | {"query": "<EMB> <EMB>"}),
             r":5: the query has more than one <EMB>",
@@ -161,6 +167,30 @@ def test_broken_and_missing_vectors(data_dir):
     path.unlink()
     with pytest.raises(FileNotFoundError, match="train_embeddings.safetensors"):
         open_train(data_dir)
+
+
+def test_the_table_is_not_copied(tmp_path):
+    """Anonymous memory does not grow by a table of 80 MB when it is opened and a row is read."""
+
+    def anonymous():
+        with open("/proc/self/status") as f:
+            return next(int(x.split()[1]) for x in f if x.startswith("RssAnon")) * 1024
+
+    save_file({"x": torch.ones(20_000, 1024)}, tmp_path / "x.safetensors")
+    before = anonymous()
+    table = elm.open_vectors(tmp_path / "x.safetensors")
+    assert table[torch.tensor([17, 19_999])].sum() == 2048
+    assert anonymous() - before < 20e6
+
+
+def test_cache_knows_the_end_token(data_dir):
+    first = open_train(data_dir)
+    tok = byte_tokenizer()
+    tok.eos_token = "<|endoftext|>"
+    data = elm.DataConfig(dir=str(data_dir), max_seq_length=256)
+    other = elm.open_split(data, "train", elm.Prompt.of(tok), 1, RT)
+    assert first.ids[first.rows["length"][0, 0] - 1] == PROMPT.tokenizer.eos_token_id
+    assert other.ids[other.rows["length"][0, 0] - 1] == tok.eos_token_id
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -248,6 +278,13 @@ def test_tokenizer_without_chat_template_gets_a_plain_prompt(tmp_path):
     make_data(tmp_path)
     data = elm.DataConfig(dir=str(tmp_path), max_seq_length=256)
     assert len(elm.open_split(data, "train", prompt, 1, RT).rows) == 40
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content }}{{ messages[0].content }}",
+                                      "no turn", "{{ raise_exception('no') }}"])  # fmt: skip
+def test_chat_template_that_cannot_be_used_is_refused(template):
+    with pytest.raises(elm.UserError, match="chat template fails"):
+        elm.Prompt.of(byte_tokenizer(template))
 
 
 def test_tokenizer_without_end_token_is_refused():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import ARCHITECTURES, ROOT, byte_tokenizer, make_data, make_llm
 from naive import naive_step, token_rows
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
 
 import elm
 
@@ -137,16 +137,21 @@ def test_splicing_a_tokens_own_embedding_gives_the_logits_of_input_ids(parts):
 
 def test_recomputed_layers_change_nothing(parts):
     llm, prompt, split = parts
-    results = []
+    results, calls = [], []
     for setting in (False, True):
         folder = llm.config._name_or_path
         model = elm.ELM(elm.load_llm(folder, RT.device, False), adapter_for(llm, split), prompt)
         assert elm.checkpoint_layers(model.llm, setting, 0) == setting
+        passes = []
+        for norm in (m for n, m in model.llm.named_modules() if n.endswith(("0.mlp", "0.mlp.act"))):
+            norm.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         nll, _ = model.train()(elm.pack(split, [0, 1, 2]))
         nll.sum().backward()
+        calls.append(len(passes))
         gradient = torch.cat([p.grad.flatten() for p in model.adapter.parameters()])
         results.append((nll.detach(), gradient))
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
+    assert calls[1] == 2 * calls[0] > 0  # each layer ran twice
 
 
 def test_ragged_batch_equals_one_flat_cross_entropy(parts):
@@ -262,6 +267,23 @@ def test_load_refuses_another_llm(tmp_path):
         elm.ELM.load(tmp_path / "a.safetensors", str(other))
     with pytest.raises(elm.UserError, match="no folder"):
         elm.ELM.load(tmp_path / "a.safetensors", "/nowhere/llm")
+
+
+def test_an_llm_that_cannot_be_packed_is_refused(tmp_path):
+    """Mamba carries a state along the row, so a packed row would leak into the next."""
+    tok = byte_tokenizer()
+    config = MambaConfig(vocab_size=len(tok), hidden_size=32, num_hidden_layers=2, state_size=4)
+    llm = MambaForCausalLM(config).eval()
+    for p in llm.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    model = elm.ELM(llm, elm.Adapter(12, 8, 32), elm.Prompt.of(tok))
+    with pytest.raises(elm.UserError, match="MambaForCausalLM .* cannot be packed"):
+        elm.check_packing(model)
+
+
+def test_packing_check_accepts(parts):
+    llm, prompt, split = parts
+    elm.check_packing(elm.ELM(llm, adapter_for(llm, split), prompt))
 
 
 def test_vocabulary_and_tokenizer_stay(parts):

@@ -31,7 +31,8 @@ def test_only_the_loop_is_long():
 
 
 def test_nothing_runs_code_from_files_or_trusts_remote_code():
-    assert "trust_remote_code" not in SOURCE and "weights_only=False" not in SOURCE
+    assert "weights_only=False" not in SOURCE and "pickle" not in SOURCE
+    assert SOURCE.count("from_pretrained(name, ") == SOURCE.count("trust_remote_code=False") == 1
     assert SOURCE.count("torch.load(") == SOURCE.count("weights_only=True")
 
 

@@ -127,7 +127,7 @@ def test_one_step_of_the_engine_is_the_naive_step(settings, stage):
     before = {k: v.clone() for k, v in model.llm.state_dict().items()}
     engine = elm.start_engine(cfg, model)
     engine.train()
-    for group in elm.adam_of(engine).param_groups:
+    for group in engine.adam.param_groups:
         group["lr"] = cfg.train.lr
     labels = int(split.rows["response"][rows].sum())
     for _ in range(2):
@@ -153,7 +153,7 @@ def test_one_step_of_the_engine_is_the_naive_step(settings, stage):
     if stage < 3:
         assert all(torch.equal(v, before[k]) for k, v in model.llm.state_dict().items())
         assert all(p.grad is None for p in model.llm.parameters())
-    optimized = {id(p) for g in elm.adam_of(engine).param_groups for p in g["params"]}
+    optimized = {id(p) for g in engine.adam.param_groups for p in g["params"]}
     assert not optimized & {id(p) for p in model.llm.parameters()}
     # Another engine that starts from the gathered state takes the same third step.
     other = parts_of(settings, f"deepspeed.zero_stage={stage}", "train.max_grad_norm=0.05")[2]
@@ -163,7 +163,7 @@ def test_one_step_of_the_engine_is_the_naive_step(settings, stage):
     assert same(moments, elm.gather_state(twin)[1])
     for each in (engine, twin):
         each.train()
-        for group in elm.adam_of(each).param_groups:
+        for group in each.adam.param_groups:
             group["lr"] = 0.01
         each.set_gradient_accumulation_boundary(True)
         nll, _ = each(elm.pack(split, rows[:9]))
@@ -219,6 +219,40 @@ def test_finished_run_killed_before_its_report(settings):
     assert again == result and (folder / "eval.json").read_bytes() == wanted
 
 
+def test_report_of_fewer_steps_is_not_taken_for_that_of_the_longer_run(settings):
+    _, folder = go(settings)
+    old = (folder / "eval.json").read_bytes()
+    wanted, _ = go(settings, "train.resume=auto", "train.max_steps=8")
+    (folder / "eval.json").write_bytes(old)  # as if killed before the report of step 8
+    again, _ = go(settings, "train.resume=auto", "train.max_steps=8")
+    assert again == wanted and again["step"] == 8
+
+
+def test_resume_by_path_into_another_folder(settings, tmp_path):
+    """From an earlier step: allowed into a new folder, with the best adapter of that time, and
+    refused where the folder holds a run of its own."""
+    _, one = go(settings)
+    start = f"train.resume={one / 'checkpoint_step_4.pt'}"
+    result, two = go(settings, start, f"output.dir={tmp_path / 'two'}", "train.lr=1e-9")
+    best = [m for m in read_jsonl(one / "metrics.jsonl") if "val_loss" in m and m["step"] <= 4]
+    wanted = min(best, key=lambda m: m["val_loss"])["step"]
+    assert result["adapter_step"] in (wanted, 6) and (two / "adapter_best.safetensors").exists()
+    before = snapshot(two)
+    with pytest.raises(elm.UserError, match="holds a run already"):
+        go(settings, start, f"output.dir={two}")
+    assert snapshot(two) == before
+
+
+def test_newest_is_the_one_of_most_steps(settings, capsys):
+    _, folder = go(settings)
+    os.utime(folder / "checkpoint_step_2.pt")
+    (folder / "checkpoint_final.pt").write_bytes(b"")
+    (folder / "eval.json").unlink()
+    go(settings, "train.resume=auto")
+    out = capsys.readouterr().out
+    assert "resumed after step 6" in out and "passed over" in out
+
+
 def test_auto_resume_without_a_checkpoint_starts_afresh(settings):
     result, folder = go(settings, "train.resume=auto")
     assert result["step"] == 6 and (folder / "checkpoint_final.pt").exists()
@@ -259,6 +293,33 @@ def test_what_must_not_matter(settings, tmp_path, more):
     _, one = go(settings)
     _, two = go(settings, *more, f"output.dir={tmp_path / 'two'}")
     assert same(final_state(one), final_state(two))
+
+
+def test_standardize_takes_the_training_vectors(settings):
+    with_it, without = (
+        parts_of(settings, f"model.standardize={x}")[2].adapter for x in ("true", "false")
+    )
+    table = elm.open_vectors(elm.split_paths(elm.load_config(None, settings).data, "train")[0])
+    torch.testing.assert_close(with_it.mean, table.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(with_it.std, table.std(0, correction=0), rtol=1e-5, atol=1e-6)
+    assert (without.mean == 0).all() and (without.std == 1).all()
+
+
+@pytest.mark.parametrize("more", ["train.seed=43", "model.dropout=0.3", "train.lr=2e-2"])
+def test_what_must_matter(settings, tmp_path, more):
+    _, one = go(settings)
+    _, two = go(settings, more, f"output.dir={tmp_path / 'two'}")
+    assert not same(final_state(one), final_state(two))
+
+
+def test_dropout_differs_from_step_to_step(settings, monkeypatch):
+    """CPU generators keep 32 bits of a seed: a step or rank above those would repeat the mask."""
+    seeds = []
+    seed = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or seed(n))
+    go(settings, "model.dropout=0.3")
+    used = seeds[-6:]
+    assert len(set(used)) == 6 and max(used) < 2**32
 
 
 def test_epochs_where_no_max_steps(settings):
