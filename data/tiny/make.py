@@ -1,6 +1,6 @@
 """Make the embedded default: a small invented world, and three small models trained on it.
 
-    python data/tiny/make.py                     everything, 20 to 30 minutes on two cores
+    python data/tiny/make.py                     everything, 38 minutes on one core of an AMD EPYC
     python data/tiny/make.py llm                 one stage: llm, embedder, scorer, rows or check
 
     llm/         a Qwen3-architecture language model (0.8M parameters), tokenizer, chat template
