@@ -372,7 +372,7 @@ def vector_statistics(vectors: Tensor, path: Path) -> dict[str, Tensor]:
 def parse_row(line: bytes, num_vectors: int) -> dict:
     """One line of a JSONL file as a checked row. Raises: ValueError that says what is wrong."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode().strip())
     except ValueError as e:
         raise ValueError(f"broken JSON: {e}") from None
     if not isinstance(row, dict):
