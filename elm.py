@@ -609,12 +609,11 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, le
     key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
     outs = []
     for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
-        windowed = sliding_window is not None and q.shape[2] > sliding_window
-        if not windowed and not softcap:
+        t, window = q.shape[2], sliding_window or q.shape[2]
+        if t <= window and not softcap:
             outs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=True))
             continue
-        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-        seen = seen.triu(1 - sliding_window) if windowed else seen
+        seen = torch.ones(t, t, dtype=torch.bool, device=q.device).tril().triu(1 - window)
         scores = q.float() @ k.float().mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         outs.append(scores.masked_fill(~seen, -math.inf).softmax(-1).to(v.dtype) @ v)
@@ -876,7 +875,7 @@ def row_losses(forward: Any, split: Split, rt: Runtime, form: int = BY_VECTOR,
             losses[torch.from_numpy(mine).to(rt.device)] = nll.double()
     return rt.sum(losses).cpu()
 
-def control_losses(forward: Any, split: Split, rt: Runtime, text: bool) -> dict[str, Tensor]:
+def control_losses(forward: Any, split: Split, rt: Runtime, text: bool = False) -> dict:
     """row_losses by the rows' own vectors, by shuffled ones and, if wanted and there, by text."""
     losses = {"loss": row_losses(forward, split, rt),
               "loss_shuffled": row_losses(forward, split, rt, vectors=shuffled_vectors(split))}
@@ -949,8 +948,7 @@ def config_text(cfg: Config) -> str:
     lines = [f"# {p} {version(p)}" for p in ("torch", "transformers", "deepspeed", "safetensors")]
     if shutil.which("git"):
         git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        lines.append(f"# commit {commit or 'unknown'}")
+        lines += ["# commit " + subprocess.run(git, capture_output=True, text=True).stdout.strip()]
     for name, entries in to_tables(cfg).items():
         lines += ["", f"[{name}]", *(f"{key} = {to_toml(value)}" for key, value in entries.items())]
     return "\n".join(lines) + "\n"
@@ -1081,15 +1079,15 @@ def train(cfg: Config) -> dict:
                 torch.save(whole, temporary)
     def evaluate() -> None:
         engine.eval()
-        losses = summarize(data["val"], control_losses(engine, data["val"], rt, text=False))
+        _, val, shuffled = summarize(data["val"], control_losses(engine, data["val"], rt)).values()
         engine.train()
-        val, shuffled = losses["loss"], losses["loss_shuffled"]
         record(step=state.step, val_loss=val, val_loss_shuffled=shuffled)
         rt.say(f"step {state.step:6d}  val_loss {val:.4f}  vectors shuffled {shuffled:.4f}")
         if val < state.best or state.best_adapter is None:
             state.best, state.best_step = val, state.step
             state.best_adapter = gather_state(engine)[0]
             save_adapter("adapter_best.safetensors", state.best_adapter, state.step)
+
     not_finite = torch.zeros((), device=rt.device)
     def look(gradient: Tensor) -> None:
         not_finite.add_(~gradient.isfinite().all())
@@ -1153,6 +1151,8 @@ def train(cfg: Config) -> dict:
                 save(f"step_{state.step}")
             if stop:
                 rt.say(f"stopped after step {state.step}; train.resume=auto goes on from there")
+                if wandb:
+                    attempt(rt, wandb.finish)
                 raise SystemExit(128 + max(signals, default=signal.SIGTERM))
     bar.close()
     save("final")
