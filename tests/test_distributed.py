@@ -1,6 +1,7 @@
 """Real launches by DeepSpeed's own launcher, and real kills. Ratios are of fp32 numbers."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -122,6 +123,28 @@ def test_killed_run_ends_with_the_same_bytes(settings, tmp_path):
         assert losses(folder) == losses(tmp_path / "whole")
         best = [(f / "adapter_best.safetensors").read_bytes() for f in (folder, tmp_path / "whole")]
         assert best[0] == best[1]
+
+
+def test_ctrl_c_under_the_launcher_saves_and_resumes(settings, tmp_path):
+    """As a terminal does it: SIGINT to the whole process group, with two processes."""
+    settings = [*settings, "train.max_steps=400", "train.eval_steps=400", "train.save_steps=400"]
+    config, folder = tmp_path / "run.toml", tmp_path / "out"
+    config.write_text("")
+    command = [*deepspeed_launcher(2, next(PORT)), ROOT / "elm.py", config, *settings]
+    process = subprocess.Popen(list(map(str, command)), start_new_session=True)
+    end = time.time() + 120
+    while time.time() < end and (
+        not (folder / "metrics.jsonl").exists() or len(read_jsonl(folder / "metrics.jsonl")) < 9
+    ):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) != 0
+    (checkpoint,) = folder.glob("checkpoint_step_*.pt")
+    step = torch.load(checkpoint, weights_only=True)["state"]["step"]
+    assert 8 <= step < 400
+    launch(settings, folder, "train.resume=auto", f"train.max_steps={step + 2}", processes=0)
+    steps = [m["step"] for m in read_jsonl(folder / "metrics.jsonl") if "loss" in m]
+    assert steps == list(range(1, step + 3))
 
 
 def test_first_run_compiles_nothing(settings, tmp_path, monkeypatch):

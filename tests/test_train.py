@@ -114,6 +114,8 @@ def parts_of(settings, *more):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_one_step_of_the_engine_is_the_naive_step(settings, stage):
     """Several micro-batches: loss, clipped AdamW update, the LLM's bytes; at each ZeRO stage."""
+    import deepspeed
+
     cfg, split, model = parts_of(
         settings, f"deepspeed.zero_stage={stage}", "train.max_grad_norm=0.05"
     )
@@ -150,9 +152,10 @@ def test_one_step_of_the_engine_is_the_naive_step(settings, stage):
         torch.testing.assert_close(
             moments[f"{name}.exp_avg"], adam.state[p]["exp_avg"], rtol=1e-4, atol=1e-7
         )
-    if stage < 3:
+    frozen = list(model.llm.parameters())
+    with deepspeed.zero.GatheredParameters(frozen, enabled=stage == 3):
         assert all(torch.equal(v, before[k]) for k, v in model.llm.state_dict().items())
-        assert all(p.grad is None for p in model.llm.parameters())
+    assert all(p.grad is None for p in frozen)
     optimized = {id(p) for g in engine.adam.param_groups for p in g["params"]}
     assert not optimized & {id(p) for p in model.llm.parameters()}
     # Another engine that starts from the gathered state takes the same third step.
@@ -328,6 +331,14 @@ def test_epochs_where_no_max_steps(settings):
     assert result["step"] == 2 * 3  # 40 rows: 15, 15 and 10
     metrics = [m for m in read_jsonl(folder / "metrics.jsonl") if "loss" in m]
     assert [m["epoch"] for m in metrics] == [0, 0, 0, 1, 1, 1]
+
+
+def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(elm.UserError, match="model.bf16: not on Tesla T4, set model.bf16=false"):
+        elm.start_runtime(elm.load_config())
 
 
 def test_bf16_llm_and_fp32_adapter(settings):
