@@ -467,10 +467,9 @@ def split_paths(data: DataConfig, split: str) -> list[Path]:  # of the vectors, 
 def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runtime) -> Split:
     """Open a split; process 0 checks and tokenises it first, unless data.dir/.cache has that under
     a hash of all that it depends on. Raises: UserError."""
-    paths, error = split_paths(data, split), None
+    paths, error, tok = split_paths(data, split), None, prompt.tokenizer
     vectors = open_vectors(paths[0])
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    tok = prompt.tokenizer
     words = tok.backend_tokenizer.to_str() if tok.is_fast else sorted(tok.get_vocab().items())
     made_from = (files, words, tok.eos_token_id, prompt[1:], soft, data.tasks, data.max_seq_length)
     key = hashlib.sha256(repr((ROW, made_from)).encode()).hexdigest()[:16]
@@ -1124,7 +1123,8 @@ def train(cfg: Config) -> dict:
                 lines = ",".join(str(n) for n in source.rows["line"][rows][:64])
                 raise UserError(f"step {state.step + 1}: the {what} is not finite, and nothing was "
                                 f"updated; lower train.lr, or look at {source.path}:{lines}")
-            grads = [p.grad for p in elm.adapter.parameters() if p.grad is not None]
+            log = (state.step + 1) % cfg.train.logging_steps == 0 or state.step + 1 == total
+            grads = [p.grad for p in elm.adapter.parameters() if log and p.grad is not None]
             norm = nn.utils.get_total_norm(grads)  # for ZeRO 0, which tells none
             engine.step()
             norm = engine.get_global_grad_norm() if cfg.deepspeed.zero_stage else norm
@@ -1132,7 +1132,7 @@ def train(cfg: Config) -> dict:
             state.nll_sum, state.num_labels = state.nll_sum + nll_sum, state.num_labels + labels
             num_tokens += int(source.rows["length"][rows, BY_VECTOR].sum())
             bar.update()
-            if state.step % cfg.train.logging_steps == 0 or state.step == total:
+            if log:
                 loss = state.nll_sum / state.num_labels
                 rate = num_tokens / (time.perf_counter() - clock)
                 record(step=state.step, epoch=epoch, loss=loss, lm_loss=loss, lr=lr,
