@@ -268,14 +268,14 @@ def start_runtime(cfg: Config) -> Runtime:
         raise UserError(f"model.bf16: not on {torch.cuda.get_device_name()}, set model.bf16=false")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
-    deepspeed, dist, backend = need("deepspeed"), torch.distributed, "nccl" if cuda else "gloo"
+    deepspeed, dist = need("deepspeed"), torch.distributed
     if not dist.is_initialized():
         # DeepSpeed would compile its shared-memory op for CPUs at first use: a minute, a C++
         # compiler, and a lock that hangs every later run if the build is killed. gloo is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "RANK" not in os.environ:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if "RANK" not in os.environ else {}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     rank, world = dist.get_rank(), dist.get_world_size()
     if not cuda and world > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
@@ -679,24 +679,26 @@ class ELM(nn.Module):
                             "other weights; name the LLM that it was trained for")
         return ELM(model, adapter.to(device), prompt).eval()
 
-    def forward(self, batch: dict) -> tuple[Tensor, Tensor | None]:
-        """What `pack` makes -> each response's summed token cross-entropy [n], and the soft tokens
-        [n, K, D] (None by text), both fp32."""
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """[n, E] -> soft tokens [n, K, D] fp32: what is trained, and all that DeepSpeed runs."""
+        return self.adapter(embeddings.to(self.adapter.scale.device, non_blocking=True))
+
+    def losses(self, batch: dict, soft: Tensor | None = None) -> Tensor:
+        """What `pack` makes, and soft tokens [n, K, D] unless it is by text -> each response's
+        summed token cross-entropy [n] fp32."""
         device = self.adapter.scale.device
         batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
                  for k, v in batch.items()}
-        soft = None
         with torch.no_grad():
             embeds = self.llm.get_input_embeddings()(batch["ids"])
-        if "slots" in batch:  # out of place: any id stands there, and its embedding is replaced
-            soft = self.adapter(batch["embeddings"])
+        if soft is not None:  # out of place: any id stands there, and its embedding is replaced
             embeds = embeds.index_copy(0, batch["slots"], soft.flatten(0, 1).to(embeds.dtype))
         with packed(self.llm):  # with a cache, transformers would not see that the row is packed
             out = self.llm(inputs_embeds=embeds[None], position_ids=batch["positions"][None],
                            logits_to_keep=batch["targets"], lengths=batch["lengths"],
                            use_cache=False)
         losses = F.cross_entropy(out.logits[0].float(), batch["labels"], reduction="none")
-        return losses.new_zeros(len(batch["lengths"])).index_add(0, batch["owner"], losses), soft
+        return losses.new_zeros(len(batch["lengths"])).index_add(0, batch["owner"], losses)
 
     @torch.no_grad()
     def prompt_embeds(self, embedding: Tensor, query: str) -> Tensor:
@@ -758,7 +760,7 @@ def start_engine(cfg: Config, elm: ELM) -> Any:
     loop cuts batches, so its batch size stays 1; its bf16 stays off, as it rounds the adapter."""
     # One group: with several, DeepSpeed 0.19.8 links the moments of the first one only (ZeRO 1, 2).
     optimizer = torch.optim.AdamW(elm.adapter.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=cfg.train.weight_decay)
+                                  weight_decay=cfg.train.weight_decay, fused=True)
     zero = {**cfg.deepspeed.extra.get("zero_optimization", {}), "stage": cfg.deepspeed.zero_stage}
     config = {**cfg.deepspeed.extra, "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero,
               "gradient_clipping": cfg.train.max_grad_norm, "zero_allow_untested_optimizer": True,
@@ -789,8 +791,7 @@ def restore_moments(engine: Any, moments: dict[str, Tensor]) -> None:
     from deepspeed import utils as ds
     adam, adapter = engine.adam, engine.module.adapter
     rows = torch.zeros(1, adapter.settings["d_emb"], device=engine.device)
-    engine.set_gradient_accumulation_boundary(True)
-    engine.backward(adapter(rows).sum() * 0.0, scale_wrt_gas=False)
+    engine.backward(engine(rows).sum() * 0.0)
     engine.step()
     for name, p in adapter.named_parameters():
         for key in ("exp_avg", "exp_avg_sq"):
@@ -859,7 +860,7 @@ def token_budget(device: torch.device) -> int:  # tokens of a micro-batch
     return 4096 if device.type == "cuda" else 2048
 
 @torch.no_grad()
-def row_losses(forward: Any, split: Split, rt: Runtime, form: int = BY_VECTOR,
+def row_losses(elm: ELM, split: Split, rt: Runtime, form: int = BY_VECTOR,
                vectors: np.ndarray | None = None) -> Tensor:
     """[N] fp64: each row's summed token cross-entropy, the same for any number of processes."""
     lengths = split.rows["length"][:, form].astype(np.int64)
@@ -869,17 +870,18 @@ def row_losses(forward: Any, split: Split, rt: Runtime, form: int = BY_VECTOR,
     losses = torch.zeros(len(lengths), dtype=torch.float64, device=rt.device)
     for first in range(0, len(micros), rt.world):  # ZeRO-3 wants every process in every pass
         mine = micros[min(first + rt.rank, len(micros) - 1)]
-        nll, _ = forward(pack(split, mine, form, vectors))
+        batch = pack(split, mine, form, vectors)
+        nll = elm.losses(batch, elm(batch["embeddings"]) if form == BY_VECTOR else None)
         if first + rt.rank < len(micros):
             losses[torch.from_numpy(mine).to(rt.device)] = nll.double()
     return rt.sum(losses).cpu()
 
-def control_losses(forward: Any, split: Split, rt: Runtime, text: bool = False) -> dict:
+def control_losses(elm: ELM, split: Split, rt: Runtime, text: bool = False) -> dict:
     """row_losses by the rows' own vectors, by shuffled ones and, if wanted and there, by text."""
-    losses = {"loss": row_losses(forward, split, rt),
-              "loss_shuffled": row_losses(forward, split, rt, vectors=shuffled_vectors(split))}
+    losses = {"loss": row_losses(elm, split, rt),
+              "loss_shuffled": row_losses(elm, split, rt, vectors=shuffled_vectors(split))}
     if text and split.rows["length"][:, BY_TEXT].any():
-        losses["loss_text"] = row_losses(forward, split, rt, BY_TEXT)
+        losses["loss_text"] = row_losses(elm, split, rt, BY_TEXT)
     return losses
 
 def summarize(split: Split, losses: dict[str, Tensor], mask: Any = True) -> dict[str, float]:
@@ -897,9 +899,9 @@ def summarize(split: Split, losses: dict[str, Tensor], mask: Any = True) -> dict
         result |= {"carried": (shuffled - ours) / (shuffled - text)} if text < shuffled else {}
     return result
 
-def report(forward: Any, elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime):
+def report(elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime):
     """(summary over all rows and per task, answers to eval.samples rows, made by all in step)."""
-    losses = control_losses(forward, split, rt, text=True)
+    losses = control_losses(elm, split, rt, text=True)
     task, result = split.rows["task"], summarize(split, losses)
     result["tasks"] = {TASKS[t]: summarize(split, losses, task == t) for t in np.unique(task)}
     rows = [split.raw(i) for i in np.unique(np.linspace(0, len(task) - 1, cfg.samples).astype(int))]
@@ -1009,14 +1011,25 @@ def check_packing(elm: ELM) -> None:
     ids = torch.arange(40) % elm.llm.get_input_embeddings().num_embeddings
     at = torch.cat([torch.arange(16), torch.arange(17, 39)])
     places = torch.cat([torch.arange(17), torch.arange(23)])
-    losses, _ = elm(dict(ids=ids, positions=places, lengths=[17, 23], targets=at,
-                         labels=ids[at + 1], owner=(at > 16).long()))
+    losses = elm.losses(dict(ids=ids, positions=places, lengths=[17, 23], targets=at,
+                             labels=ids[at + 1], owner=(at > 16).long()))
     for part, loss in zip(ids.to(losses.device).split([17, 23]), losses, strict=True):
         logits = elm.llm(input_ids=part[None], use_cache=False).logits[0, :-1].float()
         alone = F.cross_entropy(logits, part[1:], reduction="sum")
         if not torch.isclose(loss, alone, rtol=1e-4 if elm.llm.dtype == torch.float32 else 2e-2):
             raise UserError(f"model.llm: {type(elm.llm).__name__} has more than causal attention "
                             f"between tokens, so that rows cannot be packed ({loss}, not {alone})")
+
+def soft_gradient(elm: ELM, soft: Tensor, micros: list) -> tuple[Tensor, Tensor]:
+    """The loss summed over all of plan_step's micro-batches, fp64, and its gradient at their soft
+    tokens [n, K, D]: all that the adapter needs of the frozen LLM, and all that this makes."""
+    total, gradients = torch.zeros((), dtype=torch.float64, device=soft.device), []
+    for (weight, batch), part in zip(micros, soft.detach().split([len(b["lengths"]) for _, b in
+                                                                  micros]), strict=True):
+        loss = elm.losses(batch, part.requires_grad_()).sum() * weight
+        gradients += torch.autograd.grad(loss, part)
+        total += loss.detach()
+    return total, torch.cat(gradients)
 
 def train(cfg: Config) -> dict:
     """Train an adapter and report on it: returns the dict of eval.json. Raises: UserError for what
@@ -1078,7 +1091,7 @@ def train(cfg: Config) -> dict:
                 torch.save(whole, temporary)
     def evaluate() -> None:
         engine.eval()
-        _, val, shuffled = summarize(data["val"], control_losses(engine, data["val"], rt)).values()
+        _, val, shuffled = summarize(data["val"], control_losses(elm, data["val"], rt)).values()
         engine.train()
         record(step=state.step, val_loss=val, val_loss_shuffled=shuffled)
         rt.say(f"step {state.step:6d}  val_loss {val:.4f}  vectors shuffled {shuffled:.4f}")
@@ -1099,39 +1112,50 @@ def train(cfg: Config) -> dict:
         save_adapter("adapter_best.safetensors", state.best_adapter, state.best_step)
     engine.train()
     steps = step_rows(len(source.rows), cfg.train.seed, size, state.epoch, state.position)
-    steps = islice(steps, max(0, total - state.step))
     plan = partial(plan_step, source, token_budget(rt.device), rt)
-    clock, num_tokens = time.perf_counter(), 0
+    plans = read_ahead(plan, islice(steps, max(0, total - state.step)), cfg.data.num_workers)
+    sums = torch.tensor([state.nll_sum, 0.0], dtype=torch.float64, device=rt.device)
+    unseen, clock, num_tokens = [], time.perf_counter(), 0
     with noticed_signals() as signals:
-        for epoch, position, rows, labels, micros in read_ahead(plan, steps, cfg.data.num_workers):
+        for epoch, position, rows, labels, micros in plans:
             lr = lr_at(state.step, total, cfg.train)
             for group in engine.adam.param_groups:
                 group["lr"] = lr
             mixed = np.random.SeedSequence([cfg.train.seed, state.step, rt.rank]).generate_state(1)
             torch.manual_seed(int(mixed[0]))  # of 32 bits: the CPU's generator ignores any above
-            sums = torch.zeros(3, dtype=torch.float64, device=rt.device)
-            for k, (weight, batch) in enumerate(micros, 1):
-                engine.set_gradient_accumulation_boundary(k == len(micros))
-                nll, soft = engine(batch)
-                # DeepSpeed averages over processes; the mean wanted is the one over all labels.
-                engine.backward(nll.sum() * (weight * rt.world / labels), scale_wrt_gas=False)
-                sums[0] += nll.detach().sum() * weight
-            sums[1], sums[2] = not_finite, float(bool(signals))
-            nll_sum, bad, stop = rt.sum(sums).tolist()  # the step's one synchronisation
-            if bad or not math.isfinite(nll_sum):
-                what = "gradient" if math.isfinite(nll_sum) else "loss"
-                lines = ",".join(str(n) for n in source.rows["line"][rows][:64])
-                raise UserError(f"step {state.step + 1}: the {what} is not finite, and nothing was "
-                                f"updated; lower train.lr, or look at {source.path}:{lines}")
-            log = (state.step + 1) % cfg.train.logging_steps == 0 or state.step + 1 == total
+            soft = engine(torch.cat([batch["embeddings"] for _, batch in micros]))
+            nll, gradient = soft_gradient(elm, soft, micros)
+            # DeepSpeed averages over processes; the mean wanted is the one over all labels.
+            engine.backward((soft * gradient).sum() * (rt.world / labels))
+            # Without a look from the host: AdamW skips its update where found_inf is 1, and so it
+            # does from the first step on that is not finite.
+            nll, bad = rt.sum(torch.stack([nll, not_finite.double()]))
+            engine.adam.found_inf = (~(nll + sums[1]).isfinite() | (bad + sums[1] > 0)).float()
+            sums += torch.stack([nll, engine.adam.found_inf.double()])
+            stop = bool(signals)
+            if rt.world > 1:  # between the hosts; the devices work on
+                stop = bool(rt.sum(torch.tensor(float(stop))))
+            state.step, state.epoch, state.position = state.step + 1, epoch, position
+            state.num_labels, unseen = state.num_labels + labels, [*unseen, rows]
+            num_tokens += int(source.rows["length"][rows, BY_VECTOR].sum())
+            last = state.step == total
+            log = state.step % cfg.train.logging_steps == 0 or last
             grads = [p.grad for p in elm.adapter.parameters() if log and p.grad is not None]
             norm = nn.utils.get_total_norm(grads)  # for ZeRO 0, which tells none
             engine.step()
             norm = engine.get_global_grad_norm() if cfg.deepspeed.zero_stage else norm
-            state.step, state.epoch, state.position = state.step + 1, epoch, position
-            state.nll_sum, state.num_labels = state.nll_sum + nll_sum, state.num_labels + labels
-            num_tokens += int(source.rows["length"][rows, BY_VECTOR].sum())
             bar.update()
+            check = state.step % cfg.train.eval_steps == 0 or last
+            keep = state.step % cfg.train.save_steps == 0 or stop
+            if not (log or check or keep):
+                continue
+            state.nll_sum, bad = sums.tolist()  # the one synchronisation with the device
+            if bad:
+                lines = ",".join(str(n) for n in source.rows["line"][unseen[-int(bad)]][:64])
+                raise UserError(f"step {state.step + 1 - int(bad)}: the loss or its gradient is not "
+                                "finite, and nothing was updated; lower train.lr, or look at "
+                                f"{source.path}:{lines}")
+            unseen = []
             if log:
                 loss = state.nll_sum / state.num_labels
                 rate = num_tokens / (time.perf_counter() - clock)
@@ -1142,12 +1166,12 @@ def train(cfg: Config) -> dict:
                 bar.set_postfix_str(line)
                 rt.say(f"step {state.step:6d}  {line}")
                 state.nll_sum, state.num_labels = 0.0, 0
-                clock, num_tokens = time.perf_counter(), 0
-            if state.step % cfg.train.eval_steps == 0 or state.step == total:
+                sums[0], clock, num_tokens = 0.0, time.perf_counter(), 0
+            if check:
                 paused = time.perf_counter()
                 evaluate()
                 clock += time.perf_counter() - paused
-            if stop or state.step % cfg.train.save_steps == 0:
+            if keep:
                 save(f"step_{state.step}")
             if stop:
                 rt.say(f"stopped after step {state.step}; train.resume=auto goes on from there")
@@ -1159,7 +1183,7 @@ def train(cfg: Config) -> dict:
     elm.adapter = Adapter(**elm.adapter.settings).to(rt.device)  # the best one, outside of ZeRO
     elm.adapter.load_state_dict(state.best_adapter)
     engine.eval()
-    result, predictions = report(engine, elm, data[final], cfg.eval, rt)
+    result, predictions = report(elm, data[final], cfg.eval, rt)
     result = dict(split=final, step=state.step, adapter_step=state.best_step) | result
     if rt.rank == 0:
         write_text(folder / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))

@@ -36,6 +36,10 @@ def adapter_for(llm, split, **settings):
     return adapter
 
 
+def losses(model, batch):
+    return model.losses(batch, model(batch["embeddings"]) if "embeddings" in batch else None)
+
+
 def test_adapter_has_the_size_of_the_contract():
     with torch.device("meta"):
         adapter = elm.Adapter(2560, 4096, 2560)
@@ -84,11 +88,10 @@ def test_loss_and_gradient_agree_with_the_naive_reference(parts):
         model = elm.ELM(llm, adapter, prompt)
         *_, labels, micros = elm.plan_step(split, budget, RT, (0, 12, rows))
         assert len(micros) == 1 or budget == 150 and len(micros) > 2
-        total = 0.0
-        for _, batch in micros:
-            nll, _ = model(batch)
-            (nll.sum() / labels).backward()
-            total += nll.sum().item() / labels
+        soft = model(torch.cat([batch["embeddings"] for _, batch in micros]))
+        total, at_soft = elm.soft_gradient(model, soft, micros)
+        soft.backward(at_soft / labels)
+        total = total.item() / labels
         mine = torch.cat([p.grad.flatten() for p in adapter.parameters()])
         assert abs(total - loss) / loss < 1e-5
         assert (mine - gradient).norm() / gradient.norm() < 1e-5
@@ -101,10 +104,10 @@ def test_examples_do_not_see_each_other(parts):
     model = elm.ELM(llm, adapter_for(llm, split), prompt).eval()
     for form in (elm.BY_VECTOR, elm.BY_TEXT):
         with torch.no_grad():
-            together = model(elm.pack(split, [0, 1, 2, 3], form))[0]
-            backwards = model(elm.pack(split, [3, 2, 1, 0], form))[0].flip(0)
-            alone = torch.cat([model(elm.pack(split, [i], form))[0] for i in range(4)])
-            others = model(elm.pack(split, [9, 1, 8, 7], form))[0]
+            together = losses(model, elm.pack(split, [0, 1, 2, 3], form))
+            backwards = losses(model, elm.pack(split, [3, 2, 1, 0], form)).flip(0)
+            alone = torch.cat([losses(model, elm.pack(split, [i], form)) for i in range(4)])
+            others = losses(model, elm.pack(split, [9, 1, 8, 7], form))
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(backwards, alone, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(others[1], alone[1], rtol=1e-5, atol=1e-5)
@@ -128,7 +131,7 @@ def test_splicing_a_tokens_own_embedding_gives_the_logits_of_input_ids(parts):
     model = elm.ELM(llm, SayToken(llm, 77), prompt).eval()
     rows = [0, 5, 6]
     with torch.no_grad():
-        nll, _ = model(elm.pack(split, rows))
+        nll = losses(model, elm.pack(split, rows))
         for k, (ids, response, _) in enumerate(token_rows(split, rows, split.soft)):
             logits = llm(input_ids=ids.where(ids >= 0, 77)[None]).logits[0, -response - 1 : -1]
             flat = F.cross_entropy(logits.float(), ids[-response:], reduction="sum")
@@ -145,7 +148,7 @@ def test_recomputed_layers_change_nothing(parts):
         passes = []
         for norm in (m for n, m in model.llm.named_modules() if n.endswith(("0.mlp", "0.mlp.act"))):
             norm.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
-        nll, _ = model.train()(elm.pack(split, [0, 1, 2]))
+        nll = losses(model.train(), elm.pack(split, [0, 1, 2]))
         nll.sum().backward()
         calls.append(len(passes))
         gradient = torch.cat([p.grad.flatten() for p in model.adapter.parameters()])
@@ -159,7 +162,8 @@ def test_ragged_batch_equals_one_flat_cross_entropy(parts):
     model = elm.ELM(llm, adapter_for(llm, split), prompt).eval()
     batch = elm.pack(split, list(range(8)))
     with torch.no_grad():
-        nll, soft = model(batch)
+        soft = model(batch["embeddings"])
+        nll = model.losses(batch, soft)
         logits = [llm(inputs_embeds=p[None]).logits[0] for p in examples(model, split, batch)]
     ends = np.cumsum(batch["lengths"])
     flat = torch.cat([x[batch["targets"][batch["owner"] == k] - (ends[k] - batch["lengths"][k])]
@@ -185,10 +189,10 @@ def test_the_llm_never_drops_out(parts):
     llm, prompt, split = parts
     model = elm.ELM(llm, adapter_for(llm, split, dropout=0.5), prompt).train()
     assert model.adapter.training and not any(m.training for m in llm.modules())
-    first, second = (model(elm.pack(split, [0]))[0] for _ in range(2))
+    first, second = (losses(model, elm.pack(split, [0])) for _ in range(2))
     assert not torch.equal(first, second)  # the adapter does
     model.eval()
-    first, second = (model(elm.pack(split, [0]))[0] for _ in range(2))
+    first, second = (losses(model, elm.pack(split, [0])) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -289,7 +293,7 @@ def test_packing_check_accepts(parts):
 def test_vocabulary_and_tokenizer_stay(parts):
     llm, prompt, split = parts
     before = len(prompt.tokenizer), llm.get_input_embeddings().weight.shape
-    elm.ELM(llm, adapter_for(llm, split), prompt)(elm.pack(split, [0]))
+    losses(elm.ELM(llm, adapter_for(llm, split), prompt), elm.pack(split, [0]))
     assert (len(prompt.tokenizer), llm.get_input_embeddings().weight.shape) == before
     assert len(byte_tokenizer()) == before[0]
 
