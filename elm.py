@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
@@ -255,6 +257,12 @@ class Runtime(NamedTuple):  # this process among all of the run
             torch.distributed.all_reduce(x)
         return x
 
+    def free_memory(self) -> float:
+        """Bytes left on the GPU of the process that has fewest; infinite without GPUs."""
+        free = torch.zeros(self.world, dtype=torch.float64)
+        free[self.rank] = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else math.inf
+        return self.sum(free).min().item()
+
 def need(package: str) -> Any:
     try:
         return importlib.import_module(package)
@@ -309,6 +317,8 @@ def read_ahead(make: Any, keys: Any, threads: int):
 # -----------------------------------------------------------------------------
 # Data: rows of text beside a table of vectors, both read through memory maps
 
+EVAL_TOKENS = dict(cpu=1024, cuda=8192)  # of a micro-batch without gradient
+KEPT = 4096  # tokens ahead of vectors, of a split, whose keys and values may be kept (0.6 GB at 4B)
 SLOT = "<EMB>"  # where the vector goes in a query; without it, on a line of its own before it
 BY_VECTOR, BY_TEXT = 0, 1  # the two forms of a row
 ROW = np.dtype([  # of the token cache; start and length: where the two forms lie in ids
@@ -411,11 +421,12 @@ def read_rows(path: Path, tasks: tuple[str, ...], num_vectors: int, counts: dict
             byte += len(line)
 
 def build_cache(folder: Path, path: Path, num_vectors: int, prompt: Prompt, data: DataConfig,
-                soft: int) -> dict[str, int]:
-    """Tokenise a JSONL file, by chunks, into folder/{rows,ids}.bin; returns counts. By vector a row
-    is [before, 0 * soft, after, response, end]; by text, that stands for the zeros."""
+                soft: int) -> dict[str, Any]:
+    """Tokenise a JSONL file, by chunks, into folder/{rows,ids}.bin; returns counts and, if they are
+    few, all that stands before a vector. By vector a row is [before, 0 * soft, after, response,
+    end]; by text, that stands for the zeros."""
     counts = dict(rows=0, pair_tasks=0, other_tasks=0, responses_cut=0, texts_cut=0)
-    rows, start = read_rows(path, data.tasks, num_vectors, counts), 0
+    rows, start, all_before = read_rows(path, data.tasks, num_vectors, counts), 0, {}
     with open(folder / "rows.bin", "wb") as rows_file, open(folder / "ids.bin", "wb") as ids_file:
         while chunk := list(islice(rows, 1024)):
             texts = [(*prompt.parts(r["query"]), r.get("text", ""), r["response"])
@@ -434,6 +445,8 @@ def build_cache(folder: Path, path: Path, num_vectors: int, prompt: Prompt, data
                 forms = [before + [0] * soft + after + response,
                          before + text[:text_room] + after + response if text else []]
                 lengths = [len(f) for f in forms]
+                if len(all_before) <= KEPT:
+                    all_before.setdefault(tuple(before))
                 records.append((line, byte, row["embedding_file_idx"], (start, start + lengths[0]),
                                 lengths, len(before), len(response), TASKS.index(row["task_type"])))
                 ids += forms[0] + forms[1]
@@ -443,7 +456,8 @@ def build_cache(folder: Path, path: Path, num_vectors: int, prompt: Prompt, data
             ids_file.write(np.array(ids, np.int32).tobytes())
     if not counts["rows"]:
         raise UserError(f"{path}: no row of data.tasks = {list(data.tasks)}")
-    return counts
+    few = sum(map(len, all_before)) <= KEPT
+    return dict(counts=counts, before=list(all_before) if few else None)
 
 class Split(NamedTuple):  # of a data set, opened
     path: Path  # of its rows
@@ -453,6 +467,8 @@ class Split(NamedTuple):  # of a data set, opened
     statistics: dict[str, Tensor]  # mean and std [E] of the vectors
     counts: dict[str, int]
     soft: int  # K
+    before: tuple[tuple[int, ...], ...] | None = None  # all ids ahead of a vector; None: too many
+    apart: bool = True  # read these apart, and not with each row
 
     def raw(self, i: int) -> dict:
         """Row i as it stands in the file."""
@@ -479,7 +495,7 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runt
         work.mkdir(parents=True, exist_ok=True)
         try:
             meta = {k: v.tolist() for k, v in vector_statistics(vectors, paths[0]).items()}
-            meta["counts"] = build_cache(work, paths[1], len(vectors), prompt, data, soft)
+            meta |= build_cache(work, paths[1], len(vectors), prompt, data, soft)
             write_text(work / "meta.json", json.dumps(meta))
             os.replace(work, cache)
         except (UserError, OSError) as e:  # kept, so that all processes leave; or another run won
@@ -491,7 +507,8 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runt
     meta = json.loads((cache / "meta.json").read_text())
     rows, ids = np.memmap(cache / "rows.bin", ROW, "r"), np.memmap(cache / "ids.bin", np.int32, "r")
     statistics = {k: torch.tensor(meta[k]) for k in ("mean", "std")}
-    return Split(paths[1], rows, ids, vectors, statistics, meta["counts"], soft)
+    before = meta["before"] and tuple(map(tuple, meta["before"]))
+    return Split(paths[1], rows, ids, vectors, statistics, meta["counts"], soft, before)
 
 def shuffled_vectors(split: Split) -> np.ndarray:
     """[N] for each row a vector that is not its own, the same for rows of one vector."""
@@ -515,24 +532,43 @@ def cut(lengths: np.ndarray, bins: int, budget: int) -> list[list[int]]:
         per_bin += 1
 
 def pack(split: Split, rows: Any, form: int = BY_VECTOR, vectors: np.ndarray | None = None) -> dict:
-    """One micro-batch without padding: the rows end to end, positions restarting at each.
-    ids [T] and positions [T] int64; lengths, n ints; targets [R], the positions that predict a
-    response token; labels [R]; owner [R], the example of each. By vector also slots [n * K], the
-    positions of the soft tokens, and embeddings [n, E] fp32, of `vectors[row]` if given."""
+    """One micro-batch without padding: the rows end to end, from the place of the vector on, after
+    what stands before it in each, if split.apart. ids [T], positions [T]; targets [R], the places
+    in ids that predict a response token; labels [R]; owner [R], the example of each. read, the
+    beginnings to be read together; of their keys, source says which each of the examples' keys is
+    (its own: any), and places where those of ids stand; own and whole, n ints each, are the tokens
+    without and with the beginnings, ends [2, n + 1] int32 where they end. By vector also slots
+    [n * K], the places of the soft tokens, and embeddings [n, E] fp32, of `vectors[row]` if given.
+    All int64 where nothing else is said."""
     r = split.rows[rows]
-    lengths, responses = r["length"][:, form], r["response"]
-    starts, ends = r["start"][:, form], np.cumsum(lengths)
-    ids = [split.ids[a : a + n] for a, n in zip(starts, lengths, strict=True)]
-    targets = [np.arange(b - n, b) - 1 for b, n in zip(ends, responses, strict=True)]
-    batch = dict(ids=np.concatenate(ids), positions=np.concatenate([np.arange(n) for n in lengths]),
-                 targets=np.concatenate(targets), owner=np.repeat(np.arange(len(r)), responses))
+    whole, responses, skip = r["length"][:, form], r["response"], r["slot"] * split.apart
+    starts, own = r["start"][:, form] + skip, whole - skip
+    ends = np.cumsum([np.r_[0, own], np.r_[0, whole]], axis=1)
+    before = [tuple(split.ids[a - n : a].tolist()) for a, n in zip(starts, skip, strict=True)]
+    read = dict.fromkeys(before) if split.before is None else split.before
+    read = tuple(ids for ids in read if ids) if split.apart else ()
+    begin = dict(zip(read, np.cumsum([0, *map(len, read)]), strict=False))
+    def join(spans: Any, take: Any = None) -> np.ndarray:  # of [a, b)
+        return np.concatenate([np.arange(a, b) if take is None else take[a:b] for a, b in spans])
+    batch = dict(
+        ids=join(zip(starts, starts + own, strict=True), split.ids),
+        positions=join(zip(skip, whole, strict=True)),
+        targets=join(zip(ends[0, 1:] - responses - 1, ends[0, 1:] - 1, strict=True)),
+        owner=np.repeat(np.arange(len(r)), responses),
+        places=join(zip(ends[1, 1:] - own, ends[1, 1:], strict=True)),
+        source=np.concatenate([np.r_[begin.get(ids, 0) + np.arange(n), np.zeros(t, int)]
+                               for ids, n, t in zip(before, skip, own, strict=True)]))
     if form == BY_VECTOR:
-        batch["slots"] = ((ends - lengths + r["slot"])[:, None] + np.arange(split.soft)).ravel()
+        batch["slots"] = (ends[0, :-1, None] + (r["slot"] - skip)[:, None]
+                          + np.arange(split.soft)).ravel()
         batch["embeddings"] = r["vector"] if vectors is None else vectors[rows]
     batch = {k: torch.from_numpy(v.astype(np.int64)) for k, v in batch.items()}
+    batch |= dict(labels=batch["ids"][batch["targets"] + 1], ends=torch.from_numpy(ends).int())
     if form == BY_VECTOR:
         batch["embeddings"] = split.vectors[batch["embeddings"]].float()
-    return batch | dict(lengths=lengths.tolist(), labels=batch["ids"][batch["targets"] + 1])
+    if torch.cuda.is_available():  # so that the copy to the device does not wait
+        batch = {k: v.pin_memory() for k, v in batch.items()}
+    return batch | dict(own=own.tolist(), whole=whole.tolist(), read=read)
 
 def step_rows(num_rows: int, seed: int, size: int, epoch: int, position: int):
     """Endless (epoch, position after it, rows) of the steps from `position` rows into `epoch` on,
@@ -600,26 +636,72 @@ class Adapter(nn.Module):
             raise UserError(f"{path}: not a whole elm adapter: {e}") from None
         return adapter.eval(), metadata
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, lengths=None,
+class Layout(NamedTuple):  # of a packed row, for packed_attention; `pack` says what its fields are
+    own: list[int]
+    whole: list[int]
+    ends: Tensor
+    source: Tensor | None = None
+    places: Tensor | None = None
+    kept: dict | None = None  # by layer, the keys and values of the beginnings
+    record: dict | None = None  # where to put them, when these are read
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None,
                      sliding_window=None, softcap=None, **_):
     """Causal attention within each example of a packed row: [1, heads, T, d] -> [1, T, heads, d].
     By torch.split: the backward pass of a slice would allocate zeros of the whole row."""
-    groups = query.shape[1] // key.shape[1]
+    if layout.record is not None:
+        layout.record[module.layer_idx] = key, value
+    if layout.kept is not None:
+        kept = zip(layout.kept[module.layer_idx], (key, value), strict=True)
+        key, value = (old.index_select(2, layout.source).index_copy(2, layout.places, x)
+                      for old, x in kept)
+    groups, d = query.shape[1] // key.shape[1], query.shape[-1]
     key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
-    outs = []
-    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
-        t, window = q.shape[2], sliding_window or q.shape[2]
-        if t <= window and not softcap:
-            outs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=True))
+    if query.is_cuda and query.dtype.itemsize == 2 and d % 8 == 0 and d <= 256 and not softcap:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return varlen_attn(q, k, v, *layout.ends, max(layout.own), max(layout.whole), scale=scaling,
+                           window_size=((sliding_window or 0) - 1, 0))[None], None
+    outs, splits = [], (x.split(n, 2) for x, n in
+                        ((query, layout.own), (key, layout.whole), (value, layout.whole)))
+    for q, k, v in zip(*splits, strict=True):
+        t, before = k.shape[2], k.shape[2] - q.shape[2]
+        window = sliding_window or t
+        if t <= window and not softcap:  # as many queries as keys: is_causal counts from the first
+            q = F.pad(q, (0, 0, before, 0)) if before else q
+            out = F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=True)
+            outs.append(out[:, :, before:])
             continue
-        seen = torch.ones(t, t, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        scores = q.float() @ k.float().mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+        seen = torch.ones(t, t, dtype=torch.bool, device=q.device).tril().triu(1 - window)[before:]
+        scores = q.float() @ k.float().mT * (d**-0.5 if scaling is None else scaling)
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         outs.append(scores.masked_fill(~seen, -math.inf).softmax(-1).to(v.dtype) @ v)
     return torch.cat(outs, dim=2).transpose(1, 2), None
 
 # transformers makes no mask for a name that it has no mask function for, so no O(T^2) one either.
 AttentionInterface.register("elm_packed", packed_attention)
+
+class HeadLoss(torch.autograd.Function):
+    """Cross-entropy [R] fp32 of head(hidden) [R, V] at labels [R], hidden [R, D], by `rows` rows at
+    a time with their gradient made at once, so that no more logits than theirs ever exist."""
+
+    @staticmethod
+    def forward(ctx, hidden, labels, head, rows):
+        losses, gradients = [], []
+        for h, y in zip(hidden.split(rows), labels[:, None].split(rows), strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                h = h.detach().requires_grad_(ctx.needs_input_grad[0])
+                logits = head(h)
+            p = logits.detach().float().log_softmax(-1)
+            losses.append(-p.gather(1, y)[:, 0])
+            if ctx.needs_input_grad[0]:
+                p.exp_().scatter_add_(1, y, p.new_full(y.shape, -1.0))
+                gradients += torch.autograd.grad(logits, h, p.to(logits.dtype))
+        ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient[:, None] * ctx.saved_tensors[0]).to(ctx.saved_tensors[0].dtype), None, None, None
 
 @contextmanager
 def packed(llm: Any):
@@ -661,6 +743,7 @@ class ELM(nn.Module):
     def __init__(self, llm: Any, adapter: Adapter, prompt: Prompt):
         super().__init__()
         self.llm, self.adapter, self.prompt = llm, adapter, prompt
+        self.kept: dict = {}  # what `keep` keeps
         llm.train = lambda mode=True: llm  # frozen: it stays in eval mode, without dropout
 
     @staticmethod
@@ -683,22 +766,54 @@ class ELM(nn.Module):
         """[n, E] -> soft tokens [n, K, D] fp32: what is trained, and all that DeepSpeed runs."""
         return self.adapter(embeddings.to(self.adapter.scale.device, non_blocking=True))
 
+    def body(self, embeds: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        """The LLM without its head: input embeddings [T, D] of a packed row -> [T, D]."""
+        with packed(self.llm):  # with a cache, transformers would not see that the row is packed
+            out = self.llm.base_model(inputs_embeds=embeds[None], position_ids=positions[None],
+                                      layout=layout, use_cache=False)
+        self.output = type(out)
+        return out.last_hidden_state[0]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[R, D] -> logits [R, V] as this LLM makes them, with its caps and scales: its own forward
+        pass, in which a body that has been run stands in for the body."""
+        body = self.llm.base_model
+        body.forward = lambda *_, **__: self.output(last_hidden_state=hidden[None])
+        try:
+            return self.llm(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        finally:
+            del body.forward
+
+    @torch.no_grad()
+    def keep(self, read: tuple[tuple[int, ...], ...]) -> dict[int, tuple[Tensor, Tensor]]:
+        """By layer, keys and values of the token ids that stand before vectors, packed. Nothing
+        trained comes before them, so they are kept; and always read together, so that not a bit
+        depends on what was read earlier."""
+        if read not in self.kept:
+            keys, sizes, device = {}, [len(ids) for ids in read], self.adapter.scale.device
+            ids, places = torch.tensor(sum(read, ())), torch.cat([torch.arange(n) for n in sizes])
+            ends = torch.tensor([0, *sizes]).cumsum(0).int().expand(2, -1)
+            self.body(self.llm.get_input_embeddings()(ids.to(device)), places.to(device),
+                      Layout(sizes, sizes, ends.to(device), record=keys))
+            self.kept = dict(list(self.kept.items())[-2:]) | {read: keys}  # of three splits
+        return self.kept[read]
+
     def losses(self, batch: dict, soft: Tensor | None = None) -> Tensor:
         """What `pack` makes, and soft tokens [n, K, D] unless it is by text -> each response's
         summed token cross-entropy [n] fp32."""
         device = self.adapter.scale.device
         batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
                  for k, v in batch.items()}
+        layout = Layout(*(batch[k] for k in Layout._fields[:5]),
+                        self.keep(batch["read"]) if batch["read"] else None)
         with torch.no_grad():
             embeds = self.llm.get_input_embeddings()(batch["ids"])
         if soft is not None:  # out of place: any id stands there, and its embedding is replaced
             embeds = embeds.index_copy(0, batch["slots"], soft.flatten(0, 1).to(embeds.dtype))
-        with packed(self.llm):  # with a cache, transformers would not see that the row is packed
-            out = self.llm(inputs_embeds=embeds[None], position_ids=batch["positions"][None],
-                           logits_to_keep=batch["targets"], lengths=batch["lengths"],
-                           use_cache=False)
-        losses = F.cross_entropy(out.logits[0].float(), batch["labels"], reduction="none")
-        return losses.new_zeros(len(batch["lengths"])).index_add(0, batch["owner"], losses)
+        hidden = self.body(embeds, batch["positions"], layout)[batch["targets"]]
+        rows = (2**26 if hidden.is_cuda else 2**24) // self.llm.config.get_text_config().vocab_size
+        losses = HeadLoss.apply(hidden, batch["labels"], self.head, max(1, rows))
+        return losses.new_zeros(len(batch["own"])).index_add(0, batch["owner"], losses)
 
     @torch.no_grad()
     def prompt_embeds(self, embedding: Tensor, query: str) -> Tensor:
@@ -730,21 +845,26 @@ class ELM(nn.Module):
             answers += self.prompt.tokenizer.batch_decode(out, skip_special_tokens=True)
         return answers
 
-def checkpoint_layers(llm: Any, setting: bool | str, tokens: int) -> bool:
-    """Have every layer recomputed in the backward pass; "auto" only if, on a GPU, activations of
-    `tokens` tokens take over 40 % of its memory: 10 D + 4 F numbers a token and layer, F the
-    feed-forward width. The layers' own switch needs train mode, in which they would drop out."""
-    if setting == "auto":
-        c = llm.config.get_text_config()
-        width = 10 * c.hidden_size + 4 * getattr(c, "intermediate_size", 4 * c.hidden_size)
-        size = tokens * width * c.num_hidden_layers * llm.dtype.itemsize
-        cuda = llm.device.type == "cuda"  # its whole memory: alike on every process, as it must be
-        setting = cuda and size > 0.4 * torch.cuda.get_device_properties(llm.device).total_memory
-    for layer in llm.modules() if setting else ():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
-                                    context_fn=lambda: (nullcontext(), packed(llm)))
-    return bool(setting)
+def plan_memory(llm: Any, setting: bool | str, free: float = math.inf) -> tuple[int, int]:
+    """(tokens of a training micro-batch, layers to recompute). On a GPU with `free` bytes left, as
+    many tokens as fit without recomputation, 2048 to 8192, and "auto" recomputes for what does not
+    fit. Autograd keeps about 10 D + 4 F numbers a token and layer, F the feed-forward width."""
+    c = llm.config.get_text_config()
+    layers = c.num_hidden_layers
+    if math.isinf(free):  # not a GPU: there small micro-batches are as fast
+        return EVAL_TOKENS["cpu"], layers * (setting is True)
+    width = 10 * c.hidden_size + 4 * getattr(c, "intermediate_size", 4 * c.hidden_size)
+    fit = 0.8 * free / (width * llm.dtype.itemsize)  # tokens times layers
+    tokens = round(min(8192, max(2048, fit / layers)))
+    return tokens, max(0, math.ceil(layers - fit / tokens)) if setting == "auto" else layers * setting
+
+def recompute_layers(llm: Any, count: int) -> None:
+    """Recompute the last `count` layers in the backward pass instead of keeping their activations.
+    By hand: the layers' own switch needs train mode, in which they would drop out."""
+    layers = [m for m in llm.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers[len(layers) - count :]:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
+                                context_fn=lambda: (nullcontext(), packed(llm)))
 
 # -----------------------------------------------------------------------------
 # Optimization: the schedule, AdamW inside DeepSpeed, and its state as plain tensors
@@ -856,16 +976,13 @@ def trim_metrics(path: Path, last_step: int) -> None:
 # -----------------------------------------------------------------------------
 # Evaluation: losses by vector, by another's vector and by text; answers
 
-def token_budget(device: torch.device) -> int:  # tokens of a micro-batch
-    return 4096 if device.type == "cuda" else 2048
-
 @torch.no_grad()
 def row_losses(elm: ELM, split: Split, rt: Runtime, form: int = BY_VECTOR,
                vectors: np.ndarray | None = None) -> Tensor:
     """[N] fp64: each row's summed token cross-entropy, the same for any number of processes."""
     lengths = split.rows["length"][:, form].astype(np.int64)
     rows = np.flatnonzero(lengths)
-    filled = np.cumsum(lengths[rows]) // token_budget(rt.device)
+    filled = np.cumsum(lengths[rows]) // EVAL_TOKENS[rt.device.type]
     micros = np.split(rows, np.flatnonzero(np.diff(filled)) + 1)
     losses = torch.zeros(len(lengths), dtype=torch.float64, device=rt.device)
     for first in range(0, len(micros), rt.world):  # ZeRO-3 wants every process in every pass
@@ -980,6 +1097,8 @@ def open_data(cfg: Config, prompt: Prompt, rt: Runtime) -> tuple[dict[str, Split
     if len(set(widths.values())) > 1:
         raise UserError(f"data.dir: the vectors of the splits differ in width: {widths}")
     for name, split in data.items():
+        # Under ZeRO 3 all processes must read the same, as often: all of a split's, once.
+        data[name] = split._replace(apart=cfg.deepspeed.zero_stage < 3 or split.before is not None)
         counts = ", ".join(f"{n} {what}" for what, n in split.counts.items() if n)
         rt.say(f"{name}: {len(split.vectors)} vectors of width {widths[name]}, {counts}")
     return data, final
@@ -996,10 +1115,9 @@ def build_model(cfg: Config, data: Split, prompt: Prompt, rt: Runtime) -> tuple[
                       m.residual_scale, facts["scale"])
     if m.standardize:
         adapter.load_state_dict(data.statistics, strict=False)
-    recompute = checkpoint_layers(llm, m.grad_checkpoint, token_budget(rt.device))
     trained, frozen = (sum(p.numel() for p in part.parameters()) for part in (adapter, llm))
     rt.say(f"{rt.world} process(es) on {rt.device.type}, ZeRO {cfg.deepspeed.zero_stage}, LLM in "
-           f"{str(llm.dtype)[6:]}, recomputation {'on' if recompute else 'off'}\n"
+           f"{str(llm.dtype)[6:]}\n"
            f"{trained:,} parameters trained, {frozen:,} frozen; "
            f"token embeddings of root mean square {facts['scale']:.4f}")
     return ELM(llm, adapter.to(rt.device), prompt), facts
@@ -1008,14 +1126,15 @@ def build_model(cfg: Config, data: Split, prompt: Prompt, rt: Runtime) -> tuple[
 def check_packing(elm: ELM) -> None:
     """Two packed prompts must have the losses that each has alone, by the LLM's own attention; an
     LLM that mixes tokens in another way would be trained on wrong ones. Raises: UserError."""
-    ids = torch.arange(40) % elm.llm.get_input_embeddings().num_embeddings
-    at = torch.cat([torch.arange(16), torch.arange(17, 39)])
-    places = torch.cat([torch.arange(17), torch.arange(23)])
-    losses = elm.losses(dict(ids=ids, positions=places, lengths=[17, 23], targets=at,
-                             labels=ids[at + 1], owner=(at > 16).long()))
-    for part, loss in zip(ids.to(losses.device).split([17, 23]), losses, strict=True):
-        logits = elm.llm(input_ids=part[None], use_cache=False).logits[0, :-1].float()
-        alone = F.cross_entropy(logits, part[1:], reduction="sum")
+    ids = (np.arange(46) % elm.llm.get_input_embeddings().num_embeddings).astype(np.int32)
+    rows = np.zeros(2, ROW)
+    rows["start"], rows["length"], rows["slot"] = [[0], [20]], [[20], [26]], 3
+    rows["response"] = [16, 22]
+    losses = elm.losses(pack(Split(None, rows, ids, None, {}, {}, 1), [0, 1], BY_TEXT))
+    for text, loss in zip(np.split(ids, [20]), losses, strict=True):
+        text = torch.from_numpy(text).long().to(loss.device)
+        logits = elm.llm(input_ids=text[None], use_cache=False).logits[0, 3:-1].float()
+        alone = F.cross_entropy(logits, text[4:], reduction="sum")
         if not torch.isclose(loss, alone, rtol=1e-4 if elm.llm.dtype == torch.float32 else 2e-2):
             raise UserError(f"model.llm: {type(elm.llm).__name__} has more than causal attention "
                             f"between tokens, so that rows cannot be packed ({loss}, not {alone})")
@@ -1024,8 +1143,8 @@ def soft_gradient(elm: ELM, soft: Tensor, micros: list) -> tuple[Tensor, Tensor]
     """The loss summed over all of plan_step's micro-batches, fp64, and its gradient at their soft
     tokens [n, K, D]: all that the adapter needs of the frozen LLM, and all that this makes."""
     total, gradients = torch.zeros((), dtype=torch.float64, device=soft.device), []
-    for (weight, batch), part in zip(micros, soft.detach().split([len(b["lengths"]) for _, b in
-                                                                  micros]), strict=True):
+    parts = soft.detach().split([len(batch["own"]) for _, batch in micros])
+    for (weight, batch), part in zip(micros, parts, strict=True):
         loss = elm.losses(batch, part.requires_grad_()).sum() * weight
         gradients += torch.autograd.grad(loss, part)
         total += loss.detach()
@@ -1056,13 +1175,16 @@ def train(cfg: Config) -> dict:
     check_packing(elm)
     if saved:
         elm.adapter.load_state_dict(saved["adapter"])
+    budget, recomputed = plan_memory(elm.llm, cfg.model.grad_checkpoint, rt.free_memory())
+    recompute_layers(elm.llm, recomputed)
     engine = start_engine(cfg, elm)
     if saved:
         restore_moments(engine, saved["optimizer"])
         changed = [f"{name}.{key}" for name, entries in to_tables(cfg).items() for key in entries
                    if saved["config"][name].get(key) != entries[key] and key != "resume"]
         rt.say(f"resumed after step {state.step}; changed since: {', '.join(changed) or 'nothing'}")
-    rt.say(f"{total} steps of {size} rows, {cfg.train.warmup_steps} of warm-up")
+    rt.say(f"{total} steps of {size} rows, {cfg.train.warmup_steps} of warm-up; "
+           f"micro-batches of {budget} tokens, {recomputed} layers recomputed")
     if rt.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         trim_metrics(folder / "metrics.jsonl", state.step if saved else -1)
@@ -1111,20 +1233,37 @@ def train(cfg: Config) -> dict:
     else:
         save_adapter("adapter_best.safetensors", state.best_adapter, state.best_step)
     engine.train()
-    steps = step_rows(len(source.rows), cfg.train.seed, size, state.epoch, state.position)
-    plan = partial(plan_step, source, token_budget(rt.device), rt)
-    plans = read_ahead(plan, islice(steps, max(0, total - state.step)), cfg.data.num_workers)
+    def planned() -> Iterator:  # the steps that are left, read ahead
+        steps = step_rows(len(source.rows), cfg.train.seed, size, state.epoch, state.position)
+        plan = partial(plan_step, source, budget, rt)
+        return read_ahead(plan, islice(steps, total - state.step), cfg.data.num_workers)
+    plans, halved = planned(), False
     sums = torch.tensor([state.nll_sum, 0.0], dtype=torch.float64, device=rt.device)
     unseen, clock, num_tokens = [], time.perf_counter(), 0
     with noticed_signals() as signals:
-        for epoch, position, rows, labels, micros in plans:
+        while state.step < total:
+            epoch, position, rows, labels, micros = next(plans)
             lr = lr_at(state.step, total, cfg.train)
             for group in engine.adam.param_groups:
                 group["lr"] = lr
             mixed = np.random.SeedSequence([cfg.train.seed, state.step, rt.rank]).generate_state(1)
             torch.manual_seed(int(mixed[0]))  # of 32 bits: the CPU's generator ignores any above
             soft = engine(torch.cat([batch["embeddings"] for _, batch in micros]))
-            nll, gradient = soft_gradient(elm, soft, micros)
+            full = False
+            try:
+                nll, gradient = soft_gradient(elm, soft, micros)
+            except torch.OutOfMemoryError:
+                if halved or cfg.deepspeed.zero_stage == 3 and rt.world > 1:  # others wait in it
+                    raise
+                full = True
+            # Between the hosts; the devices work on.
+            stop, full = (rt.sum(torch.tensor([float(bool(signals)), float(full)])) > 0).tolist()
+            if full:  # nothing of this step has reached the adapter: it begins again
+                budget, halved = budget // 2, True
+                rt.say(f"step {state.step + 1}: out of memory; micro-batches of {budget} tokens now")
+                plans, soft = planned(), None
+                torch.cuda.empty_cache()
+                continue
             # DeepSpeed averages over processes; the mean wanted is the one over all labels.
             engine.backward((soft * gradient).sum() * (rt.world / labels))
             # Without a look from the host: AdamW skips its update where found_inf is 1, and so it
@@ -1132,9 +1271,6 @@ def train(cfg: Config) -> dict:
             nll, bad = rt.sum(torch.stack([nll, not_finite.double()]))
             engine.adam.found_inf = (~(nll + sums[1]).isfinite() | (bad + sums[1] > 0)).float()
             sums += torch.stack([nll, engine.adam.found_inf.double()])
-            stop = bool(signals)
-            if rt.world > 1:  # between the hosts; the devices work on
-                stop = bool(rt.sum(torch.tensor(float(stop))))
             state.step, state.epoch, state.position = state.step + 1, epoch, position
             state.num_labels, unseen = state.num_labels + labels, [*unseen, rows]
             num_tokens += int(source.rows["length"][rows, BY_VECTOR].sum())
@@ -1206,6 +1342,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         train(load_config(given[0], given[1:]))
         return 0
+    except torch.OutOfMemoryError as e:
+        print(f"elm: out of memory: {str(e).splitlines()[0]}\nelm: one of these lines makes a run "
+              "need less: model.grad_checkpoint = true; data.max_seq_length = 512; on several GPUs "
+              "deepspeed.zero_stage = 3", file=sys.stderr)
+        return 2
     except (UserError, OSError) as e:
         text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
         if os.environ.get("RANK", "0") != "0":  # if process 0 says the same, this one ends here

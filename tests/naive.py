@@ -20,28 +20,35 @@ def token_rows(split, rows, soft: int):
     return out
 
 
-def naive_loss(llm, adapter, examples):
-    """Mean cross-entropy over all response tokens of `examples`, as a scalar with its graph."""
+def naive_batch(examples):
+    """(ids, mask, labels), each [n, longest]; labels are -100 but at the response."""
     width = max(len(ids) for ids, _, _ in examples)
     batch = torch.stack([F.pad(ids, (0, width - len(ids)), value=0) for ids, _, _ in examples])
     mask = torch.stack([F.pad(torch.ones(len(i)), (0, width - len(i))) for i, _, _ in examples])
     labels = torch.full_like(batch, -100)
     for row, (ids, response, _) in zip(labels, examples, strict=True):
         row[len(ids) - response : len(ids)] = ids[len(ids) - response :]
-    soft = adapter(torch.stack([v for _, _, v in examples]).float())
+    return batch, mask.long(), labels
+
+
+def naive_loss(llm, adapter, examples):
+    """Summed cross-entropy over all response tokens of `examples`, as a scalar with its graph."""
+    batch, mask, labels = (x.to(llm.device) for x in naive_batch(examples))
+    soft = adapter(torch.stack([v for _, _, v in examples]).float().to(llm.device))
     embeds = llm.get_input_embeddings()(batch.clamp(min=0))
     embeds = embeds.masked_scatter((batch == -1)[..., None], soft.to(embeds.dtype))
-    logits = llm(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False).logits
+    logits = llm(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
     shifted, target = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-    return (
-        F.cross_entropy(shifted, target, ignore_index=-100, reduction="sum") / (target >= 0).sum()
-    )
+    return F.cross_entropy(shifted, target, ignore_index=-100, reduction="sum")
 
 
-def naive_step(llm, adapter, examples):
-    """(loss, flat adapter gradient) with activation checkpointing on."""
+def naive_step(llm, adapter, batches):
+    """(mean loss, flat adapter gradient) of lists of examples, with activation checkpointing."""
     llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     adapter.zero_grad()
-    loss = naive_loss(llm, adapter, examples)
-    loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in adapter.parameters()])
+    labels, total = sum(response for batch in batches for _, response, _ in batch), 0.0
+    for batch in batches:
+        loss = naive_loss(llm, adapter, batch) / labels
+        loss.backward()
+        total += loss.item()
+    return total, torch.cat([p.grad.flatten() for p in adapter.parameters()])

@@ -41,29 +41,41 @@ def test_row_is_prompt_slot_response_end(data_dir, soft):
         assert split.raw(i) == row and r["line"] == i + 1
 
 
-def test_pack_describes_the_same_tokens(data_dir):
+@pytest.mark.parametrize("apart, few", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("form", [elm.BY_VECTOR, elm.BY_TEXT])
+def test_pack_describes_the_same_tokens(data_dir, form, apart, few):
+    """Every example's ids and positions, put together again as packed_attention does with keys."""
     split = open_train(data_dir, soft=2)
-    rows = [3, 0, 7]
-    batch = elm.pack(split, rows)
-    assert sum(batch["lengths"]) == len(batch["ids"]) == len(batch["positions"])
-    offset, seen = 0, 0
+    assert len(split.before) == 2  # the chat's header, alone and before "Is <EMB> so, and how?"
+    split = split._replace(apart=apart, before=split.before if few else None)
+    rows = [3, 0, 7, 5]
+    batch = elm.pack(split, rows, form)
+    own, whole, ends = batch["own"], batch["whole"], batch["ends"]
+    assert sum(own) == len(batch["ids"]) == len(batch["positions"]) == len(batch["places"])
+    assert whole == split.rows["length"][rows, form].tolist() and len(batch["source"]) == sum(whole)
+    assert ends.tolist() == [[0, *np.cumsum(own)], [0, *np.cumsum(whole)]]
+    assert set(batch["read"]) <= set(split.before or batch["read"]) and bool(batch["read"]) == apart
+    kept = torch.tensor(sum(batch["read"], ()) or (0,), dtype=torch.long)
+    kept_places = torch.tensor([i for ids in batch["read"] for i in range(len(ids))] or [0])
+    ids = kept[batch["source"]].index_copy(0, batch["places"], batch["ids"])
+    positions = kept_places[batch["source"]].index_copy(0, batch["places"], batch["positions"])
+    seen = 0
     for k, i in enumerate(rows):
-        r, n = split.rows[i], batch["lengths"][k]
-        assert batch["positions"][offset : offset + n].tolist() == list(range(n))
-        assert batch["slots"][2 * k : 2 * k + 2].tolist() == [
-            offset + r["slot"],
-            offset + r["slot"] + 1,
-        ]
+        r, (start, end) = split.rows[i], ends[1, k : k + 2].tolist()
         mine = batch["owner"] == k
-        assert int(mine.sum()) == r["response"]
-        last = offset + n
-        assert batch["targets"][mine].tolist() == list(range(last - r["response"] - 1, last - 1))
-        assert batch["labels"][mine].tolist() == batch["ids"][last - r["response"] : last].tolist()
-        torch.testing.assert_close(batch["embeddings"][k], split.vectors[int(r["vector"])])
-        offset, seen = last, seen + r["response"]
-    assert len(batch["labels"]) == seen
-    by_text = elm.pack(split, rows, elm.BY_TEXT)
-    assert "slots" not in by_text and by_text["lengths"] == split.rows["length"][rows, 1].tolist()
+        assert ids[start:end].tolist() == split.ids[r["start"][form] :][: end - start].tolist()
+        assert positions[start:end].tolist() == list(range(end - start))
+        assert own[k] == whole[k] - (r["slot"] if apart else 0)
+        last, n = int(ends[0, k + 1]), int(r["response"])
+        assert int(mine.sum()) == n
+        assert batch["targets"][mine].tolist() == list(range(last - n - 1, last - 1))
+        assert batch["labels"][mine].tolist() == batch["ids"][last - n : last].tolist()
+        if form == elm.BY_VECTOR:
+            slot = last - whole[k] + int(r["slot"])
+            assert batch["slots"][2 * k : 2 * k + 2].tolist() == [slot, slot + 1]
+            torch.testing.assert_close(batch["embeddings"][k], split.vectors[int(r["vector"])])
+        seen += n
+    assert len(batch["labels"]) == seen and ("slots" in batch) == (form == elm.BY_VECTOR)
 
 
 def test_truncation_cuts_the_response_only_and_is_counted(data_dir):

@@ -80,7 +80,7 @@ def test_loss_and_gradient_agree_with_the_naive_reference(parts):
     llm, prompt, split = parts
     rows = np.arange(12)
     adapter = adapter_for(llm, split)
-    loss, gradient = naive_step(llm, adapter, token_rows(split, rows, split.soft))
+    loss, gradient = naive_step(llm, adapter, [token_rows(split, rows, split.soft)])
     llm.gradient_checkpointing_disable()
     llm.eval()
     for budget in (100_000, 150):  # one micro-batch, and several
@@ -140,11 +140,14 @@ def test_splicing_a_tokens_own_embedding_gives_the_logits_of_input_ids(parts):
 
 def test_recomputed_layers_change_nothing(parts):
     llm, prompt, split = parts
+    split = split._replace(apart=False)
     results, calls = [], []
     for setting in (False, True):
         folder = llm.config._name_or_path
         model = elm.ELM(elm.load_llm(folder, RT.device, False), adapter_for(llm, split), prompt)
-        assert elm.checkpoint_layers(model.llm, setting, 0) == setting
+        _, layers = elm.plan_memory(model.llm, setting)
+        assert layers == 2 * setting
+        elm.recompute_layers(model.llm, layers)
         passes = []
         for norm in (m for n, m in model.llm.named_modules() if n.endswith(("0.mlp", "0.mlp.act"))):
             norm.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
@@ -160,13 +163,14 @@ def test_recomputed_layers_change_nothing(parts):
 def test_ragged_batch_equals_one_flat_cross_entropy(parts):
     llm, prompt, split = parts
     model = elm.ELM(llm, adapter_for(llm, split), prompt).eval()
+    split = split._replace(apart=False)
     batch = elm.pack(split, list(range(8)))
     with torch.no_grad():
         soft = model(batch["embeddings"])
         nll = model.losses(batch, soft)
         logits = [llm(inputs_embeds=p[None]).logits[0] for p in examples(model, split, batch)]
-    ends = np.cumsum(batch["lengths"])
-    flat = torch.cat([x[batch["targets"][batch["owner"] == k] - (ends[k] - batch["lengths"][k])]
+    ends = np.cumsum(batch["own"])
+    flat = torch.cat([x[batch["targets"][batch["owner"] == k] - (ends[k] - batch["own"][k])]
                       for k, x in enumerate(logits)])  # fmt: skip
     torch.testing.assert_close(
         nll.sum(), F.cross_entropy(flat.float(), batch["labels"], reduction="sum")
@@ -176,7 +180,7 @@ def test_ragged_batch_equals_one_flat_cross_entropy(parts):
 
 def examples(model, split, batch):
     """Each example's input embeddings, built one by one."""
-    ids, slots = batch["ids"].split(batch["lengths"]), batch["slots"].view(-1, 2)
+    ids, slots = batch["ids"].split(batch["own"]), batch["slots"].view(-1, 2)
     start = 0
     for k, own in enumerate(ids):
         embeds = model.llm.get_input_embeddings()(own).clone()
@@ -223,6 +227,7 @@ def test_generation_is_the_same_in_batches_and_from_prompt_embeds(parts):
 def test_prompt_embeds_are_what_training_reads(parts):
     llm, prompt, split = parts
     model = elm.ELM(llm, adapter_for(llm, split), prompt).eval()
+    split = split._replace(apart=False)
     for i in (0, 1, 2):
         row, batch = split.raw(i), elm.pack(split, [i])
         embeds = model.prompt_embeds(batch["embeddings"][0], row["query"])

@@ -143,7 +143,7 @@ def test_one_step_of_the_engine_is_the_naive_step(settings, stage):
     for group in engine.adam.param_groups:
         group["lr"] = cfg.train.lr
     for _ in range(2):
-        loss, _ = naive_step(llm, adapter, token_rows(split, rows, 1))
+        loss, _ = naive_step(llm, adapter, [token_rows(split, rows, 1)])
         torch.nn.utils.clip_grad_norm_(adapter.parameters(), 0.05)
         adam.step()
         total = update(engine, split, rows)
