@@ -488,7 +488,7 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runt
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     words = tok.backend_tokenizer.to_str() if tok.is_fast else sorted(tok.get_vocab().items())
     made_from = (files, words, tok.eos_token_id, prompt[1:], soft, data.tasks, data.max_seq_length)
-    key = hashlib.sha256(repr((ROW, made_from)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((2, ROW, made_from)).encode()).hexdigest()[:16]  # 2: of the format
     cache = Path(data.dir, ".cache", f"{split}-{key}")
     if rt.rank == 0 and not cache.exists():
         work = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
