@@ -281,8 +281,9 @@ def start_runtime(cfg: Config) -> Runtime:
         # DeepSpeed would compile its shared-memory op for CPUs at first use: a minute, a C++
         # compiler, and a lock that hangs every later run if the build is killed. gloo is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if "RANK" not in os.environ else {}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+        alone = dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                **({} if "RANK" in os.environ else alone))
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     rank, world = dist.get_rank(), dist.get_world_size()
     if not cuda and world > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -318,6 +319,7 @@ def read_ahead(make: Any, keys: Any, threads: int):
 # Data: rows of text beside a table of vectors, both read through memory maps
 
 EVAL_TOKENS = dict(cpu=1024, cuda=8192)  # of a micro-batch without gradient
+LOGITS = dict(cpu=2**24, cuda=2**26)  # numbers in a chunk of logits
 KEPT = 4096  # tokens ahead of vectors, of a split, whose keys and values may be kept (0.6 GB at 4B)
 SLOT = "<EMB>"  # where the vector goes in a query; without it, on a line of its own before it
 BY_VECTOR, BY_TEXT = 0, 1  # the two forms of a row
@@ -701,7 +703,8 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return (gradient[:, None] * ctx.saved_tensors[0]).to(ctx.saved_tensors[0].dtype), None, None, None
+        (of_hidden,) = ctx.saved_tensors
+        return (gradient[:, None] * of_hidden).to(of_hidden.dtype), None, None, None
 
 @contextmanager
 def packed(llm: Any):
@@ -811,7 +814,7 @@ class ELM(nn.Module):
         if soft is not None:  # out of place: any id stands there, and its embedding is replaced
             embeds = embeds.index_copy(0, batch["slots"], soft.flatten(0, 1).to(embeds.dtype))
         hidden = self.body(embeds, batch["positions"], layout)[batch["targets"]]
-        rows = (2**26 if hidden.is_cuda else 2**24) // self.llm.config.get_text_config().vocab_size
+        rows = LOGITS[device.type] // self.llm.config.get_text_config().vocab_size
         losses = HeadLoss.apply(hidden, batch["labels"], self.head, max(1, rows))
         return losses.new_zeros(len(batch["own"])).index_add(0, batch["owner"], losses)
 
@@ -856,7 +859,9 @@ def plan_memory(llm: Any, setting: bool | str, free: float = math.inf) -> tuple[
     width = 10 * c.hidden_size + 4 * getattr(c, "intermediate_size", 4 * c.hidden_size)
     fit = 0.8 * free / (width * llm.dtype.itemsize)  # tokens times layers
     tokens = round(min(8192, max(2048, fit / layers)))
-    return tokens, max(0, math.ceil(layers - fit / tokens)) if setting == "auto" else layers * setting
+    if setting == "auto":
+        setting = max(0.0, 1 - fit / layers / tokens)
+    return tokens, math.ceil(layers * setting)
 
 def recompute_layers(llm: Any, count: int) -> None:
     """Recompute the last `count` layers in the backward pass instead of keeping their activations.
@@ -1222,11 +1227,6 @@ def train(cfg: Config) -> dict:
             state.best_adapter = gather_state(engine)[0]
             save_adapter("adapter_best.safetensors", state.best_adapter, state.step)
 
-    not_finite = torch.zeros((), device=rt.device)
-    def look(gradient: Tensor) -> None:
-        not_finite.add_(~gradient.isfinite().all())
-    for p in elm.adapter.parameters():  # gradients as they come, before DeepSpeed shares them out
-        p.register_hook(look)
     bar = tqdm(total=total, initial=state.step, unit="step", disable=rt.rank > 0 or None)
     if state.step == 0:
         evaluate()
@@ -1260,16 +1260,17 @@ def train(cfg: Config) -> dict:
             stop, full = (rt.sum(torch.tensor([float(bool(signals)), float(full)])) > 0).tolist()
             if full:  # nothing of this step has reached the adapter: it begins again
                 budget, halved = budget // 2, True
-                rt.say(f"step {state.step + 1}: out of memory; micro-batches of {budget} tokens now")
+                rt.say(f"step {state.step + 1}: out of memory; from here on micro-batches have "
+                       f"{budget} tokens")
                 plans, soft = planned(), None
                 torch.cuda.empty_cache()
                 continue
             # DeepSpeed averages over processes; the mean wanted is the one over all labels.
             engine.backward((soft * gradient).sum() * (rt.world / labels))
-            # Without a look from the host: AdamW skips its update where found_inf is 1, and so it
-            # does from the first step on that is not finite.
-            nll, bad = rt.sum(torch.stack([nll, not_finite.double()]))
-            engine.adam.found_inf = (~(nll + sums[1]).isfinite() | (bad + sums[1] > 0)).float()
+            # Without a look from the host: AdamW makes no update where found_inf is 1, which it is
+            # from the first step on whose loss or gradient is not finite.
+            nll = rt.sum(nll + 0.0 * gradient.sum())
+            engine.adam.found_inf = (~nll.isfinite() | (sums[1] > 0)).float()
             sums += torch.stack([nll, engine.adam.found_inf.double()])
             state.step, state.epoch, state.position = state.step + 1, epoch, position
             state.num_labels, unseen = state.num_labels + labels, [*unseen, rows]
@@ -1288,8 +1289,8 @@ def train(cfg: Config) -> dict:
             state.nll_sum, bad = sums.tolist()  # the one synchronisation with the device
             if bad:
                 lines = ",".join(str(n) for n in source.rows["line"][unseen[-int(bad)]][:64])
-                raise UserError(f"step {state.step + 1 - int(bad)}: the loss or its gradient is not "
-                                "finite, and nothing was updated; lower train.lr, or look at "
+                raise UserError(f"step {state.step + 1 - int(bad)}: the loss or its gradient is "
+                                "not finite, and nothing was updated; lower train.lr, or look at "
                                 f"{source.path}:{lines}")
             unseen = []
             if log:

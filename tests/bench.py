@@ -1,6 +1,6 @@
 """Speed and memory of elm beside the naive loop and HF Trainer: one process, the same rows.
 
-    python tests/bench.py                            a CPU, one thread, Qwen3 with the 4B's proportions
+    python tests/bench.py                            a CPU, one thread, Qwen3, 4B's proportions
     python tests/bench.py --prefix 30                prompts that share 30 tokens before the vector
     python tests/bench.py --vocab 151936 --rounds 1  the memory of a real vocabulary
     python tests/bench.py --shape qwen3-4b           a GPU, Qwen3-4B with random weights
@@ -32,7 +32,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from naive import naive_batch, naive_step, token_rows
 from torch.utils.data import SequentialSampler
@@ -201,7 +200,7 @@ def contestants(cfg, llm, adapters, split, rows, batch_size, budget):
         return dict(batch=batch, mask=mask, labels=labels, vectors=vectors)
 
     def run_trainer(meter):
-        os.environ.pop("LOCAL_RANK", None)  # a single process: without it, the Trainer would use DDP
+        os.environ.pop("LOCAL_RANK", None)  # with it, the Trainer would wrap the model in DDP
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 folder, per_device_train_batch_size=batch_size, max_steps=1, report_to="none",
@@ -226,7 +225,8 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=8, help="rows of a padded batch")
     p.add_argument("--prefix", type=int, default=0, help="shared tokens before the vector")
     p.add_argument("--budget", type=int, help="tokens of one of elm's micro-batches")
-    p.add_argument("--grad-checkpoint", action="store_const", const=True, default="auto", help="elm's")
+    p.add_argument("--checkpoint", action="store_const", const=True, default="auto",
+                   help="elm recomputes every layer")  # fmt: skip
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--seed", type=int, default=0, help="of the data")
     p.add_argument("--peak-tflops", type=float, help="of the GPU; measured if not given")
@@ -258,7 +258,7 @@ def main() -> None:
     lengths = split.rows["length"][:, 0]
     padded = sum(a.batch * lengths[i : i + a.batch].max() for i in range(0, a.rows, a.batch))
     efficiency, tokens = lengths.sum() / padded, int(lengths.sum())
-    budget, recomputed = elm.plan_memory(llm, a.grad_checkpoint, rt.free_memory())
+    budget, recomputed = elm.plan_memory(llm, a.checkpoint, rt.free_memory())
     budget = a.budget or budget
     elm.recompute_layers(llm, recomputed)
     steps = contestants(cfg, llm, adapters, split, rows, a.batch, budget)
@@ -303,7 +303,7 @@ def main() -> None:
         result["contestants"][n] = line
         print(f"{n:14}{line['tokens_per_second']:10,.0f}{line['over_naive']:12.2f}"
               f"{line['over_trainer']:14.2f}{line['peak_mib']:10,.0f}{line['of_naive']:10.2f}"
-              f"{line['of_trainer']:12.2f}{'' if share is None else format(share, '8.0%')}")  # fmt: skip
+              f"{line['of_trainer']:12.2f}{f'{share:8.0%}' if share else ''}")  # fmt: skip
     if a.json:
         result["peak_tflops"] = peak or None
         a.json.write_text(json.dumps(result, indent=1) + "\n")

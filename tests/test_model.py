@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 
@@ -76,26 +77,90 @@ def test_a_fresh_adapter_has_the_volume_of_the_token_embeddings(parts):
     torch.testing.assert_close(out.square().mean().sqrt(), wanted, rtol=2e-2, atol=0)
 
 
-def test_loss_and_gradient_agree_with_the_naive_reference(parts):
+def test_loss_and_gradient_agree_with_the_naive_reference(parts, monkeypatch):
+    """Every combination: one micro-batch or several, what stands before the vector read with each
+    row, once for the split or for each micro-batch, recomputed layers, whole logits or chunks."""
     llm, prompt, split = parts
     rows = np.arange(12)
     adapter = adapter_for(llm, split)
     loss, gradient = naive_step(llm, adapter, [token_rows(split, rows, split.soft)])
     llm.gradient_checkpointing_disable()
     llm.eval()
-    for budget in (100_000, 150):  # one micro-batch, and several
-        adapter.zero_grad()
-        model = elm.ELM(llm, adapter, prompt)
-        *_, labels, micros = elm.plan_step(split, budget, RT, (0, 12, rows))
-        assert len(micros) == 1 or budget == 150 and len(micros) > 2
-        soft = model(torch.cat([batch["embeddings"] for _, batch in micros]))
-        total, at_soft = elm.soft_gradient(model, soft, micros)
-        soft.backward(at_soft / labels)
-        total = total.item() / labels
-        mine = torch.cat([p.grad.flatten() for p in adapter.parameters()])
-        assert abs(total - loss) / loss < 1e-5
-        assert (mine - gradient).norm() / gradient.norm() < 1e-5
-        assert all(p.grad is None for p in llm.parameters())
+    vocab, combinations = llm.config.get_text_config().vocab_size, 0
+    for layers in (0, 1, 2):
+        model = elm.ELM(elm.load_llm(llm.config._name_or_path, RT.device, False), adapter, prompt)
+        elm.recompute_layers(model.llm, layers)
+        for budget, before, apart, chunk in itertools.product(
+            (100_000, 150), (split.before, None), (True, False), (2**24, 7 * vocab)
+        ):
+            monkeypatch.setattr(elm, "LOGITS", {"cpu": chunk})
+            adapter.zero_grad()
+            plan = split._replace(before=before, apart=apart)
+            *_, labels, micros = elm.plan_step(plan, budget, RT, (0, 12, rows))
+            assert len(micros) == 1 or budget == 150 and len(micros) > 2
+            soft = model(torch.cat([batch["embeddings"] for _, batch in micros]))
+            total, at_soft = elm.soft_gradient(model, soft, micros)
+            soft.backward(at_soft / labels)
+            mine = torch.cat([p.grad.flatten() for p in adapter.parameters()])
+            assert abs(total.item() / labels - loss) / loss < 1e-5
+            assert (mine - gradient).norm() / gradient.norm() < 1e-5
+            combinations += 1
+        assert all(p.grad is None for p in model.llm.parameters())
+    assert combinations == 48
+
+
+def test_losses_do_not_depend_on_what_was_read_before(parts):
+    """To the bit: a resumed run has read other rows, yet must go on with the same numbers."""
+    llm, prompt, split = parts
+    split = split._replace(before=None)  # so that each micro-batch reads its own
+    first, second = (elm.ELM(llm, adapter_for(llm, split), prompt).eval() for _ in range(2))
+    for rows in ([4, 5, 6], [7], [8, 9], [1, 2]):
+        losses(first, elm.pack(split, rows))
+    for rows in ([0, 1, 2, 3], [4, 5, 6]):
+        batch = elm.pack(split, rows)
+        assert torch.equal(losses(first, batch), losses(second, batch))
+        assert len(first.kept) <= 3
+
+
+def test_head_loss_is_cross_entropy_by_chunks():
+    torch.manual_seed(0)
+    hidden = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    weight, labels = torch.randn(17, 6, dtype=torch.float64), torch.randint(17, (11,))
+    rows = []
+
+    def head(h):
+        rows.append(len(h))
+        return torch.tanh(h @ weight.T) * 3.0
+
+    def chunked(hidden):
+        return elm.HeadLoss.apply(hidden, labels, head, 4)
+
+    wanted = F.cross_entropy(head(hidden), labels, reduction="none")
+    mix = torch.randn(11, dtype=torch.float64)
+    (reference,) = torch.autograd.grad(wanted @ mix, hidden)
+    rows.clear()
+    found = chunked(hidden)
+    assert rows == [4, 4, 3]  # and none of them again in the backward pass
+    (gradient,) = torch.autograd.grad(found.double() @ mix, hidden)
+    assert rows == [4, 4, 3]
+    torch.testing.assert_close(found, wanted.float())
+    torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(chunked(hidden), wanted.float())
+
+
+def test_memory_is_spent_before_recomputation(llm_dir):
+    """2 layers, 10 * 32 + 4 * 48 numbers of 4 bytes a token and layer; 80 % of what is free."""
+    llm = elm.load_llm(str(llm_dir), RT.device, bf16=False)
+    token = 2 * (10 * 32 + 4 * 48) * 4 / 0.8
+    assert elm.plan_memory(llm, "auto", 1e12) == (8192, 0)
+    assert elm.plan_memory(llm, "auto", 3000 * token) == (3000, 0)
+    assert elm.plan_memory(llm, "auto", 1500 * token) == (2048, 1)
+    assert elm.plan_memory(llm, "auto", 100 * token) == (2048, 2)
+    assert elm.plan_memory(llm, False, 100 * token) == (2048, 0)
+    assert elm.plan_memory(llm, True, 1e12) == (8192, 2)
+    assert elm.plan_memory(llm, "auto") == (1024, 0)
+    assert elm.plan_memory(llm, True) == (1024, 2)
 
 
 def test_examples_do_not_see_each_other(parts):

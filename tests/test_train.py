@@ -13,6 +13,7 @@ from conftest import make_data, make_llm, read_jsonl, rows_path, run
 from naive import naive_step, token_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 import elm
 
@@ -386,6 +387,49 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(settings, tmp_path):
     step = int(str(e.value).split("step ")[1].split(":")[0])
     saved = torch.load(tmp_path / "out" / f"checkpoint_step_{step - 1}.pt", weights_only=True)
     assert saved["state"]["step"] == step - 1 >= 1
+
+
+def small_memory(monkeypatch, limit: int, from_pass: int = 0):
+    """The LLM's layers run out of memory, as torch says it, at more than `limit` tokens."""
+    passes, forward = [], Qwen3MLP.forward
+
+    def limited(self, x):
+        passes.append(x.shape[1])
+        if torch.is_grad_enabled() and x.shape[1] > limit and len(passes) > from_pass:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, x)
+
+    monkeypatch.setattr(Qwen3MLP, "forward", limited)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_out_of_memory_halves_the_micro_batches_once(
+    settings, tmp_path, monkeypatch, capsys, stage
+):
+    """In the middle of a step, after other micro-batches of it: the same adapter in the end."""
+    settings = [*settings, f"deepspeed.zero_stage={stage}"]
+    whole = go(settings, f"output.dir={tmp_path / 'whole'}")[1]
+    assert "out of memory" not in capsys.readouterr().out
+    sizes = elm.EVAL_TOKENS["cpu"]
+    small_memory(monkeypatch, sizes // 2, from_pass=40)
+    halved = go(settings)[1]
+    assert capsys.readouterr().out.count(f"micro-batches have {sizes // 2} tokens") == 1
+    a, b = final_state(whole), final_state(halved)
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
+    lines = [[m.get("loss", m.get("val_loss")) for m in without_clock(f)] for f in (whole, halved)]
+    assert lines[0] == pytest.approx(lines[1], rel=1e-5)
+
+
+def test_out_of_memory_again_names_the_lines_to_change(settings, tmp_path, monkeypatch, capsys):
+    small_memory(monkeypatch, 100)
+    config = tmp_path / "run.toml"
+    config.write_text("")
+    assert elm.main([str(config), *settings]) == 2
+    error = capsys.readouterr().err
+    for line in ("model.grad_checkpoint = true", "data.max_seq_length = ", "zero_stage = 3"):
+        assert line in error
+    assert "Traceback" not in error and not list((tmp_path / "out").glob("checkpoint*"))
 
 
 def test_sigterm_saves_and_leaves_at_the_step_boundary(settings, tmp_path):

@@ -1,0 +1,86 @@
+"""How a run starts on a large data set: seconds to the end of its first step, and its memory.
+
+    python tests/scale.py [--rows 1000000] [--vectors 500000]
+
+Writes random fp16 vectors of width 2560 and short rows into a temporary folder, starts elm twice on
+the embedded default's LLM (the first start makes the token cache), once more on 1,000 rows, and
+prints for each the seconds from the start of the process to the end of step 1 and the peak of its
+anonymous memory (RssAnon), which the memory-mapped files are not part of. About 4 GB of disk.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTH = 2560
+
+
+def write(folder: Path, num_rows: int, num_vectors: int) -> None:
+    rng = np.random.default_rng(0)
+    words = np.array((ROOT / "README.md").read_text().split())
+    for sub in ("embeddings", "synthesis"):
+        (folder / sub).mkdir(parents=True)
+    for split, rows, vectors in (("train", num_rows, num_vectors), ("val", 64, 64)):
+        header = {"embeddings": dict(dtype="F16", shape=[vectors, WIDTH],
+                                     data_offsets=[0, vectors * WIDTH * 2])}  # fmt: skip
+        header = json.dumps(header).encode()
+        with open(folder / "embeddings" / f"{split}_embeddings.safetensors", "wb") as f:
+            f.write(len(header).to_bytes(8, "little") + header)
+            for start in range(0, vectors, 8192):
+                n = min(8192, vectors - start)
+                f.write(rng.standard_normal((n, WIDTH), np.float32).astype(np.float16).tobytes())
+        with open(folder / "synthesis" / f"{split}_synthesis.jsonl", "w") as f:
+            for i in range(rows):
+                row = dict(task_type="summary", embedding_file_idx=i % vectors,
+                           query="Summarize the text.", response=" ".join(rng.choice(words, 12)),
+                           text=" ".join(rng.choice(words, 16)))  # fmt: skip
+                f.write(json.dumps(row) + "\n")
+
+
+def start(data: Path, out: Path) -> tuple[float, float]:
+    """(seconds to the end of the first step, peak GiB of anonymous memory)."""
+    command = [sys.executable, ROOT / "elm.py", ROOT / "train.toml", f"data.dir={data}",
+               f"output.dir={out}", "train.max_steps=1", "train.logging_steps=1",
+               "eval.samples=0", "eval.split=val", "data.max_seq_length=512"]  # fmt: skip
+    begin, peak, first = time.time(), 0, None
+    with open(out.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT)
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            if "RssAnon" in status:
+                peak = max(peak, int(status.split("RssAnon:")[1].split()[0]))
+            metrics = out / "metrics.jsonl"
+            if first is None and metrics.exists() and '"loss"' in metrics.read_text():
+                first = time.time() - begin
+            time.sleep(0.02)
+    assert process.returncode == 0, out.with_suffix(".log").read_text()[-2000:]
+    return first, peak / 2**20
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--rows", type=int, default=1_000_000)
+    p.add_argument("--vectors", type=int, default=500_000)
+    a = p.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write(folder / "large", a.rows, a.vectors)
+        write(folder / "small", 1000, 1000)
+        for data in ("large", "small"):
+            for cache in ("without", "with"):
+                seconds, gib = start(folder / data, folder / f"{data} {cache}")
+                print(f"{data}, {cache} its token cache: {seconds:.1f} s to the end of step 1, "
+                      f"{gib:.2f} GiB anonymous", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
