@@ -31,7 +31,6 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -534,35 +533,33 @@ def cut(lengths: np.ndarray, bins: int, budget: int) -> list[list[int]]:
         per_bin += 1
 
 def pack(split: Split, rows: Any, form: int = BY_VECTOR, vectors: np.ndarray | None = None) -> dict:
-    """One micro-batch without padding: the rows end to end, from the place of the vector on, after
-    what stands before it in each, if split.apart. ids [T], positions [T]; targets [R], the places
-    in ids that predict a response token; labels [R]; owner [R], the example of each. read, the
-    beginnings to be read together; of their keys, source says which each of the examples' keys is
-    (its own: any), and places where those of ids stand; own and whole, n ints each, are the tokens
-    without and with the beginnings, ends [2, n + 1] int32 where they end. By vector also slots
-    [n * K], the places of the soft tokens, and embeddings [n, E] fp32, of `vectors[row]` if given.
-    All int64 where nothing else is said."""
+    """One micro-batch without padding: the rows end to end, each from the place of its vector on if
+    split.apart. ids [T], positions [T]; targets [R], the places in ids that predict a response
+    token; labels [R]; owner [R], the example of each; own, n ints, the tokens of each example. By
+    vector also slots [n * K], the places of the soft tokens, and embeddings [n, E] fp32, of
+    `vectors[row]` if given. For `packed_attention`: read, the beginnings that are left out, to be
+    read together; whole, n ints, the tokens with them; ends [2, n + 1] int32, where the examples
+    end by own and by whole; and for the keys of whole, places [T], which of them are those of ids,
+    and source, which in read the others are. int64 where nothing is said."""
     r = split.rows[rows]
     whole, responses, skip = r["length"][:, form], r["response"], r["slot"] * split.apart
-    starts, own = r["start"][:, form] + skip, whole - skip
+    own, starts = whole - skip, r["start"][:, form] + skip
     ends = np.cumsum([np.r_[0, own], np.r_[0, whole]], axis=1)
     before = [tuple(split.ids[a - n : a].tolist()) for a, n in zip(starts, skip, strict=True)]
     read = dict.fromkeys(before) if split.before is None else split.before
     read = tuple(ids for ids in read if ids) if split.apart else ()
-    begin = dict(zip(read, np.cumsum([0, *map(len, read)]), strict=False))
-    def join(spans: Any, take: Any = None) -> np.ndarray:  # of [a, b)
-        return np.concatenate([np.arange(a, b) if take is None else take[a:b] for a, b in spans])
-    batch = dict(
-        ids=join(zip(starts, starts + own, strict=True), split.ids),
-        positions=join(zip(skip, whole, strict=True)),
-        targets=join(zip(ends[0, 1:] - responses - 1, ends[0, 1:] - 1, strict=True)),
-        owner=np.repeat(np.arange(len(r)), responses),
-        places=join(zip(ends[1, 1:] - own, ends[1, 1:], strict=True)),
-        source=np.concatenate([np.r_[begin.get(ids, 0) + np.arange(n), np.zeros(t, int)]
-                               for ids, n, t in zip(before, skip, own, strict=True)]))
+    begin = dict(zip(read, np.cumsum([0, *map(len, read)]).tolist(), strict=False))
+    begin = np.array([begin.get(ids, 0) for ids in before])
+    def spans(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)])
+    batch = dict(ids=split.ids[spans(starts, starts + own)], positions=spans(skip, whole),
+                 targets=spans(ends[0, 1:] - responses, ends[0, 1:]) - 1,
+                 owner=np.repeat(np.arange(len(r)), responses),
+                 places=spans(ends[1, 1:] - own, ends[1, 1:]), source=np.zeros(ends[1, -1]))
+    batch["source"][spans(ends[1, :-1], ends[1, :-1] + skip)] = spans(begin, begin + skip)
     if form == BY_VECTOR:
-        batch["slots"] = (ends[0, :-1, None] + (r["slot"] - skip)[:, None]
-                          + np.arange(split.soft)).ravel()
+        slots = ends[0, :-1] + r["slot"] - skip
+        batch["slots"] = (slots[:, None] + np.arange(split.soft)).ravel()
         batch["embeddings"] = r["vector"] if vectors is None else vectors[rows]
     batch = {k: torch.from_numpy(v.astype(np.int64)) for k, v in batch.items()}
     batch |= dict(labels=batch["ids"][batch["targets"] + 1], ends=torch.from_numpy(ends).int())
@@ -638,14 +635,14 @@ class Adapter(nn.Module):
             raise UserError(f"{path}: not a whole elm adapter: {e}") from None
         return adapter.eval(), metadata
 
-class Layout(NamedTuple):  # of a packed row, for packed_attention; `pack` says what its fields are
+class Layout(NamedTuple):  # of a packed row, for packed_attention; the first five are of `pack`
     own: list[int]
     whole: list[int]
     ends: Tensor
-    source: Tensor | None = None
     places: Tensor | None = None
-    kept: dict | None = None  # by layer, the keys and values of the beginnings
-    record: dict | None = None  # where to put them, when these are read
+    source: Tensor | None = None
+    kept: dict | None = None  # by layer, keys and values of the beginnings that were read before
+    record: dict | None = None  # where to put them, if this row is the beginnings
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None,
                      sliding_window=None, softcap=None, **_):
@@ -1185,9 +1182,7 @@ def train(cfg: Config) -> dict:
     engine = start_engine(cfg, elm)
     if saved:
         restore_moments(engine, saved["optimizer"])
-        changed = [f"{name}.{key}" for name, entries in to_tables(cfg).items() for key in entries
-                   if saved["config"][name].get(key) != entries[key] and key != "resume"]
-        rt.say(f"resumed after step {state.step}; changed since: {', '.join(changed) or 'nothing'}")
+        rt.say(f"resumed after step {state.step}")
     rt.say(f"{total} steps of {size} rows, {cfg.train.warmup_steps} of warm-up; "
            f"micro-batches of {budget} tokens, {recomputed} layers recomputed")
     if rt.rank == 0:
@@ -1205,8 +1200,6 @@ def train(cfg: Config) -> dict:
         if rt.rank == 0:
             origin = dict(name=cfg.model.llm, bf16=cfg.model.bf16, fingerprint=identity["llm"])
             elm.adapter.save(folder / name, weights, llm=origin, step=step)
-        if wandb:
-            attempt(rt, lambda: wandb.log_artifact(str(folder / name), type="adapter"))
     def save(name: str) -> None:  # no generator: a step's rows and dropout depend on seed and step
         weights, moments = gather_state(engine)
         if name != "final":
@@ -1233,7 +1226,7 @@ def train(cfg: Config) -> dict:
     else:
         save_adapter("adapter_best.safetensors", state.best_adapter, state.best_step)
     engine.train()
-    def planned() -> Iterator:  # the steps that are left, read ahead
+    def planned() -> Any:  # the steps that are left, read ahead
         steps = step_rows(len(source.rows), cfg.train.seed, size, state.epoch, state.position)
         plan = partial(plan_step, source, budget, rt)
         return read_ahead(plan, islice(steps, total - state.step), cfg.data.num_workers)
@@ -1248,17 +1241,18 @@ def train(cfg: Config) -> dict:
                 group["lr"] = lr
             mixed = np.random.SeedSequence([cfg.train.seed, state.step, rt.rank]).generate_state(1)
             torch.manual_seed(int(mixed[0]))  # of 32 bits: the CPU's generator ignores any above
-            soft = engine(torch.cat([batch["embeddings"] for _, batch in micros]))
-            full = False
+            soft = engine(torch.cat([batch["embeddings"].to(rt.device, non_blocking=True)
+                                     for _, batch in micros]))
+            exhausted = False
             try:
                 nll, gradient = soft_gradient(elm, soft, micros)
             except torch.OutOfMemoryError:
-                if halved or cfg.deepspeed.zero_stage == 3 and rt.world > 1:  # others wait in it
+                if halved or cfg.deepspeed.zero_stage == 3 and rt.world > 1:  # the others wait
                     raise
-                full = True
-            # Between the hosts; the devices work on.
-            stop, full = (rt.sum(torch.tensor([float(bool(signals)), float(full)])) > 0).tolist()
-            if full:  # nothing of this step has reached the adapter: it begins again
+                exhausted = True
+            told = rt.sum(torch.tensor([float(bool(signals)), float(exhausted)]))  # between hosts,
+            stop, exhausted = (told > 0).tolist()  # while the devices work on
+            if exhausted:  # nothing of this step has reached the adapter: it begins again
                 budget, halved = budget // 2, True
                 rt.say(f"step {state.step + 1}: out of memory; from here on micro-batches have "
                        f"{budget} tokens")
@@ -1267,8 +1261,8 @@ def train(cfg: Config) -> dict:
                 continue
             # DeepSpeed averages over processes; the mean wanted is the one over all labels.
             engine.backward((soft * gradient).sum() * (rt.world / labels))
-            # Without a look from the host: AdamW makes no update where found_inf is 1, which it is
-            # from the first step on whose loss or gradient is not finite.
+            # No look from the host: AdamW makes no update while found_inf is 1, and so it is from
+            # the first step on whose loss or gradient is not finite.
             nll = rt.sum(nll + 0.0 * gradient.sum())
             engine.adam.found_inf = (~nll.isfinite() | (sums[1] > 0)).float()
             sums += torch.stack([nll, engine.adam.found_inf.double()])
@@ -1299,15 +1293,13 @@ def train(cfg: Config) -> dict:
                 record(step=state.step, epoch=epoch, loss=loss, lm_loss=loss, lr=lr,
                        grad_norm=float(norm), tokens_per_second=rate, memory_gib=memory_gib(),
                        similarity=mean_cosine(soft.detach().flatten(1)))
-                line = f"loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s  {memory_gib():.2f} GiB"
-                bar.set_postfix_str(line)
-                rt.say(f"step {state.step:6d}  {line}")
+                rt.say(f"step {state.step:6d}  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s  "
+                       f"{memory_gib():.2f} GiB")
                 state.nll_sum, state.num_labels = 0.0, 0
                 sums[0], clock, num_tokens = 0.0, time.perf_counter(), 0
             if check:
-                paused = time.perf_counter()
                 evaluate()
-                clock += time.perf_counter() - paused
+                clock, num_tokens = time.perf_counter(), 0
             if keep:
                 save(f"step_{state.step}")
             if stop:
@@ -1343,13 +1335,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         train(load_config(given[0], given[1:]))
         return 0
-    except torch.OutOfMemoryError as e:
-        print(f"elm: out of memory: {str(e).splitlines()[0]}\nelm: one of these lines makes a run "
-              "need less: model.grad_checkpoint = true; data.max_seq_length = 512; on several GPUs "
-              "deepspeed.zero_stage = 3", file=sys.stderr)
-        return 2
-    except (UserError, OSError) as e:
+    except (UserError, OSError, torch.OutOfMemoryError) as e:
         text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
+        if isinstance(e, torch.OutOfMemoryError):
+            text += ("\nless is needed with model.grad_checkpoint = true, or data.max_seq_length = "
+                     "512, or on several GPUs deepspeed.zero_stage = 3")
         if os.environ.get("RANK", "0") != "0":  # if process 0 says the same, this one ends here
             time.sleep(5)
         print(*(f"elm: {line}" for line in text.splitlines()), sep="\n", file=sys.stderr)
