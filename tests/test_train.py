@@ -176,6 +176,14 @@ def test_one_step_of_the_engine_is_the_naive_step(settings, stage):
     third, fourth = elm.gather_state(engine), elm.gather_state(twin)
     assert same(third[0], fourth[0]) and same(third[1], fourth[1])
     assert not same(third[0], weights)
+    # Where found_inf is 1, the update leaves weights, moments and their step as they are.
+    engine.adam.found_inf = torch.tensor(1.0)
+    update(engine, split, rows[9:18])
+    fifth = elm.gather_state(engine)
+    assert same(fifth[0], third[0]) and same(fifth[1], third[1])
+    engine.adam.found_inf = torch.tensor(0.0)
+    update(engine, split, rows[9:18])
+    assert not same(elm.gather_state(engine)[0], third[0])
 
 
 def test_stopped_and_resumed_equals_never_stopped(settings, tmp_path):
@@ -379,14 +387,24 @@ def test_unequal_width_of_splits(settings, data_dir, tmp_path):
         go(settings)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(settings, tmp_path):
-    with pytest.raises(
-        elm.UserError, match=r"step \d: the loss or its gradient is not finite.*jsonl:\d+,\d+"
-    ) as e:
-        go(settings, "train.lr=1e30", "train.save_steps=1", "train.warmup_steps=0")
-    step = int(str(e.value).split("step ")[1].split(":")[0])
-    saved = torch.load(tmp_path / "out" / f"checkpoint_step_{step - 1}.pt", weights_only=True)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_loss_that_is_not_finite_stops_before_the_update(settings, tmp_path, stage):
+    """Whether the host looks after each step or after ten: the same step and rows, no update."""
+    more = ["train.lr=1e30", "train.warmup_steps=0", "train.max_steps=40", "train.eval_steps=40"]
+    more += ["train.save_steps=1", f"deepspeed.zero_stage={stage}"]
+    told = []
+    for often in (["train.save_steps=1"], ["train.save_steps=40", "train.logging_steps=10"]):
+        with pytest.raises(
+            elm.UserError, match=r"step \d: the loss or its gradient is not finite.*jsonl:\d+,\d+"
+        ) as e:
+            go(settings, *more, *often, f"output.dir={tmp_path / often[0]}")
+        told.append(str(e.value))
+    assert told[0] == told[1]
+    step = int(told[0].split("step ")[1].split(":")[0])
+    folder = tmp_path / "train.save_steps=1"
+    saved = torch.load(folder / f"checkpoint_step_{step - 1}.pt", weights_only=True)
     assert saved["state"]["step"] == step - 1 >= 1
+    assert not list((tmp_path / "train.save_steps=40").glob("checkpoint*"))
 
 
 def small_memory(monkeypatch, limit: int, from_pass: int = 0):
