@@ -2,7 +2,7 @@
 
     python tests/bench.py                            a CPU, one thread, Qwen3, 4B's proportions
     python tests/bench.py --prefix 30                prompts that share 30 tokens before the vector
-    python tests/bench.py --vocab 151936 --rounds 1  the memory of a real vocabulary
+    python tests/bench.py --vocab 151936 --rows 8    the memory of a real vocabulary
     python tests/bench.py --shape qwen3-4b           a GPU, Qwen3-4B with random weights
 
 Every contestant takes one optimizer step over the same rows per round, in turn; the medians of the
@@ -36,6 +36,7 @@ import transformers
 from naive import naive_batch, naive_step, token_rows
 from torch.utils.data import SequentialSampler
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 import elm
 
@@ -208,10 +209,15 @@ def contestants(cfg, llm, adapters, split, rows, batch_size, budget):
                 save_strategy="no", use_cpu=llm.device.type == "cpu", disable_tqdm=True,
                 logging_strategy="no",
             )  # fmt: skip
-            InOrder(
-                TrainerModel(llm, adapters["HF Trainer"]), arguments, data_collator=collate,
-                train_dataset=examples, callbacks=[Clock(meter)],
-            ).train()  # fmt: skip
+            trainer = InOrder(
+                TrainerModel(llm, adapters["HF Trainer"]),
+                arguments,
+                data_collator=collate,
+                train_dataset=examples,
+                callbacks=[Clock(meter)],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()  # fmt: skip
 
     return {"elm": run_elm, "naive loop": run_naive, "HF Trainer": run_trainer}
 

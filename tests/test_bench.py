@@ -1,0 +1,52 @@
+"""The benchmark and the measurement of large data sets run, and measure what they say."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def script(name, *arguments):
+    command = [sys.executable, ROOT / "tests" / name, *arguments]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("prefix", [0, 30])
+def test_data_of_the_benchmark(prefix):
+    import bench
+
+    split = bench.make_split(2000, 100, 8, prefix, seed=0)
+    r = split.rows
+    assert (r["length"][:, 0] <= 40 + 512).all() and 70 < sorted(r["response"])[1000] < 90
+    prompts = r["length"][:, 0] - r["response"]
+    assert prompts.min() == (prefix + 2 if prefix else 10) and prompts.max() == 40
+    starts = {tuple(split.ids[a : a + n]) for a, n in zip(r["start"][:, 0], r["slot"], strict=True)}
+    assert starts == set(split.before) and len(split.before[0]) == (prefix or 3)
+    assert len(split.ids) == r["length"][:, 0].sum()
+
+
+def test_benchmark_compares_the_same_losses(tmp_path):
+    told = script(
+        "bench.py", "--rows=8", "--layers=1", "--vocab=512", "--rounds=1",
+        f"--json={tmp_path / 'bench.json'}",
+    )  # fmt: skip
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["loss_error"] < 1e-6 and 0 < result["padding_efficiency"] < 1
+    for name in ("elm", "naive loop", "HF Trainer"):
+        line = result["contestants"][name]
+        assert name in told and line["tokens_per_second"] > 0 and line["peak_mib"] > 0
+        assert len(line["seconds"]) == 2
+    assert result["contestants"]["naive loop"]["over_naive"] == 1.0
+
+
+@pytest.mark.slow
+def test_memory_of_a_start_does_not_grow_with_the_data():
+    """100 times the rows: less than 32 MB of anonymous memory more once the cache is there."""
+    lines = script("scale.py", "--rows=100000", "--vectors=20000").splitlines()
+    gib = {x.split(":")[0]: float(x.split(", ")[-1].split()[0]) for x in lines}
+    grown = gib["large, with its token cache"] - gib["small, with its token cache"]
+    assert len(lines) == 4 and grown < 0.032
