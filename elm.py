@@ -1200,6 +1200,8 @@ def train(cfg: Config) -> dict:
         if rt.rank == 0:
             origin = dict(name=cfg.model.llm, bf16=cfg.model.bf16, fingerprint=identity["llm"])
             elm.adapter.save(folder / name, weights, llm=origin, step=step)
+        if wandb:
+            attempt(rt, lambda: wandb.log_artifact(str(folder / name), type="adapter"))
     def save(name: str) -> None:  # no generator: a step's rows and dropout depend on seed and step
         weights, moments = gather_state(engine)
         if name != "final":
@@ -1293,8 +1295,9 @@ def train(cfg: Config) -> dict:
                 record(step=state.step, epoch=epoch, loss=loss, lm_loss=loss, lr=lr,
                        grad_norm=float(norm), tokens_per_second=rate, memory_gib=memory_gib(),
                        similarity=mean_cosine(soft.detach().flatten(1)))
-                rt.say(f"step {state.step:6d}  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s  "
-                       f"{memory_gib():.2f} GiB")
+                line = f"loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s  {memory_gib():.2f} GiB"
+                bar.set_postfix_str(line)
+                rt.say(f"step {state.step:6d}  {line}")
                 state.nll_sum, state.num_labels = 0.0, 0
                 sums[0], clock, num_tokens = 0.0, time.perf_counter(), 0
             if check:
