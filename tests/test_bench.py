@@ -29,6 +29,7 @@ def test_data_of_the_benchmark(prefix):
     assert len(split.ids) == r["length"][:, 0].sum()
 
 
+@pytest.mark.slow
 def test_benchmark_compares_the_same_losses(tmp_path):
     told = script(
         "bench.py", "--rows=8", "--layers=1", "--vocab=512", "--rounds=1",

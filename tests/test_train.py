@@ -553,10 +553,9 @@ def test_bad_input_is_one_line_and_exit_code_2(settings, bad_cases, tmp_path, ca
         assert snapshot(tmp_path / "out") == before, case
 
 
-def test_command_line_of_its_own_process(settings, tmp_path):
-    done = run()
-    assert done.returncode == 2 and "deepspeed elm.py train.toml" in done.stdout
-    assert run("--help").returncode == 0
+def test_command_line_of_its_own_process(settings, tmp_path, capsys):
+    assert elm.main([]) == 2 and "deepspeed elm.py train.toml" in capsys.readouterr().out
+    assert elm.main(["--help"]) == 0
     done = run("missing.toml")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "elm: missing.toml: No such file or directory\n"
