@@ -810,7 +810,7 @@ class ELM(nn.Module):
             embeds = self.llm.get_input_embeddings()(batch["ids"])
         if soft is not None:  # out of place: any id stands there, and its embedding is replaced
             embeds = embeds.index_copy(0, batch["slots"], soft.flatten(0, 1).to(embeds.dtype))
-        hidden = self.body(embeds, batch["positions"], layout)[batch["targets"]]
+        hidden = self.body(embeds, batch["positions"], layout).index_select(0, batch["targets"])
         rows = LOGITS[device.type] // self.llm.config.get_text_config().vocab_size
         losses = HeadLoss.apply(hidden, batch["labels"], self.head, max(1, rows))
         return losses.new_zeros(len(batch["own"])).index_add(0, batch["owner"], losses)
