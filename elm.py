@@ -1010,8 +1010,9 @@ def summarize(split: Split, losses: dict[str, Tensor], mask: Any = True) -> dict
     def mean(name: str, rows: np.ndarray) -> float:
         return float(losses[name].numpy()[rows].sum() / split.rows["response"][rows].sum())
     rows = mask & (split.rows["response"] > 0)
-    result = {"rows": int(rows.sum()), **{k: mean(k, rows) for k in losses if k != "loss_text"}}
     told = mask & (split.rows["length"][:, BY_TEXT] > 0)
+    result = {"rows": int(rows.sum()), "rows_text": int(told.sum())}
+    result |= {k: mean(k, rows) for k in losses if k != "loss_text"}
     if "loss_text" in losses and told.any():
         ours, shuffled, text = (mean(k, told) for k in ("loss", "loss_shuffled", "loss_text"))
         result["loss_text"] = text
@@ -1032,7 +1033,7 @@ def report(elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime):
 
 def show(result: dict, predictions: list[dict], rt: Runtime) -> None:
     """The final table, and five answers beside their references."""
-    lines = ["", "{split}, {rows} rows, adapter of step {adapter_step}".format(**result)]
+    lines = ["", "{split}, {rows} rows, {rows_text} with text, adapter of step {adapter_step}".format(**result)]
     names = {"loss_shuffled": "loss, vectors shuffled", "loss": "loss, vectors",
              "loss_text": "loss, text in place of the vector", "carried": "carried information"}
     lines += [f"  {name:<36}{result[key]:.4f}" for key, name in names.items() if key in result]
@@ -1213,7 +1214,7 @@ def train(cfg: Config) -> dict:
                 torch.save(whole, temporary)
     def evaluate() -> None:
         engine.eval()
-        _, val, shuffled = summarize(data["val"], control_losses(elm, data["val"], rt)).values()
+        *_, val, shuffled = summarize(data["val"], control_losses(elm, data["val"], rt)).values()
         engine.train()
         record(step=state.step, val_loss=val, val_loss_shuffled=shuffled)
         rt.say(f"step {state.step:6d}  val_loss {val:.4f}  vectors shuffled {shuffled:.4f}")

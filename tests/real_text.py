@@ -4,6 +4,13 @@
 
 The text is a docstring; its first line is the summary, the module the category, the longest
 words of the text the keywords. The tiny embedder makes the vectors. No text comes twice.
+
+    python elm.py train.toml data.dir=FOLDER data.max_seq_length=1024 train.max_steps=450 \\
+        output.dir=data/checkpoints/docstrings
+
+The validation loss falls from 18.4 to 8.13 and ends at 8.16 with shuffled vectors; with
+train.seed=43 at 8.12 and 8.17, with 44 at 8.23 and 8.29 (two cores of an AMD EPYC): the tiny LLM
+knows no English.
 """
 
 import ast

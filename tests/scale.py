@@ -3,7 +3,7 @@
     python tests/scale.py [--rows 1000000] [--vectors 500000]
 
 Writes random fp16 vectors of width 2560 and short rows into a temporary folder, starts elm twice on
-the embedded default's LLM (the first start makes the token cache), once more on 1,000 rows, and
+the embedded default's LLM (the first start makes the token cache), twice more on 1,000 rows, and
 prints for each the seconds from the start of the process to the end of step 1 and the peak of its
 anonymous memory (RssAnon), which the memory-mapped files are not part of. About 4 GB of disk.
 """
