@@ -318,7 +318,7 @@ def read_ahead(make: Any, keys: Any, threads: int):
 # Data: rows of text beside a table of vectors, both read through memory maps
 
 EVAL_TOKENS = dict(cpu=1024, cuda=8192)  # of a micro-batch without gradient
-LOGITS = dict(cpu=2**24, cuda=2**26)  # numbers in a chunk of logits
+LOGITS = dict(cpu=2**24, cuda=2**25)  # numbers in a chunk of logits
 KEPT = 4096  # tokens ahead of vectors, of a split, whose keys and values may be kept (0.6 GB at 4B)
 SLOT = "<EMB>"  # where the vector goes in a query; without it, on a line of its own before it
 BY_VECTOR, BY_TEXT = 0, 1  # the two forms of a row
@@ -457,7 +457,7 @@ def build_cache(folder: Path, path: Path, num_vectors: int, prompt: Prompt, data
             ids_file.write(np.array(ids, np.int32).tobytes())
     if not counts["rows"]:
         raise UserError(f"{path}: no row of data.tasks = {list(data.tasks)}")
-    few = sum(map(len, all_before)) <= KEPT
+    few = max(len(all_before), sum(map(len, all_before))) <= KEPT
     return dict(counts=counts, before=list(all_before) if few else None)
 
 class Split(NamedTuple):  # of a data set, opened
@@ -549,7 +549,7 @@ def pack(split: Split, rows: Any, form: int = BY_VECTOR, vectors: np.ndarray | N
     read = dict.fromkeys(before) if split.before is None else split.before
     read = tuple(ids for ids in read if ids) if split.apart else ()
     begin = dict(zip(read, np.cumsum([0, *map(len, read)]).tolist(), strict=False))
-    begin = np.array([begin.get(ids, 0) for ids in before])
+    begin = np.array([begin[ids] if ids and split.apart else 0 for ids in before])
     def spans(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         return np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)])
     batch = dict(ids=split.ids[spans(starts, starts + own)], positions=spans(skip, whole),
@@ -680,13 +680,13 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, la
 AttentionInterface.register("elm_packed", packed_attention)
 
 class HeadLoss(torch.autograd.Function):
-    """Cross-entropy [R] fp32 of head(hidden) [R, V] at labels [R], hidden [R, D], by `rows` rows at
-    a time with their gradient made at once, so that no more logits than theirs ever exist."""
+    """Cross-entropy [R] fp32 of head(hidden) [R, V] at labels [R], hidden [R, D], in `chunks` parts
+    with their gradient made at once, so that no more logits than a part's ever exist."""
 
     @staticmethod
-    def forward(ctx, hidden, labels, head, rows):
-        losses, gradients = [], []
-        for h, y in zip(hidden.split(rows), labels[:, None].split(rows), strict=True):
+    def forward(ctx, hidden, labels, head, chunks):
+        losses, gradients, labels = [], [], labels[:, None].tensor_split(chunks)
+        for h, y in zip(hidden.tensor_split(chunks), labels, strict=True):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 h = h.detach().requires_grad_(ctx.needs_input_grad[0])
                 logits = head(h)
@@ -744,6 +744,7 @@ class ELM(nn.Module):
         super().__init__()
         self.llm, self.adapter, self.prompt = llm, adapter, prompt
         self.kept: dict = {}  # what `keep` keeps
+        self.in_step = False  # whether all processes must run the same modules as often
         llm.train = lambda mode=True: llm  # frozen: it stays in eval mode, without dropout
 
     @staticmethod
@@ -803,7 +804,7 @@ class ELM(nn.Module):
         summed token cross-entropy [n] fp32."""
         device = self.adapter.scale.device
         batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
-                 for k, v in batch.items()}
+                 for k, v in batch.items() if k != "embeddings"}
         layout = Layout(*(batch[k] for k in Layout._fields[:5]),
                         self.keep(batch["read"]) if batch["read"] else None)
         with torch.no_grad():
@@ -811,8 +812,11 @@ class ELM(nn.Module):
         if soft is not None:  # out of place: any id stands there, and its embedding is replaced
             embeds = embeds.index_copy(0, batch["slots"], soft.flatten(0, 1).to(embeds.dtype))
         hidden = self.body(embeds, batch["positions"], layout).index_select(0, batch["targets"])
-        rows = LOGITS[device.type] // self.llm.config.get_text_config().vocab_size
-        losses = HeadLoss.apply(hidden, batch["labels"], self.head, max(1, rows))
+        numbers = len(hidden) * self.llm.config.get_text_config().vocab_size
+        chunks = torch.tensor(math.ceil(numbers / LOGITS[device.type]))
+        if self.in_step:  # ZeRO 3 gathers the head for each chunk: as often on every process
+            torch.distributed.all_reduce(chunks, torch.distributed.ReduceOp.MAX)
+        losses = HeadLoss.apply(hidden, batch["labels"], self.head, int(chunks))
         return losses.new_zeros(len(batch["own"])).index_add(0, batch["owner"], losses)
 
     @torch.no_grad()
@@ -855,7 +859,7 @@ def plan_memory(llm: Any, setting: bool | str, free: float = math.inf) -> tuple[
         return EVAL_TOKENS["cpu"], layers * (setting is True)
     width = 10 * c.hidden_size + 4 * getattr(c, "intermediate_size", 4 * c.hidden_size)
     fit = 0.8 * free / (width * llm.dtype.itemsize)  # tokens times layers
-    tokens = round(min(8192, max(2048, fit / layers)))
+    tokens = int(min(8192, max(2048, fit / layers)))
     if setting == "auto":
         setting = max(0.0, 1 - fit / layers / tokens)
     return tokens, math.ceil(layers * setting)
@@ -883,13 +887,26 @@ def start_engine(cfg: Config, elm: ELM) -> Any:
     # One group: with several, DeepSpeed 0.19.8 links the moments of the first one only (ZeRO 1, 2).
     optimizer = torch.optim.AdamW(elm.adapter.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=cfg.train.weight_decay, fused=True)
-    zero = {**cfg.deepspeed.extra.get("zero_optimization", {}), "stage": cfg.deepspeed.zero_stage}
-    config = {**cfg.deepspeed.extra, "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero,
-              "gradient_clipping": cfg.train.max_grad_norm, "zero_allow_untested_optimizer": True,
-              "zero_force_ds_cpu_optimizer": False}
+    stage = cfg.deepspeed.zero_stage
+    zero = {**cfg.deepspeed.extra.get("zero_optimization", {}), "stage": stage}
+    config = {"timers": {"throughput": {"enabled": False}},  # they wait for the device
+              **cfg.deepspeed.extra, "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero,
+              "gradient_clipping": cfg.train.max_grad_norm * bool(stage),  # at 0 by take_step
+              "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     engine = need("deepspeed").initialize(model=elm, optimizer=optimizer, config=config)[0]
     engine.adam = optimizer  # under ZeRO, of this process's share of the adapter
     return engine
+
+def take_step(engine: Any, lr: float, max_norm: float) -> Any:
+    """Update the adapter at rate `lr`; returns the norm of its gradient before clipping."""
+    for group in engine.adam.param_groups:
+        group["lr"] = lr
+    if engine.zero_optimization_stage() > 0:
+        engine.step()
+        return engine.get_global_grad_norm()
+    norm = nn.utils.clip_grad_norm_(engine.module.adapter.parameters(), max_norm)
+    engine.step()  # whose own clipping would wait for the device
+    return norm
 
 def gather_state(engine: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(adapter, Adam's moments and step), whole, fp32, on the CPU. Every process must call it."""
@@ -1033,7 +1050,8 @@ def report(elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime):
 
 def show(result: dict, predictions: list[dict], rt: Runtime) -> None:
     """The final table, and five answers beside their references."""
-    lines = ["", "{split}, {rows} rows, {rows_text} with text, adapter of step {adapter_step}".format(**result)]
+    lines = ["\n{split}, {rows} rows, {rows_text} with text, adapter of step {adapter_step}"
+             .format(**result)]
     names = {"loss_shuffled": "loss, vectors shuffled", "loss": "loss, vectors",
              "loss_text": "loss, text in place of the vector", "carried": "carried information"}
     lines += [f"  {name:<36}{result[key]:.4f}" for key, name in names.items() if key in result]
@@ -1178,6 +1196,7 @@ def train(cfg: Config) -> dict:
     check_packing(elm)
     if saved:
         elm.adapter.load_state_dict(saved["adapter"])
+    elm.in_step = cfg.deepspeed.zero_stage == 3 and rt.world > 1
     budget, recomputed = plan_memory(elm.llm, cfg.model.grad_checkpoint, rt.free_memory())
     recompute_layers(elm.llm, recomputed)
     engine = start_engine(cfg, elm)
@@ -1232,7 +1251,7 @@ def train(cfg: Config) -> dict:
     def planned() -> Any:  # the steps that are left, read ahead
         steps = step_rows(len(source.rows), cfg.train.seed, size, state.epoch, state.position)
         plan = partial(plan_step, source, budget, rt)
-        return read_ahead(plan, islice(steps, total - state.step), cfg.data.num_workers)
+        return read_ahead(plan, islice(steps, max(0, total - state.step)), cfg.data.num_workers)
     plans, halved = planned(), False
     sums = torch.tensor([state.nll_sum, 0.0], dtype=torch.float64, device=rt.device)
     unseen, clock, num_tokens = [], time.perf_counter(), 0
@@ -1240,8 +1259,6 @@ def train(cfg: Config) -> dict:
         while state.step < total:
             epoch, position, rows, labels, micros = next(plans)
             lr = lr_at(state.step, total, cfg.train)
-            for group in engine.adam.param_groups:
-                group["lr"] = lr
             mixed = np.random.SeedSequence([cfg.train.seed, state.step, rt.rank]).generate_state(1)
             torch.manual_seed(int(mixed[0]))  # of 32 bits: the CPU's generator ignores any above
             soft = engine(torch.cat([batch["embeddings"].to(rt.device, non_blocking=True)
@@ -1250,7 +1267,7 @@ def train(cfg: Config) -> dict:
             try:
                 nll, gradient = soft_gradient(elm, soft, micros)
             except torch.OutOfMemoryError:
-                if halved or cfg.deepspeed.zero_stage == 3 and rt.world > 1:  # the others wait
+                if halved or elm.in_step:  # the others wait inside
                     raise
                 exhausted = True
             told = rt.sum(torch.tensor([float(bool(signals)), float(exhausted)]))  # between hosts,
@@ -1274,10 +1291,7 @@ def train(cfg: Config) -> dict:
             num_tokens += int(source.rows["length"][rows, BY_VECTOR].sum())
             last = state.step == total
             log = state.step % cfg.train.logging_steps == 0 or last
-            grads = [p.grad for p in elm.adapter.parameters() if log and p.grad is not None]
-            norm = nn.utils.get_total_norm(grads)  # for ZeRO 0, which tells none
-            engine.step()
-            norm = engine.get_global_grad_norm() if cfg.deepspeed.zero_stage else norm
+            norm = take_step(engine, lr, cfg.train.max_grad_norm)
             bar.update()
             check = state.step % cfg.train.eval_steps == 0 or last
             keep = state.step % cfg.train.save_steps == 0 or stop

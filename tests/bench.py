@@ -166,7 +166,7 @@ def peak_tflops(device, dtype) -> float:
     return 20 * 2 * n**3 / (start.elapsed_time(stop) / 1000) / 1e12
 
 
-def contestants(cfg, llm, adapters, split, rows, batch_size, budget):
+def contestants(cfg, llm, adapters, split, rows, batch_size, budget, recomputed):
     """{name: step(meter)}, each with its own adapter and AdamW, over the same rows."""
     rt = elm.Runtime(0, 1, llm.device)
     model = elm.ELM(llm, adapters["elm"], None)
@@ -177,13 +177,16 @@ def contestants(cfg, llm, adapters, split, rows, batch_size, budget):
     adam = torch.optim.AdamW(adapters["naive loop"].parameters(), lr=1e-4)
 
     def run_elm(meter):
+        elm.recompute_layers(llm, recomputed)
         meter.begin()
         *_, labels, micros = elm.plan_step(split, budget, rt, (0, len(rows), rows))
         soft = engine(torch.cat([batch["embeddings"] for _, batch in micros]))
         total, gradient = elm.soft_gradient(model, soft, micros)
         engine.backward((soft * gradient).sum() / labels)
-        engine.step()
+        elm.take_step(engine, 1e-4, 1.0)
         meter.end()
+        for m in llm.modules():  # the others share it
+            m.__dict__.pop("forward", None)
         return (total / labels).item()
 
     def run_naive(meter):
@@ -280,8 +283,7 @@ def main() -> None:
     efficiency, tokens = lengths.sum() / padded, int(lengths.sum())
     budget, recomputed = elm.plan_memory(llm, a.checkpoint, rt.free_memory())
     budget = a.budget or budget
-    elm.recompute_layers(llm, recomputed)
-    steps = contestants(cfg, llm, adapters, split, rows, a.batch, budget)
+    steps = contestants(cfg, llm, adapters, split, rows, a.batch, budget, recomputed)
     meters = {name: Meter(rt.device) for name in steps}
     losses = {}
     for k in range(a.rounds + 1):  # the first one warms up

@@ -71,6 +71,25 @@ def test_two_processes_and_zero_stages_agree_with_one_process(larger, tmp_path):
         assert losses(folder)[-1] == pytest.approx(losses(one)[-1], rel=1e-5)
 
 
+def test_processes_stay_in_step_where_one_has_more_logits(larger, tmp_path):
+    """ZeRO 3 gathers the head for every chunk of logits: as many on each process, or they hang."""
+    script = tmp_path / "small_chunks.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import elm\n"
+        "elm.LOGITS = dict(cpu=3000, cuda=3000); elm.run()"
+    )
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch(larger, one, processes=0)
+    config = tmp_path / "run.toml"
+    config.write_text("[deepspeed.zero_optimization]\nstage3_param_persistence_threshold = 0\n")
+    more = ["train.batch_size=40", "deepspeed.zero_stage=3", f"output.dir={two}"]
+    command = [*deepspeed_launcher(2, next(PORT)), script, config, *larger, *more]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert (flat(two) - flat(one)).norm() / flat(one).norm() < 1e-4
+
+
 def test_stage_one_by_the_launcher(settings, tmp_path):
     launch(settings, tmp_path / "z1", "deepspeed.zero_stage=1", processes=1)
     launch(settings, tmp_path / "z0", processes=0)

@@ -119,7 +119,7 @@ def update(engine, split, rows) -> float:
     soft = engine(torch.cat([batch["embeddings"] for _, batch in micros]))
     nll, gradient = elm.soft_gradient(engine.module, soft, micros)
     engine.backward((soft * gradient).sum() / labels)
-    engine.step()
+    elm.take_step(engine, 1e-2, 0.05)
     return nll.item() / labels
 
 
@@ -141,8 +141,6 @@ def test_one_step_of_the_engine_is_the_naive_step(settings, stage):
     before = {k: v.clone() for k, v in model.llm.state_dict().items()}
     engine = elm.start_engine(cfg, model)
     engine.train()
-    for group in engine.adam.param_groups:
-        group["lr"] = cfg.train.lr
     for _ in range(2):
         loss, _ = naive_step(llm, adapter, [token_rows(split, rows, 1)])
         torch.nn.utils.clip_grad_norm_(adapter.parameters(), 0.05)
@@ -170,8 +168,6 @@ def test_one_step_of_the_engine_is_the_naive_step(settings, stage):
     assert same(moments, elm.gather_state(twin)[1])
     for each in (engine, twin):
         each.train()
-        for group in each.adam.param_groups:
-            group["lr"] = 0.01
         update(each, split, rows[:9])
     third, fourth = elm.gather_state(engine), elm.gather_state(twin)
     assert same(third[0], fourth[0]) and same(third[1], fourth[1])
@@ -238,6 +234,15 @@ def test_report_of_fewer_steps_is_not_taken_for_that_of_the_longer_run(settings)
     (folder / "eval.json").write_bytes(old)  # as if killed before the report of step 8
     again, _ = go(settings, "train.resume=auto", "train.max_steps=8")
     assert again == wanted and again["step"] == 8
+
+
+def test_resume_of_more_steps_than_are_wanted_goes_to_the_report(settings):
+    _, folder = go(settings)
+    for name in ("eval.json", "checkpoint_final.pt"):
+        (folder / name).unlink()
+    result, _ = go(settings, "train.resume=auto", "train.max_steps=3")
+    assert result["step"] == 6
+    assert json.loads((folder / "eval.json").read_text()) == result
 
 
 def test_resume_by_path_into_another_folder(settings, tmp_path):
@@ -405,6 +410,30 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(settings, tmp_path, s
     saved = torch.load(folder / f"checkpoint_step_{step - 1}.pt", weights_only=True)
     assert saved["state"]["step"] == step - 1 >= 1
     assert not list((tmp_path / "train.save_steps=40").glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("part", [0, 1])
+def test_one_bad_step_stops_all_further_updates(settings, monkeypatch, stage, part):
+    """Loss (0) or gradient (1) of step 3 alone is NaN; the host looks after step 8, and names 3."""
+    soft_gradient, calls = elm.soft_gradient, []
+
+    def spoiled(*arguments):
+        result = [x.clone() for x in soft_gradient(*arguments)]
+        calls.append(1)
+        if len(calls) == 3:
+            result[part].view(-1)[0] = torch.nan
+        return result
+
+    monkeypatch.setattr(elm, "soft_gradient", spoiled)
+    more = ["train.max_steps=12", "train.logging_steps=8", f"deepspeed.zero_stage={stage}"]
+    engines, start = [], elm.start_engine
+    monkeypatch.setattr(elm, "start_engine", lambda *a: engines.append(start(*a)) or engines[-1])
+    with pytest.raises(elm.UserError, match="step 3: the loss or its gradient is not finite"):
+        go(settings, *more, "train.eval_steps=12", "train.save_steps=12")
+    assert len(calls) == 8
+    weights, moments = elm.gather_state(engines[0])
+    assert all(w.isfinite().all() for w in weights.values()) and moments["step"] == 2
 
 
 def small_memory(monkeypatch, limit: int, from_pass: int = 0):
