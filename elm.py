@@ -317,9 +317,9 @@ def read_ahead(make: Any, keys: Any, threads: int):
 # -----------------------------------------------------------------------------
 # Data: rows of text beside a table of vectors, both read through memory maps
 
-EVAL_TOKENS = dict(cpu=1024, cuda=8192)  # of a micro-batch without gradient
-LOGITS = dict(cpu=2**24, cuda=2**25)  # numbers in a chunk of logits
-KEPT = 4096  # tokens ahead of vectors, of a split, whose keys and values may be kept (0.6 GB at 4B)
+MICRO_TOKENS = dict(cpu=1024, cuda=8192)  # of a micro-batch; with gradient see plan_memory
+CHUNK_LOGITS = dict(cpu=2**24, cuda=2**25)  # numbers that exist at once
+PREFIX_TOKENS = 4096  # of a split whose keys and values are kept for the run (0.6 GB at 4B)
 SLOT = "<EMB>"  # where the vector goes in a query; without it, on a line of its own before it
 BY_VECTOR, BY_TEXT = 0, 1  # the two forms of a row
 ROW = np.dtype([  # of the token cache; start and length: where the two forms lie in ids
@@ -427,7 +427,7 @@ def build_cache(folder: Path, path: Path, num_vectors: int, prompt: Prompt, data
     few, all that stands before a vector. By vector a row is [before, 0 * soft, after, response,
     end]; by text, that stands for the zeros."""
     counts = dict(rows=0, pair_tasks=0, other_tasks=0, responses_cut=0, texts_cut=0)
-    rows, start, all_before = read_rows(path, data.tasks, num_vectors, counts), 0, {}
+    rows, start, prefixes = read_rows(path, data.tasks, num_vectors, counts), 0, {}
     with open(folder / "rows.bin", "wb") as rows_file, open(folder / "ids.bin", "wb") as ids_file:
         while chunk := list(islice(rows, 1024)):
             texts = [(*prompt.parts(r["query"]), r.get("text", ""), r["response"])
@@ -446,8 +446,8 @@ def build_cache(folder: Path, path: Path, num_vectors: int, prompt: Prompt, data
                 forms = [before + [0] * soft + after + response,
                          before + text[:text_room] + after + response if text else []]
                 lengths = [len(f) for f in forms]
-                if len(all_before) <= KEPT:
-                    all_before.setdefault(tuple(before))
+                if len(prefixes) <= PREFIX_TOKENS:
+                    prefixes.setdefault(tuple(before))
                 records.append((line, byte, row["embedding_file_idx"], (start, start + lengths[0]),
                                 lengths, len(before), len(response), TASKS.index(row["task_type"])))
                 ids += forms[0] + forms[1]
@@ -457,8 +457,8 @@ def build_cache(folder: Path, path: Path, num_vectors: int, prompt: Prompt, data
             ids_file.write(np.array(ids, np.int32).tobytes())
     if not counts["rows"]:
         raise UserError(f"{path}: no row of data.tasks = {list(data.tasks)}")
-    few = max(len(all_before), sum(map(len, all_before))) <= KEPT
-    return dict(counts=counts, before=list(all_before) if few else None)
+    few = max(len(prefixes), sum(map(len, prefixes))) <= PREFIX_TOKENS
+    return dict(counts=counts, prefixes=sorted(prefixes) if few else None)
 
 class Split(NamedTuple):  # of a data set, opened
     path: Path  # of its rows
@@ -468,8 +468,8 @@ class Split(NamedTuple):  # of a data set, opened
     statistics: dict[str, Tensor]  # mean and std [E] of the vectors
     counts: dict[str, int]
     soft: int  # K
-    before: tuple[tuple[int, ...], ...] | None = None  # all ids ahead of a vector; None: too many
-    apart: bool = True  # read these apart, and not with each row
+    prefixes: tuple[tuple[int, ...], ...] | None = None  # all ids ahead of vectors; None: too many
+    reuse: bool = True  # read the prefixes apart from the rows, and keep what was read
 
     def raw(self, i: int) -> dict:
         """Row i as it stands in the file."""
@@ -489,7 +489,7 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runt
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     words = tok.backend_tokenizer.to_str() if tok.is_fast else sorted(tok.get_vocab().items())
     made_from = (files, words, tok.eos_token_id, prompt[1:], soft, data.tasks, data.max_seq_length)
-    key = hashlib.sha256(repr((2, ROW, made_from)).encode()).hexdigest()[:16]  # 2: of the format
+    key = hashlib.sha256(repr((3, ROW, made_from)).encode()).hexdigest()[:16]  # 3: of the format
     cache = Path(data.dir, ".cache", f"{split}-{key}")
     if rt.rank == 0 and not cache.exists():
         work = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
@@ -508,8 +508,8 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runt
     meta = json.loads((cache / "meta.json").read_text())
     rows, ids = np.memmap(cache / "rows.bin", ROW, "r"), np.memmap(cache / "ids.bin", np.int32, "r")
     statistics = {k: torch.tensor(meta[k]) for k in ("mean", "std")}
-    before = meta["before"] and tuple(map(tuple, meta["before"]))
-    return Split(paths[1], rows, ids, vectors, statistics, meta["counts"], soft, before)
+    prefixes = meta["prefixes"] and tuple(map(tuple, meta["prefixes"]))
+    return Split(paths[1], rows, ids, vectors, statistics, meta["counts"], soft, prefixes)
 
 def shuffled_vectors(split: Split) -> np.ndarray:
     """[N] for each row a vector that is not its own, the same for rows of one vector."""
@@ -533,30 +533,33 @@ def cut(lengths: np.ndarray, bins: int, budget: int) -> list[list[int]]:
         per_bin += 1
 
 def pack(split: Split, rows: Any, form: int = BY_VECTOR, vectors: np.ndarray | None = None) -> dict:
-    """One micro-batch without padding: the rows end to end, each from the place of its vector on if
-    split.apart. ids [T], positions [T]; targets [R], the places in ids that predict a response
-    token; labels [R]; owner [R], the example of each; own, n ints, the tokens of each example. By
-    vector also slots [n * K], the places of the soft tokens, and embeddings [n, E] fp32, of
-    `vectors[row]` if given. For `packed_attention`: read, the beginnings that are left out, to be
-    read together; whole, n ints, the tokens with them; ends [2, n + 1] int32, where the examples
-    end by own and by whole; and for the keys of whole, places [T], which of them are those of ids,
-    and source, which in read the others are. int64 where nothing is said."""
+    """One micro-batch without padding: n rows end to end, each without its prefix, the tokens ahead
+    of its vector, if split.reuse: these are read apart, once. int64 where nothing else is said:
+        ids, positions [T]; lengths, n ints; owner [R], the example of each response token;
+        targets [R], the places in ids that predict them; labels [R], which they are
+        slots [n * K], the places of the soft tokens; embeddings [n, E] fp32 (both by vector)
+        prefixes, all to be read together; key_lengths, n ints: prefix and row
+        ends [2, n + 1] int32: of the examples among the tokens of the rows, and among the keys
+        own_keys [T], which of the keys are the rows' own; prefix_keys, for each key which token
+        in prefixes it is (any, for the rows' own)
+    `vectors[row]`, if given, take the place of the rows' own vectors."""
     r = split.rows[rows]
-    whole, responses, skip = r["length"][:, form], r["response"], r["slot"] * split.apart
-    own, starts = whole - skip, r["start"][:, form] + skip
-    ends = np.cumsum([np.r_[0, own], np.r_[0, whole]], axis=1)
+    key_lengths, responses, skip = r["length"][:, form], r["response"], r["slot"] * split.reuse
+    lengths, starts = key_lengths - skip, r["start"][:, form] + skip
+    ends = np.cumsum([np.r_[0, lengths], np.r_[0, key_lengths]], axis=1)
     before = [tuple(split.ids[a - n : a].tolist()) for a, n in zip(starts, skip, strict=True)]
-    read = dict.fromkeys(before) if split.before is None else split.before
-    read = tuple(ids for ids in read if ids) if split.apart else ()
-    begin = dict(zip(read, np.cumsum([0, *map(len, read)]).tolist(), strict=False))
-    begin = np.array([begin[ids] if ids and split.apart else 0 for ids in before])
+    prefixes = dict.fromkeys(before) if split.prefixes is None else split.prefixes
+    prefixes = tuple(ids for ids in prefixes if ids) if split.reuse else ()
+    begin = dict(zip(prefixes, np.cumsum([0, *map(len, prefixes)]).tolist(), strict=False))
+    begin = np.array([begin[ids] if ids and split.reuse else 0 for ids in before])
     def spans(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         return np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)])
-    batch = dict(ids=split.ids[spans(starts, starts + own)], positions=spans(skip, whole),
-                 targets=spans(ends[0, 1:] - responses, ends[0, 1:]) - 1,
+    batch = dict(ids=split.ids[spans(starts, starts + lengths)], positions=spans(skip, key_lengths),
                  owner=np.repeat(np.arange(len(r)), responses),
-                 places=spans(ends[1, 1:] - own, ends[1, 1:]), source=np.zeros(ends[1, -1]))
-    batch["source"][spans(ends[1, :-1], ends[1, :-1] + skip)] = spans(begin, begin + skip)
+                 targets=spans(ends[0, 1:] - responses, ends[0, 1:]) - 1,
+                 own_keys=spans(ends[1, 1:] - lengths, ends[1, 1:]),
+                 prefix_keys=np.zeros(ends[1, -1]))
+    batch["prefix_keys"][spans(ends[1, :-1], ends[1, :-1] + skip)] = spans(begin, begin + skip)
     if form == BY_VECTOR:
         slots = ends[0, :-1] + r["slot"] - skip
         batch["slots"] = (slots[:, None] + np.arange(split.soft)).ravel()
@@ -567,7 +570,8 @@ def pack(split: Split, rows: Any, form: int = BY_VECTOR, vectors: np.ndarray | N
         batch["embeddings"] = split.vectors[batch["embeddings"]].float()
     if torch.cuda.is_available():  # so that the copy to the device does not wait
         batch = {k: v.pin_memory() for k, v in batch.items()}
-    return batch | dict(own=own.tolist(), whole=whole.tolist(), read=read)
+    return batch | dict(lengths=lengths.tolist(), key_lengths=key_lengths.tolist(),
+                        prefixes=prefixes)
 
 def step_rows(num_rows: int, seed: int, size: int, epoch: int, position: int):
     """Endless (epoch, position after it, rows) of the steps from `position` rows into `epoch` on,
@@ -636,13 +640,13 @@ class Adapter(nn.Module):
         return adapter.eval(), metadata
 
 class Layout(NamedTuple):  # of a packed row, for packed_attention; the first five are of `pack`
-    own: list[int]
-    whole: list[int]
+    lengths: list[int]
+    key_lengths: list[int]
     ends: Tensor
-    places: Tensor | None = None
-    source: Tensor | None = None
-    kept: dict | None = None  # by layer, keys and values of the beginnings that were read before
-    record: dict | None = None  # where to put them, if this row is the beginnings
+    own_keys: Tensor | None = None
+    prefix_keys: Tensor | None = None
+    kept: dict | None = None  # by layer, keys and values of the prefixes
+    record: dict | None = None  # where to put them, if this row is the prefixes
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None,
                      sliding_window=None, softcap=None, **_):
@@ -652,17 +656,18 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, la
         layout.record[module.layer_idx] = key, value
     if layout.kept is not None:
         kept = zip(layout.kept[module.layer_idx], (key, value), strict=True)
-        key, value = (old.index_select(2, layout.source).index_copy(2, layout.places, x)
+        key, value = (old.index_select(2, layout.prefix_keys).index_copy(2, layout.own_keys, x)
                       for old, x in kept)
     groups, d = query.shape[1] // key.shape[1], query.shape[-1]
     key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
     if query.is_cuda and query.dtype.itemsize == 2 and d % 8 == 0 and d <= 256 and not softcap:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return varlen_attn(q, k, v, *layout.ends, max(layout.own), max(layout.whole), scale=scaling,
+        longest = max(layout.lengths), max(layout.key_lengths)
+        return varlen_attn(q, k, v, *layout.ends, *longest, scale=scaling,
                            window_size=((sliding_window or 0) - 1, 0))[None], None
-    outs, splits = [], (x.split(n, 2) for x, n in
-                        ((query, layout.own), (key, layout.whole), (value, layout.whole)))
-    for q, k, v in zip(*splits, strict=True):
+    outs = []
+    for q, k, v in zip(query.split(layout.lengths, 2), key.split(layout.key_lengths, 2),
+                       value.split(layout.key_lengths, 2), strict=True):
         t, before = k.shape[2], k.shape[2] - q.shape[2]
         window = sliding_window or t
         if t <= window and not softcap:  # as many queries as keys: is_causal counts from the first
@@ -743,7 +748,7 @@ class ELM(nn.Module):
     def __init__(self, llm: Any, adapter: Adapter, prompt: Prompt):
         super().__init__()
         self.llm, self.adapter, self.prompt = llm, adapter, prompt
-        self.kept: dict = {}  # what `keep` keeps
+        self.kept: dict = {}  # what `read` keeps
         self.in_step = False  # whether all processes must run the same modules as often
         llm.train = lambda mode=True: llm  # frozen: it stays in eval mode, without dropout
 
@@ -786,18 +791,18 @@ class ELM(nn.Module):
             del body.forward
 
     @torch.no_grad()
-    def keep(self, read: tuple[tuple[int, ...], ...]) -> dict[int, tuple[Tensor, Tensor]]:
-        """By layer, keys and values of the token ids that stand before vectors, packed. Nothing
-        trained comes before them, so they are kept; and always read together, so that not a bit
-        depends on what was read earlier."""
-        if read not in self.kept:
-            keys, sizes, device = {}, [len(ids) for ids in read], self.adapter.scale.device
-            ids, places = torch.tensor(sum(read, ())), torch.cat([torch.arange(n) for n in sizes])
+    def read(self, prefixes: tuple[tuple[int, ...], ...]) -> dict[int, tuple[Tensor, Tensor]]:
+        """By layer, keys and values of prefixes, as token ids, packed. Nothing trained comes before
+        them, so they are kept; and always read together, so that not a bit depends on what was
+        read earlier."""
+        if prefixes not in self.kept:
+            record, sizes, device = {}, [len(p) for p in prefixes], self.adapter.scale.device
+            ids, places = torch.tensor(sum(prefixes, ())), [torch.arange(n) for n in sizes]
             ends = torch.tensor([0, *sizes]).cumsum(0).int().expand(2, -1)
-            self.body(self.llm.get_input_embeddings()(ids.to(device)), places.to(device),
-                      Layout(sizes, sizes, ends.to(device), record=keys))
-            self.kept = dict(list(self.kept.items())[-2:]) | {read: keys}  # of three splits
-        return self.kept[read]
+            self.body(self.llm.get_input_embeddings()(ids.to(device)), torch.cat(places).to(device),
+                      Layout(sizes, sizes, ends.to(device), record=record))
+            self.kept = dict(list(self.kept.items())[-2:]) | {prefixes: record}  # of three splits
+        return self.kept[prefixes]
 
     def losses(self, batch: dict, soft: Tensor | None = None) -> Tensor:
         """What `pack` makes, and soft tokens [n, K, D] unless it is by text -> each response's
@@ -806,18 +811,18 @@ class ELM(nn.Module):
         batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
                  for k, v in batch.items() if k != "embeddings"}
         layout = Layout(*(batch[k] for k in Layout._fields[:5]),
-                        self.keep(batch["read"]) if batch["read"] else None)
+                        self.read(batch["prefixes"]) if batch["prefixes"] else None)
         with torch.no_grad():
             embeds = self.llm.get_input_embeddings()(batch["ids"])
         if soft is not None:  # out of place: any id stands there, and its embedding is replaced
             embeds = embeds.index_copy(0, batch["slots"], soft.flatten(0, 1).to(embeds.dtype))
         hidden = self.body(embeds, batch["positions"], layout).index_select(0, batch["targets"])
         numbers = len(hidden) * self.llm.config.get_text_config().vocab_size
-        chunks = torch.tensor(math.ceil(numbers / LOGITS[device.type]))
+        chunks = torch.tensor(math.ceil(numbers / CHUNK_LOGITS[device.type]))
         if self.in_step:  # ZeRO 3 gathers the head for each chunk: as often on every process
             torch.distributed.all_reduce(chunks, torch.distributed.ReduceOp.MAX)
         losses = HeadLoss.apply(hidden, batch["labels"], self.head, int(chunks))
-        return losses.new_zeros(len(batch["own"])).index_add(0, batch["owner"], losses)
+        return losses.new_zeros(len(batch["lengths"])).index_add(0, batch["owner"], losses)
 
     @torch.no_grad()
     def prompt_embeds(self, embedding: Tensor, query: str) -> Tensor:
@@ -856,7 +861,7 @@ def plan_memory(llm: Any, setting: bool | str, free: float = math.inf) -> tuple[
     c = llm.config.get_text_config()
     layers = c.num_hidden_layers
     if math.isinf(free):  # not a GPU: there small micro-batches are as fast
-        return EVAL_TOKENS["cpu"], layers * (setting is True)
+        return MICRO_TOKENS["cpu"], layers * (setting is True)
     width = 10 * c.hidden_size + 4 * getattr(c, "intermediate_size", 4 * c.hidden_size)
     fit = 0.8 * free / (width * llm.dtype.itemsize)  # tokens times layers
     tokens = int(min(8192, max(2048, fit / layers)))
@@ -1001,7 +1006,7 @@ def row_losses(elm: ELM, split: Split, rt: Runtime, form: int = BY_VECTOR,
     """[N] fp64: each row's summed token cross-entropy, the same for any number of processes."""
     lengths = split.rows["length"][:, form].astype(np.int64)
     rows = np.flatnonzero(lengths)
-    filled = np.cumsum(lengths[rows]) // EVAL_TOKENS[rt.device.type]
+    filled = np.cumsum(lengths[rows]) // MICRO_TOKENS[rt.device.type]
     micros = np.split(rows, np.flatnonzero(np.diff(filled)) + 1)
     losses = torch.zeros(len(lengths), dtype=torch.float64, device=rt.device)
     for first in range(0, len(micros), rt.world):  # ZeRO-3 wants every process in every pass
@@ -1119,7 +1124,8 @@ def open_data(cfg: Config, prompt: Prompt, rt: Runtime) -> tuple[dict[str, Split
         raise UserError(f"data.dir: the vectors of the splits differ in width: {widths}")
     for name, split in data.items():
         # Under ZeRO 3 all processes must read the same, as often: all of a split's, once.
-        data[name] = split._replace(apart=cfg.deepspeed.zero_stage < 3 or split.before is not None)
+        reuse = cfg.deepspeed.zero_stage < 3 or split.prefixes is not None
+        data[name] = split._replace(reuse=reuse)
         counts = ", ".join(f"{n} {what}" for what, n in split.counts.items() if n)
         rt.say(f"{name}: {len(split.vectors)} vectors of width {widths[name]}, {counts}")
     return data, final
@@ -1164,7 +1170,7 @@ def soft_gradient(elm: ELM, soft: Tensor, micros: list) -> tuple[Tensor, Tensor]
     """The loss summed over all of plan_step's micro-batches, fp64, and its gradient at their soft
     tokens [n, K, D]: all that the adapter needs of the frozen LLM, and all that this makes."""
     total, gradients = torch.zeros((), dtype=torch.float64, device=soft.device), []
-    parts = soft.detach().split([len(batch["own"]) for _, batch in micros])
+    parts = soft.detach().split([len(batch["lengths"]) for _, batch in micros])
     for (weight, batch), part in zip(micros, parts, strict=True):
         loss = elm.losses(batch, part.requires_grad_()).sum() * weight
         gradients += torch.autograd.grad(loss, part)

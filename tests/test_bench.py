@@ -25,7 +25,7 @@ def test_data_of_the_benchmark(prefix):
     prompts = r["length"][:, 0] - r["response"]
     assert prompts.min() == (prefix + 2 if prefix else 10) and prompts.max() == 40
     starts = {tuple(split.ids[a : a + n]) for a, n in zip(r["start"][:, 0], r["slot"], strict=True)}
-    assert starts == set(split.before) and len(split.before[0]) == (prefix or 3)
+    assert starts == set(split.prefixes) and len(split.prefixes[0]) == (prefix or 3)
     assert len(split.ids) == r["length"][:, 0].sum()
 
 

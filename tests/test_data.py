@@ -41,31 +41,38 @@ def test_row_is_prompt_slot_response_end(data_dir, soft):
         assert split.raw(i) == row and r["line"] == i + 1
 
 
-@pytest.mark.parametrize("apart, few", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("reuse, few", [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("form", [elm.BY_VECTOR, elm.BY_TEXT])
-def test_pack_describes_the_same_tokens(data_dir, form, apart, few):
+def test_pack_describes_the_same_tokens(data_dir, form, reuse, few):
     """Every example's ids and positions, put together again as packed_attention does with keys."""
     split = open_train(data_dir, soft=2)
-    assert len(split.before) == 2  # the chat's header, alone and before "Is <EMB> so, and how?"
-    split = split._replace(apart=apart, before=split.before if few else None)
+    assert len(split.prefixes) == 2  # the chat's header, alone and before "Is <EMB> so, and how?"
+    split = split._replace(reuse=reuse, prefixes=split.prefixes if few else None)
     rows = [3, 0, 7, 5]
     batch = elm.pack(split, rows, form)
-    own, whole, ends = batch["own"], batch["whole"], batch["ends"]
-    assert sum(own) == len(batch["ids"]) == len(batch["positions"]) == len(batch["places"])
-    assert whole == split.rows["length"][rows, form].tolist() and len(batch["source"]) == sum(whole)
+    own, whole, ends = batch["lengths"], batch["key_lengths"], batch["ends"]
+    assert sum(own) == len(batch["ids"]) == len(batch["positions"]) == len(batch["own_keys"])
+    assert whole == split.rows["length"][rows, form].tolist() and len(batch["prefix_keys"]) == sum(
+        whole
+    )
     assert ends.tolist() == [[0, *np.cumsum(own)], [0, *np.cumsum(whole)]]
-    assert set(batch["read"]) <= set(split.before or batch["read"]) and bool(batch["read"]) == apart
-    kept = torch.tensor(sum(batch["read"], ()) or (0,), dtype=torch.long)
-    kept_places = torch.tensor([i for ids in batch["read"] for i in range(len(ids))] or [0])
-    ids = kept[batch["source"]].index_copy(0, batch["places"], batch["ids"])
-    positions = kept_places[batch["source"]].index_copy(0, batch["places"], batch["positions"])
+    assert (
+        set(batch["prefixes"]) <= set(split.prefixes or batch["prefixes"])
+        and bool(batch["prefixes"]) == reuse
+    )
+    kept = torch.tensor(sum(batch["prefixes"], ()) or (0,), dtype=torch.long)
+    kept_places = torch.tensor([i for ids in batch["prefixes"] for i in range(len(ids))] or [0])
+    ids = kept[batch["prefix_keys"]].index_copy(0, batch["own_keys"], batch["ids"])
+    positions = kept_places[batch["prefix_keys"]].index_copy(
+        0, batch["own_keys"], batch["positions"]
+    )
     seen = 0
     for k, i in enumerate(rows):
         r, (start, end) = split.rows[i], ends[1, k : k + 2].tolist()
         mine = batch["owner"] == k
         assert ids[start:end].tolist() == split.ids[r["start"][form] :][: end - start].tolist()
         assert positions[start:end].tolist() == list(range(end - start))
-        assert own[k] == whole[k] - (r["slot"] if apart else 0)
+        assert own[k] == whole[k] - (r["slot"] if reuse else 0)
         last, n = int(ends[0, k + 1]), int(r["response"])
         assert int(mine.sum()) == n
         assert batch["targets"][mine].tolist() == list(range(last - n - 1, last - 1))

@@ -76,7 +76,7 @@ def test_processes_stay_in_step_where_one_has_more_logits(larger, tmp_path):
     script = tmp_path / "small_chunks.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import elm\n"
-        "elm.LOGITS = dict(cpu=3000, cuda=3000); elm.run()"
+        "elm.CHUNK_LOGITS = dict(cpu=3000, cuda=3000); elm.run()"
     )
     one, two = tmp_path / "one", tmp_path / "two"
     launch(larger, one, processes=0)

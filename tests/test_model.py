@@ -90,12 +90,12 @@ def test_loss_and_gradient_agree_with_the_naive_reference(parts, monkeypatch):
     for layers in (0, 1, 2):
         model = elm.ELM(elm.load_llm(llm.config._name_or_path, RT.device, False), adapter, prompt)
         elm.recompute_layers(model.llm, layers)
-        for budget, before, apart, chunk in itertools.product(
-            (100_000, 150), (split.before, None), (True, False), (2**24, 7 * vocab)
+        for budget, prefixes, reuse, chunk in itertools.product(
+            (100_000, 150), (split.prefixes, None), (True, False), (2**24, 7 * vocab)
         ):
-            monkeypatch.setattr(elm, "LOGITS", {"cpu": chunk})
+            monkeypatch.setattr(elm, "CHUNK_LOGITS", {"cpu": chunk})
             adapter.zero_grad()
-            plan = split._replace(before=before, apart=apart)
+            plan = split._replace(prefixes=prefixes, reuse=reuse)
             *_, labels, micros = elm.plan_step(plan, budget, RT, (0, 12, rows))
             assert len(micros) == 1 or budget == 150 and len(micros) > 2
             soft = model(torch.cat([batch["embeddings"] for _, batch in micros]))
@@ -112,7 +112,7 @@ def test_loss_and_gradient_agree_with_the_naive_reference(parts, monkeypatch):
 def test_losses_do_not_depend_on_what_was_read_before(parts):
     """To the bit: a resumed run has read other rows, yet must go on with the same numbers."""
     llm, prompt, split = parts
-    split = split._replace(before=None)  # so that each micro-batch reads its own
+    split = split._replace(prefixes=None)  # so that each micro-batch reads its own
     first, second = (elm.ELM(llm, adapter_for(llm, split), prompt).eval() for _ in range(2))
     for rows in ([4, 5, 6], [7], [8, 9], [1, 2]):
         losses(first, elm.pack(split, rows))
@@ -205,7 +205,7 @@ def test_splicing_a_tokens_own_embedding_gives_the_logits_of_input_ids(parts):
 
 def test_recomputed_layers_change_nothing(parts):
     llm, prompt, split = parts
-    split = split._replace(apart=False)
+    split = split._replace(reuse=False)
     results, calls = [], []
     for setting in (False, True):
         folder = llm.config._name_or_path
@@ -228,14 +228,14 @@ def test_recomputed_layers_change_nothing(parts):
 def test_ragged_batch_equals_one_flat_cross_entropy(parts):
     llm, prompt, split = parts
     model = elm.ELM(llm, adapter_for(llm, split), prompt).eval()
-    split = split._replace(apart=False)
+    split = split._replace(reuse=False)
     batch = elm.pack(split, list(range(8)))
     with torch.no_grad():
         soft = model(batch["embeddings"])
         nll = model.losses(batch, soft)
         logits = [llm(inputs_embeds=p[None]).logits[0] for p in examples(model, split, batch)]
-    ends = np.cumsum(batch["own"])
-    flat = torch.cat([x[batch["targets"][batch["owner"] == k] - (ends[k] - batch["own"][k])]
+    ends = np.cumsum(batch["lengths"])
+    flat = torch.cat([x[batch["targets"][batch["owner"] == k] - (ends[k] - batch["lengths"][k])]
                       for k, x in enumerate(logits)])  # fmt: skip
     torch.testing.assert_close(
         nll.sum(), F.cross_entropy(flat.float(), batch["labels"], reduction="sum")
@@ -245,7 +245,7 @@ def test_ragged_batch_equals_one_flat_cross_entropy(parts):
 
 def examples(model, split, batch):
     """Each example's input embeddings, built one by one."""
-    ids, slots = batch["ids"].split(batch["own"]), batch["slots"].view(-1, 2)
+    ids, slots = batch["ids"].split(batch["lengths"]), batch["slots"].view(-1, 2)
     start = 0
     for k, own in enumerate(ids):
         embeds = model.llm.get_input_embeddings()(own).clone()
@@ -292,7 +292,7 @@ def test_generation_is_the_same_in_batches_and_from_prompt_embeds(parts):
 def test_prompt_embeds_are_what_training_reads(parts):
     llm, prompt, split = parts
     model = elm.ELM(llm, adapter_for(llm, split), prompt).eval()
-    split = split._replace(apart=False)
+    split = split._replace(reuse=False)
     for i in (0, 1, 2):
         row, batch = split.raw(i), elm.pack(split, [i])
         embeds = model.prompt_embeds(batch["embeddings"][0], row["query"])

@@ -14,8 +14,8 @@ README = (ROOT / "README.md").read_text()
 
 def test_size_of_the_one_file():
     lines = SOURCE.splitlines()
-    assert len(lines) <= 1375 and max(map(len, lines)) <= 100
-    assert "1,375 lines" in README and len(README.splitlines()) <= 200
+    assert len(lines) <= 1380 and max(map(len, lines)) <= 100
+    assert "1,380 lines" in README and len(README.splitlines()) <= 200
 
 
 def test_sections_in_the_order_of_reading():

@@ -457,7 +457,7 @@ def test_out_of_memory_halves_the_micro_batches_once(
     settings = [*settings, f"deepspeed.zero_stage={stage}"]
     whole = go(settings, f"output.dir={tmp_path / 'whole'}")[1]
     assert "out of memory" not in capsys.readouterr().out
-    sizes = elm.EVAL_TOKENS["cpu"]
+    sizes = elm.MICRO_TOKENS["cpu"]
     small_memory(monkeypatch, sizes // 2, from_pass=40)
     halved = go(settings)[1]
     assert capsys.readouterr().out.count(f"micro-batches have {sizes // 2} tokens") == 1
