@@ -537,12 +537,12 @@ def pack(split: Split, rows: Any, form: int = BY_VECTOR, vectors: np.ndarray | N
     of its vector, if split.reuse: these are read apart, once. int64 where nothing else is said:
         ids, positions [T]; lengths, n ints; owner [R], the example of each response token;
         targets [R], the places in ids that predict them; labels [R], which they are
-        slots [n * K], the places of the soft tokens; embeddings [n, E] fp32 (both by vector)
-        prefixes, all to be read together; key_lengths, n ints: prefix and row
+        by vector slots [n * K], the places of the soft tokens, and embeddings [n, E] fp32, of
+        `vectors[row]` if given
+        prefixes, to be read together, and whether to keep them; key_lengths, n ints: with prefix
         ends [2, n + 1] int32: of the examples among the tokens of the rows, and among the keys
         own_keys [T], which of the keys are the rows' own; prefix_keys, for each key which token
-        in prefixes it is (any, for the rows' own)
-    `vectors[row]`, if given, take the place of the rows' own vectors."""
+        in prefixes it is (any, for the rows' own)"""
     r = split.rows[rows]
     key_lengths, responses, skip = r["length"][:, form], r["response"], r["slot"] * split.reuse
     lengths, starts = key_lengths - skip, r["start"][:, form] + skip
@@ -571,7 +571,7 @@ def pack(split: Split, rows: Any, form: int = BY_VECTOR, vectors: np.ndarray | N
     if torch.cuda.is_available():  # so that the copy to the device does not wait
         batch = {k: v.pin_memory() for k, v in batch.items()}
     return batch | dict(lengths=lengths.tolist(), key_lengths=key_lengths.tolist(),
-                        prefixes=prefixes)
+                        prefixes=prefixes, keep=split.prefixes is not None)
 
 def step_rows(num_rows: int, seed: int, size: int, epoch: int, position: int):
     """Endless (epoch, position after it, rows) of the steps from `position` rows into `epoch` on,
@@ -791,18 +791,19 @@ class ELM(nn.Module):
             del body.forward
 
     @torch.no_grad()
-    def read(self, prefixes: tuple[tuple[int, ...], ...]) -> dict[int, tuple[Tensor, Tensor]]:
-        """By layer, keys and values of prefixes, as token ids, packed. Nothing trained comes before
-        them, so they are kept; and always read together, so that not a bit depends on what was
-        read earlier."""
-        if prefixes not in self.kept:
-            record, sizes, device = {}, [len(p) for p in prefixes], self.adapter.scale.device
-            ids, places = torch.tensor(sum(prefixes, ())), [torch.arange(n) for n in sizes]
-            ends = torch.tensor([0, *sizes]).cumsum(0).int().expand(2, -1)
-            self.body(self.llm.get_input_embeddings()(ids.to(device)), torch.cat(places).to(device),
-                      Layout(sizes, sizes, ends.to(device), record=record))
-            self.kept = dict(list(self.kept.items())[-2:]) | {prefixes: record}  # of three splits
-        return self.kept[prefixes]
+    def read(self, prefixes: tuple[tuple[int, ...], ...], keep: bool) -> dict:
+        """By layer, (keys, values) of prefixes, as token ids, packed. Nothing trained comes before
+        them, so those of a split are kept; and always read together, so that not a bit depends on
+        what was read earlier."""
+        if prefixes in self.kept:
+            return self.kept[prefixes]
+        record, sizes, device = {}, [len(p) for p in prefixes], self.adapter.scale.device
+        ids, places = torch.tensor(sum(prefixes, ())), [torch.arange(n) for n in sizes]
+        ends = torch.tensor([0, *sizes]).cumsum(0).int().expand(2, -1)
+        self.body(self.llm.get_input_embeddings()(ids.to(device)), torch.cat(places).to(device),
+                  Layout(sizes, sizes, ends.to(device), record=record))
+        self.kept |= {prefixes: record} if keep else {}
+        return record
 
     def losses(self, batch: dict, soft: Tensor | None = None) -> Tensor:
         """What `pack` makes, and soft tokens [n, K, D] unless it is by text -> each response's
@@ -811,7 +812,7 @@ class ELM(nn.Module):
         batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
                  for k, v in batch.items() if k != "embeddings"}
         layout = Layout(*(batch[k] for k in Layout._fields[:5]),
-                        self.read(batch["prefixes"]) if batch["prefixes"] else None)
+                        self.read(batch["prefixes"], batch["keep"]) if batch["prefixes"] else None)
         with torch.no_grad():
             embeds = self.llm.get_input_embeddings()(batch["ids"])
         if soft is not None:  # out of place: any id stands there, and its embedding is replaced
@@ -1144,9 +1145,8 @@ def build_model(cfg: Config, data: Split, prompt: Prompt, rt: Runtime) -> tuple[
         adapter.load_state_dict(data.statistics, strict=False)
     trained, frozen = (sum(p.numel() for p in part.parameters()) for part in (adapter, llm))
     rt.say(f"{rt.world} process(es) on {rt.device.type}, ZeRO {cfg.deepspeed.zero_stage}, LLM in "
-           f"{str(llm.dtype)[6:]}\n"
-           f"{trained:,} parameters trained, {frozen:,} frozen; "
-           f"token embeddings of root mean square {facts['scale']:.4f}")
+           f"{str(llm.dtype)[6:]}\n{trained:,} parameters trained, {frozen:,} frozen; token "
+           f"embeddings of root mean square {facts['scale']:.4f}")
     return ELM(llm, adapter.to(rt.device), prompt), facts
 
 @torch.no_grad()
