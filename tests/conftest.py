@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -113,8 +114,11 @@ def run(*arguments: str, launcher: tuple[str, ...] = (), **environment: str):
     )  # fmt: skip
 
 
-def deepspeed_launcher(processes: int, port: int) -> tuple[str, ...]:
+def deepspeed_launcher(processes: int) -> tuple[str, ...]:
     script = str(Path(sys.executable).parent / "deepspeed")
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
     return script, f"--num_gpus={processes}", f"--master_port={port}"
 
 

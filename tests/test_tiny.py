@@ -91,7 +91,7 @@ def test_llm_answers_every_attribute_from_the_text():
 
 @pytest.mark.slow
 def test_the_readme_run_shows_that_the_vector_is_read(tmp_path):
-    done = run(ROOT / "train.toml", f"output.dir={tmp_path}", launcher=deepspeed_launcher(1, 29601))
+    done = run(ROOT / "train.toml", f"output.dir={tmp_path}", launcher=deepspeed_launcher(1))
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "eval.json").read_text())
     assert 0.85 < result["carried"] < 0.99
