@@ -551,7 +551,7 @@ def pack(split: Split, rows: Any, form: int = BY_VECTOR, vectors: np.ndarray | N
     prefixes = dict.fromkeys(before) if split.prefixes is None else split.prefixes
     prefixes = tuple(ids for ids in prefixes if ids) if split.reuse else ()
     begin = dict(zip(prefixes, np.cumsum([0, *map(len, prefixes)]).tolist(), strict=False))
-    begin = np.array([begin[ids] if ids and split.reuse else 0 for ids in before])
+    begin = np.array([begin[ids] if ids else 0 for ids in before])
     def spans(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         return np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)])
     batch = dict(ids=split.ids[spans(starts, starts + lengths)], positions=spans(skip, key_lengths),
