@@ -150,52 +150,76 @@ def fits(value: Any, hint: Any) -> bool:  # an integer serves as a float, a bool
     if origin is Literal:
         return value in args
     if origin is tuple:
-        return isinstance(value, list) and all(isinstance(v, str) for v in value)
+        return isinstance(value, list) and all(fits(v, args[0]) for v in value)
     if hint is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is hint
 
 def describe(annotation: str) -> str:  # as "float in (0, inf)", "bool or 'auto'"
     text = re.sub(r"Annotated\[(\w+), '(.*?)'\]", r"\1 in \2", annotation.replace(" | None", ""))
+    text = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list of \1", text)
     return re.sub(r"Literal\[(.*?)\]", r"\1", text).replace(" | ", " or ")
 
 def nearest(name: str, names: Any) -> str:
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f", did you mean {match[0]}?" if match else f"; known are {', '.join(names)}"
 
-def build_config(tables: dict, source: str = "config") -> Config:
-    """Nested dicts as a Config. Raises: UserError with one line for each mistake, all at once."""
-    errors: list[str] = []
-    values: dict[str, dict] = {name: {} for name in SECTIONS}
+def check_table(kind: type, entries: dict, name: str = "") -> tuple[dict, dict[str, str]]:
+    """(values for the dataclass `kind`, mistakes by dotted name). A key that it does not have goes
+    into its `extra`, if it has that."""
+    hints, values, mistakes = get_type_hints(kind, include_extras=True), {}, {}
+    known = [name + key for key in hints if key != "extra"]
+    for key, value in entries.items():
+        dotted = name + key
+        if dotted in known and not fits(value, hints[key]):
+            kinds = describe(kind.__annotations__[key])
+            mistakes[dotted] = f"{dotted} = {value!r}: must be {kinds}"
+        elif dotted in known:
+            values[key] = tuple(value) if isinstance(value, list) else value
+        elif "extra" in hints:
+            values.setdefault("extra", {})[key] = value
+        else:
+            mistakes[dotted] = f"{dotted}: unknown key{nearest(dotted, known)}"
+    for f in dataclasses.fields(kind):
+        if f.default is f.default_factory is dataclasses.MISSING and f.name not in entries:
+            mistakes[name + f.name] = f"{name + f.name} is missing: {name + f.name}=…"
+    return values, mistakes
+
+def build_config(tables: dict, source: str = "config", overridden: tuple[str, ...] = ()) -> Config:
+    """Nested dicts as a Config. Raises: UserError with one line for each mistake, all at once, that
+    names `source` unless the key is in `overridden`."""
+    mistakes, values = {}, {}
     for name, entries in tables.items():
         if name not in SECTIONS or not isinstance(entries, dict):
-            errors.append(f"{name}: is not a table of settings{nearest(name, SECTIONS)}")
+            mistakes[name] = f"{name}: is not a table of settings{nearest(name, SECTIONS)}"
             continue
-        hints = get_type_hints(SECTIONS[name], include_extras=True)
-        known = [f"{name}.{k}" for k in hints if k != "extra"]
-        for key, value in entries.items():
-            dotted = f"{name}.{key}"
-            if dotted in known and not fits(value, hints[key]):
-                kind = describe(SECTIONS[name].__annotations__[key])
-                errors.append(f"{dotted} = {value!r}: must be {kind}")
-            elif dotted in known:
-                values[name][key] = tuple(value) if isinstance(value, list) else value
-            elif name != "deepspeed":
-                errors.append(f"{dotted}: unknown key{nearest(dotted, known)}")
-            elif key in OWNED or key in ZERO and (type(value) is not dict or "stage" in value):
-                errors.append(f"{dotted}: elm computes it, from [train], [model] and zero_stage")
-            elif key not in ZERO and difflib.get_close_matches(key, ZERO, 1, 0.8):
-                errors.append(f"{dotted}: unknown key{nearest(key, ZERO)}")
-            else:
-                values[name].setdefault("extra", {})[key] = value
-    tasks = values["data"].get("tasks", TASKS)
-    errors += [f"data.tasks: unknown task {t!r}{nearest(t, TASKS)}" for t in tasks or [""]
-               if t not in TASKS]
-    errors += [f"loss.{k}: not built yet, set it to 0.0" for k in ("drift_weight", "distill_weight")
-               if values["loss"].get(k)]
-    if errors:
-        raise UserError("\n".join(f"{source}: {e}" for e in errors))
+        values[name], wrong = check_table(SECTIONS[name], entries, f"{name}.")
+        mistakes |= wrong
+    for key, value in values.get("deepspeed", {}).get("extra", {}).items():
+        if key in OWNED or key in ZERO and (type(value) is not dict or "stage" in value):
+            mistakes[f"deepspeed.{key}"] = (f"deepspeed.{key}: elm computes it, from [train], "
+                                            "[model] and zero_stage")
+        elif key not in ZERO and difflib.get_close_matches(key, ZERO, 1, 0.8):
+            mistakes[f"deepspeed.{key}"] = f"deepspeed.{key}: unknown key{nearest(key, ZERO)}"
+    tasks = values.get("data", {}).get("tasks", TASKS)
+    mistakes |= {f"data.tasks {t}": f"data.tasks: unknown task {t!r}{nearest(t, TASKS)}"
+                 for t in tasks or [""] if t not in TASKS}
+    mistakes |= {f"loss.{k}": f"loss.{k}: not built yet, set it to 0.0"
+                 for k in ("drift_weight", "distill_weight") if values.get("loss", {}).get(k)}
+    if mistakes:
+        raise UserError("\n".join(f"{'override' if k.split()[0] in overridden else source}: {text}"
+                                  for k, text in mistakes.items()))
     return Config(**{name: SECTIONS[name](**v) for name, v in values.items()})
+
+def read_override(text: str) -> tuple[str, Any]:
+    """`name=value` as (name, value), the value as TOML has it; a bare word is a string."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"{text}: an override has the form section.key=value")
+    try:
+        return name.strip(), tomllib.loads(f"x = {value}")["x"]
+    except ValueError:
+        return name.strip(), value.strip()
 
 def load_config(path: str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The config of a TOML file (none: the defaults) under `section.key=value` overrides, whose
@@ -204,22 +228,25 @@ def load_config(path: str | None = None, overrides: list[str] | tuple[str, ...] 
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     except ValueError as e:  # of TOML or of UTF-8
         raise UserError(f"{path}: not valid TOML: {e}") from None
-    for override in overrides:
-        name, _, text = override.partition("=")
-        *parents, key = name.strip().split(".")
-        if "=" not in override or not parents:
-            raise UserError(f"{override}: an override has the form section.key=value")
-        try:
-            value = tomllib.loads(f"x = {text}")["x"]
-        except ValueError:
-            value = text.strip()
+    overridden = dict(map(read_override, overrides))
+    for name, value in overridden.items():
+        *parents, key = name.split(".")
+        if not parents:
+            raise UserError(f"{name}: an override has the form section.key=value")
         place = tables
         for parent in parents:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
-                raise UserError(f"{override}: {parent} is not a table")
+                raise UserError(f"{name}: {parent} is not a table")
         place[key] = value
-    return build_config(tables, path or "config")
+    return build_config(tables, path or "config", tuple(overridden))
+
+def read_options(kind: type, arguments: list[str]) -> Any:
+    """`key=value` arguments as the dataclass `kind`. Raises: UserError, all mistakes at once."""
+    values, mistakes = check_table(kind, dict(map(read_override, arguments)))
+    if mistakes:
+        raise UserError("\n".join(mistakes.values()))
+    return kind(**values)
 
 def to_tables(cfg: Config) -> dict[str, dict]:  # the inverse of build_config
     tables = dataclasses.asdict(cfg)
