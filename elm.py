@@ -375,8 +375,10 @@ class Prompt(NamedTuple):  # the LLM's chat template around one user turn
 
     def parts(self, query: str) -> list[str]:
         """[before, after] the place of the vector."""
-        before, after = (query if SLOT in query else f"{SLOT}\n{query}").strip().split(SLOT)
-        return [self.head + before, after + self.tail]
+        before, slot, after = query.strip().partition(SLOT)
+        if SLOT in after:
+            raise UserError(f"{query!r}: a query has one {SLOT} at most")
+        return [self.head + before * bool(slot), (after if slot else f"\n{before}") + self.tail]
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -394,8 +396,21 @@ def open_vectors(path: Path) -> Tensor:
         raise UserError(f"{path}: holds {found or 'nothing'}, not one float tensor [N, E]")
     return tensors[0]
 
-def vector_statistics(vectors: Tensor, path: Path) -> dict[str, Tensor]:
-    """Mean and deviation [E] fp32 of the rows. Raises: UserError at a NaN, infinite or zero row."""
+def table_head(shape: tuple[int, int], dtype: torch.dtype, **about: str) -> bytes:
+    """What stands before the rows in a safetensors file of one table, which can so be written row by
+    row. https://huggingface.co/docs/safetensors/#format"""
+    name = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    entry = dict(dtype=name, shape=shape, data_offsets=[0, math.prod(shape) * dtype.itemsize])
+    head = json.dumps({"__metadata__": about, "embeddings": entry}).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head
+
+def row_bytes(rows: Tensor) -> bytes:
+    return rows.contiguous().view(torch.uint8).numpy().tobytes()
+
+def vector_statistics(vectors: Tensor, used: Tensor, path: Path) -> dict[str, Tensor]:
+    """Mean and deviation [E] fp32 of the rows that are `used`, [N] bool: what no row of the split
+    speaks about does not count. Raises: UserError at any NaN, infinite or zero row."""
     total = torch.zeros(2, vectors.shape[1], dtype=torch.float64)
     for start in range(0, len(vectors), 8192):
         rows = vectors[start : start + 8192].double()
@@ -403,8 +418,9 @@ def vector_statistics(vectors: Tensor, path: Path) -> dict[str, Tensor]:
         if not good.all():
             i = start + int((~good).nonzero()[0])
             raise UserError(f"{path}: vector {i} is zero, NaN or infinite; embed its text again")
+        rows = rows[used[start : start + 8192]]
         total += torch.stack([rows.sum(0), rows.square().sum(0)])
-    mean, square = total / max(1, len(vectors))
+    mean, square = total / max(1, int(used.sum()))
     return {"mean": mean.float(), "std": (square - mean.square()).clamp(min=0).sqrt().float()}
 
 def parse_row(line: bytes, num_vectors: int) -> dict:
@@ -431,6 +447,8 @@ def parse_row(line: bytes, num_vectors: int) -> dict:
         raise ValueError(f"embedding_file_idx {row['embedding_file_idx']} of {num_vectors} vectors")
     if row["query"].count(SLOT) > 1:
         raise ValueError(f"the query has more than one {SLOT}")
+    if not row["response"].strip():
+        raise ValueError("field 'response' is empty")
     return row
 
 def read_rows(path: Path, tasks: tuple[str, ...], num_vectors: int, counts: dict):
@@ -516,14 +534,17 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runt
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     words = tok.backend_tokenizer.to_str() if tok.is_fast else sorted(tok.get_vocab().items())
     made_from = (files, words, tok.eos_token_id, prompt[1:], soft, data.tasks, data.max_seq_length)
-    key = hashlib.sha256(repr((3, ROW, made_from)).encode()).hexdigest()[:16]  # 3: of the format
+    key = hashlib.sha256(repr((4, ROW, made_from)).encode()).hexdigest()[:16]  # 4: of the format
     cache = Path(data.dir, ".cache", f"{split}-{key}")
     if rt.rank == 0 and not cache.exists():
         work = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
         work.mkdir(parents=True, exist_ok=True)
         try:
-            meta = {k: v.tolist() for k, v in vector_statistics(vectors, paths[0]).items()}
-            meta |= build_cache(work, paths[1], len(vectors), prompt, data, soft)
+            meta = build_cache(work, paths[1], len(vectors), prompt, data, soft)
+            used = np.zeros(len(vectors), bool)
+            used[np.memmap(work / "rows.bin", ROW, "r")["vector"]] = True
+            statistics = vector_statistics(vectors, torch.from_numpy(used), paths[0])
+            meta |= {k: v.tolist() for k, v in statistics.items()}
             write_text(work / "meta.json", json.dumps(meta))
             os.replace(work, cache)
         except (UserError, OSError) as e:  # kept, so that all processes leave; or another run won
@@ -537,6 +558,41 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runt
     statistics = {k: torch.tensor(meta[k]) for k in ("mean", "std")}
     prefixes = meta["prefixes"] and tuple(map(tuple, meta["prefixes"]))
     return Split(paths[1], rows, ids, vectors, statistics, meta["counts"], soft, prefixes)
+
+def filter_tasks(data: DataConfig, folder: Path) -> None:
+    """A data set of data.tasks alone at `folder`, whole or not at all: their rows as they are, but
+    for the index, and only the vectors that these need, in the same order. Raises: UserError."""
+    if folder.exists():
+        raise UserError(f"{folder} exists already; choose another folder")
+    work = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    splits = [s for s in ("train", "val", "test") if all(p.exists() for p in split_paths(data, s))]
+    if not splits:
+        raise UserError(f"data.dir: no {split_paths(data, 'train')[1]} with its vectors")
+    try:
+        for split in splits:
+            source, target = split_paths(data, split), split_paths(DataConfig(dir=str(work)), split)
+            vectors, counts = open_vectors(source[0]), dict(rows=0, pair_tasks=0, other_tasks=0)
+            used = np.zeros(len(vectors), bool)
+            for *_, row in read_rows(source[1], data.tasks, len(vectors), dict(counts)):
+                used[row["embedding_file_idx"]] = True
+            place, kept = np.cumsum(used) - 1, torch.from_numpy(np.flatnonzero(used))
+            if not len(kept):
+                raise UserError(f"{source[1]}: no row of data.tasks = {list(data.tasks)}")
+            for path in target:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            with open(target[0], "wb") as f:
+                f.write(table_head((len(kept), vectors.shape[1]), vectors.dtype))
+                f.writelines(row_bytes(vectors[chunk]) for chunk in kept.split(8192))
+            with open(target[1], "w", encoding="utf-8") as f:
+                for *_, row in read_rows(source[1], data.tasks, len(vectors), counts):
+                    row["embedding_file_idx"] = int(place[row["embedding_file_idx"]])
+                    f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    counts["rows"] += 1
+            print(f"{split}: {counts['rows']} of {sum(counts.values())} rows, {len(kept)} of "
+                  f"{len(vectors)} vectors")
+        os.replace(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 def shuffled_vectors(split: Split) -> np.ndarray:
     """[N] for each row a vector that is not its own, the same for rows of one vector."""
