@@ -50,8 +50,16 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
@@ -722,6 +730,11 @@ class Adapter(nn.Module):
             raise UserError(f"{path}: not a whole elm adapter: {e}") from None
         return adapter.eval(), metadata
 
+def check_width(vectors: Tensor, adapter: Adapter, place: Any = "vectors") -> None:
+    if vectors.ndim != 2 or vectors.shape[1] != adapter.settings["d_emb"]:
+        raise UserError(f"{place}: {list(vectors.shape)}, but the adapter reads "
+                        f"[n, {adapter.settings['d_emb']}]")
+
 class Layout(NamedTuple):  # of a packed row, for packed_attention; the first five are of `pack`
     lengths: list[int]
     key_lengths: list[int]
@@ -920,13 +933,15 @@ class ELM(nn.Module):
     def generate(self, embeddings: Tensor, query: str | list[str], max_new_tokens: int = 256,
                  batch_size: int = 16, **options: Any) -> list[str]:
         """[n, E] and one query, or n of them -> n answers; greedy, unless `options` of the LLM's
-        own `generate` say otherwise. Raises: UserError if the vectors are of another width."""
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.adapter.settings["d_emb"]:
-            raise UserError(f"the vectors are {list(embeddings.shape)}, but this adapter reads "
-                            f"[n, {self.adapter.settings['d_emb']}]")
+        own `generate` say otherwise. Raises: UserError if the vectors are of another width, or are
+        not as many as the queries."""
+        check_width(embeddings, self.adapter)
         queries = [query] * len(embeddings) if isinstance(query, str) else query
+        if len(queries) != len(embeddings):
+            raise UserError(f"{len(queries)} queries for {len(embeddings)} vectors")
         end, answers = self.prompt.tokenizer.eos_token_id, []
-        options = dict(do_sample=False, eos_token_id=end, pad_token_id=end) | options
+        greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+        options = dict(eos_token_id=end, pad_token_id=end) | (options or greedy)
         self.eval()
         for i in range(0, len(embeddings), batch_size):
             pairs = zip(embeddings[i : i + batch_size], queries[i : i + batch_size], strict=True)
@@ -960,6 +975,121 @@ def recompute_layers(llm: Any, count: int) -> None:
     for layer in layers[len(layers) - count :]:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
                                 context_fn=lambda: (nullcontext(), packed(llm)))
+
+# -----------------------------------------------------------------------------
+# Embedding: vectors of texts
+
+@table
+class EmbedOptions:
+    model: str = "Qwen/Qwen3-Embedding-4B"  # hub name or folder of an encoder or a decoder
+    pooling: Literal["last", "mean", "cls"] | None = None  # None: last for decoders, else mean
+    instruction: str | None = None  # what the texts are for, as Qwen3-Embedding takes it
+    max_tokens: Annotated[int, "[1, inf)"] | None = None  # None: what the model takes
+    bf16: bool = True
+
+class Embedder(NamedTuple):
+    model: Any
+    tokenizer: Any
+    pooling: str
+    limit: int  # tokens
+    prefix: str
+
+    @staticmethod
+    def load(o: EmbedOptions, place: str, device: Any, width: int | None = None) -> Embedder:
+        """Raises: UserError naming `place`, also for vectors of another width than is wanted."""
+        config, tok = (load_pretrained(auto, o.model, place) for auto in (AutoConfig, AutoTokenizer))
+        if config.is_encoder_decoder:
+            raise UserError(f"{place}: {o.model} is neither an encoder nor a decoder")
+        if width not in (None, config.hidden_size):
+            raise UserError(f"{place}: {o.model} makes vectors of width {config.hidden_size}, the "
+                            f"data's have {width}")
+        dtype = torch.bfloat16 if o.bf16 else torch.float32
+        model = load_pretrained(AutoModel, o.model, place, dtype=dtype).to(device).eval()
+        encoder = (config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+                   or getattr(config, "use_bidirectional_attention", False))
+        reach = getattr(config, "max_position_embeddings", None) or tok.model_max_length
+        return Embedder(model, tok, o.pooling or ("mean" if encoder else "last"),
+                        min(reach, tok.model_max_length, o.max_tokens or reach),
+                        f"Instruct: {o.instruction}\nQuery:" if o.instruction else "")
+
+    @torch.no_grad()
+    def embed(self, texts: list[str]) -> tuple[Tensor, int]:
+        """n texts -> (unit vectors [n, width] fp32 on the CPU, how many texts were cut). As in
+        https://huggingface.co/Qwen/Qwen3-Embedding-4B, by batches of similar lengths."""
+        texts, device = [self.prefix + t for t in texts], self.model.device
+        ids = self.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
+        full = [t for t, x in zip(texts, ids, strict=True) if len(x) >= self.limit]
+        whole = self.tokenizer(full, verbose=False)["input_ids"] if full else []
+        order = deque(sorted(range(len(ids)), key=lambda i: -len(ids[i])))
+        out = torch.empty(len(texts), self.model.config.hidden_size)
+        while order:
+            size = max(1, 4 * MICRO_TOKENS[device.type] // len(ids[order[0]]))
+            rows = [order.popleft() for _ in range(min(size, len(order)))]
+            batch = [torch.tensor(ids[i]) for i in rows]
+            mask = [torch.ones_like(x) for x in batch]
+            end = self.tokenizer.pad_token_id or 0
+            batch, mask = (nn.utils.rnn.pad_sequence(x, True, fill).to(device)
+                           for x, fill in ((batch, end), (mask, 0)))
+            states = self.model(input_ids=batch, attention_mask=mask).last_hidden_state.float()
+            if self.pooling == "mean":
+                pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            else:
+                place = mask.sum(1) - 1 if self.pooling == "last" else torch.zeros_like(mask[:, 0])
+                pooled = states[torch.arange(len(rows), device=device), place]
+            out[rows] = F.normalize(pooled, dim=1).cpu()
+        return out, sum(len(x) > self.limit for x in whole)
+
+def read_texts(path: Path):
+    """The texts of a file of lines, or of a .jsonl of objects with `text`; the line of a text less
+    one is its row in the table of vectors. Raises: UserError naming the line."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode().rstrip("\r\n")
+                text = json.loads(text)["text"] if path.suffix == ".jsonl" else text
+                text.encode()  # a lone surrogate is a ValueError here
+                if text.strip():
+                    yield text
+                    continue
+                why = "the text is empty"
+            except (ValueError, TypeError, KeyError, AttributeError) as e:
+                why = f"not a text in UTF-8, nor an object with `text`: {e!r}"
+            raise UserError(f"{path}:{number}: {why}")
+
+def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> None:
+    """Embed a file of texts into safetensors [N, width] fp32. The file grows by blocks under another
+    name, which says what it is made from, so that the same command goes on after a kill."""
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another file")
+    num, stat = sum(1 for _ in read_texts(texts)), texts.stat()
+    if not num:
+        raise UserError(f"{texts}: is empty")
+    embedder = Embedder.load(o, "model", "cuda" if torch.cuda.is_available() else "cpu")
+    width = embedder.model.config.hidden_size
+    about = dataclasses.asdict(o) | dict(pooling=embedder.pooling)
+    head = table_head((num, width), torch.float32, **{k: str(v) for k, v in about.items()})
+    made_from = repr((str(texts.resolve()), stat.st_size, stat.st_mtime_ns, head, block))
+    key, cuts = hashlib.sha256(made_from.encode()).hexdigest()[:12], 0
+    growing = out.with_name(f".{out.name}.{key}.tmp")
+    with open(growing, "ab") as f:
+        blocks = max(0, f.tell() - len(head)) // (4 * width * block)
+        f.truncate(len(head) + 4 * width * block * blocks if blocks else 0)
+        f.write(b"" if blocks else head)
+        bar = tqdm(total=num, initial=blocks * block, unit="text")
+        rest = islice(read_texts(texts), blocks * block, None)
+        while some := list(islice(rest, block)):
+            vectors, cut_short = embedder.embed(some)
+            if not vectors.isfinite().all():
+                raise UserError(f"model: {o.model} makes vectors that are not finite; bf16=false?")
+            f.write(row_bytes(vectors))
+            f.flush()
+            os.fsync(f.fileno())
+            bar.update(len(some))
+            cuts += cut_short
+    bar.close()
+    os.replace(growing, out)
+    print(f"{out}: {num} vectors of width {width}, {embedder.pooling} pooling; {cuts} texts cut to "
+          f"{embedder.limit} tokens")
 
 # -----------------------------------------------------------------------------
 # Optimization: the schedule, AdamW inside DeepSpeed, and its state as plain tensors
@@ -1109,41 +1239,199 @@ def control_losses(elm: ELM, split: Split, rt: Runtime, text: bool = False) -> d
         losses["loss_text"] = row_losses(elm, split, rt, BY_TEXT)
     return losses
 
-def summarize(split: Split, losses: dict[str, Tensor], mask: Any = True) -> dict[str, float]:
-    """Losses per response token over the rows in `mask`; over those with texts also loss_text and
-    the carried information (shuffled - ours) / (shuffled - text), from 0, the vector is ignored, to
-    1, it says as much as its text. An LLM that cannot read the texts gives no measure."""
-    def mean(name: str, rows: np.ndarray) -> float:
-        return float(losses[name].numpy()[rows].sum() / split.rows["response"][rows].sum())
-    rows = mask & (split.rows["response"] > 0)
-    told = mask & (split.rows["length"][:, BY_TEXT] > 0)
-    result = {"rows": int(rows.sum()), "rows_text": int(told.sum())}
-    result |= {k: mean(k, rows) for k in losses if k != "loss_text"}
-    if "loss_text" in losses and told.any():
-        ours, shuffled, text = (mean(k, told) for k in ("loss", "loss_shuffled", "loss_text"))
-        result["loss_text"] = text
-        result |= {"carried": (shuffled - ours) / (shuffled - text)} if text < shuffled else {}
+def answers(elm: ELM, queries: list[str], vectors: Tensor, limit: int, rt: Runtime) -> list[str]:
+    """Greedy answers of up to `limit` tokens to n queries about vectors [n, E]. The processes share
+    them by whole batches, so that not a bit depends on how many they are."""
+    rank, world = (0, 1) if elm.in_step else (rt.rank, rt.world)  # ZeRO-3: all make all of them
+    size, made = 16, {}
+    for i in tqdm(range(rank * size, len(queries), world * size), "answers", leave=False,
+                  disable=rt.rank > 0 or None):
+        made[i] = elm.generate(vectors[i : i + size], queries[i : i + size], limit, size)
+    parts = [made] * world
+    if world > 1:
+        torch.distributed.all_gather_object(parts, made)
+    made = {i: batch for part in parts for i, batch in part.items()}
+    return [answer for i in sorted(made) for answer in made[i]]
+
+def scorer_parts(cfg: EvalConfig) -> tuple[Any, int]:
+    """(tokenizer, layer) for bert-score, which with transformers 5 fails at a tokenizer without a
+    length and takes the space from the first word of byte-level ones. Raises: UserError."""
+    place, name, known = "eval.bertscore_model", cfg.bertscore_model, need("bert_score").utils
+    config, tok = (load_pretrained(auto, name, place) for auto in (AutoConfig, AutoTokenizer))
+    if isinstance(tok, (known.GPT2Tokenizer, known.RobertaTokenizer)):
+        tok = load_pretrained(AutoTokenizer, name, place, add_prefix_space=True)
+    tok.model_max_length = min(tok.model_max_length,
+                               getattr(config, "max_position_embeddings", None) or 512)
+    layers = cfg.bertscore_layers or known.model2layers.get(name, config.num_hidden_layers)
+    if layers > config.num_hidden_layers:
+        raise UserError(f"eval.bertscore_layers = {layers}: {name} has {config.num_hidden_layers}")
+    return tok, layers
+
+def bert_scores(cfg: EvalConfig, texts: list[str], references: list[str], device: Any):
+    """(precision, recall and F1 [n, 3] of BERTScore, the library's hash of how they were made).
+    Nothing scores 0. One text at a time: padding would make the last digits depend on the others."""
+    tok, layers = scorer_parts(cfg)
+    scorer = need("bert_score").BERTScorer(cfg.bertscore_model, num_layers=layers, device=device)
+    scorer._tokenizer, scores = tok, np.zeros((len(texts), 3))
+    pairs = zip(texts, references, strict=True)
+    rows = [i for i, pair in enumerate(pairs) if all(text.strip() for text in pair)]
+    if rows:
+        parts = scorer.score([texts[i] for i in rows], [references[i] for i in rows], batch_size=1)
+        scores[rows] = torch.stack(parts, 1).double().numpy()
+    return scores, scorer.hash
+
+def consistency(embedder: Embedder, texts: list[str], rows: np.ndarray, split: Split):
+    """For texts about `rows`: their cosine with the source vector, and by it the reciprocal rank of
+    the source among all vectors of the split, and whether it is first. [n, 3]; nothing scores 0."""
+    scores, some = np.zeros((len(texts), 3)), [i for i, t in enumerate(texts) if t.strip()]
+    if not some:
+        return scores
+    ours = embedder.embed([texts[i] for i in some])[0]
+    source = torch.from_numpy(split.rows["vector"][rows[some]])
+    cosine = (ours * F.normalize(split.vectors[source].float(), dim=1)).sum(1)
+    rank = torch.ones(len(some))
+    for chunk in split.vectors.split(8192):
+        near = ours @ F.normalize(chunk.float(), dim=1).T
+        rank += (near > cosine[:, None] + 1e-6).sum(1)  # beyond rounding: itself and its copies
+    scores[some] = torch.stack([cosine, 1 / rank, (rank == 1).float()], 1).double().numpy()
+    return scores
+
+def repetition(text: str) -> float:
+    """Share of the word trigrams of `text` that were there before."""
+    words = text.split()
+    triples = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    return 1 - len(set(triples)) / len(triples) if triples else 0.0
+
+def measure(elm: ELM, split: Split, cfg: Config, rt: Runtime):
+    """(measures, predictions, hash of the scorer): a measure is a pair of [N], and over any rows it
+    is the sum of the first divided by that of the second. Those of answers come on process 0."""
+    losses = {k: v.numpy() for k, v in control_losses(elm, split, rt, text=True).items()}
+    responses, told = split.rows["response"].astype(float), split.rows["length"][:, BY_TEXT] > 0
+    measures = {k: (nll, responses) for k, nll in losses.items()}
+    if "loss_text" in losses:
+        ours, shuffled, text = losses.values()
+        measures["loss_text"] = text, responses * told
+        measures["carried"] = (shuffled - ours) * told, (shuffled - text) * told
+    rows = np.sort(np.random.default_rng(0).permutation(len(told))[: cfg.eval.samples])
+    if not len(rows):
+        return measures, [], None
+    raw = [split.raw(i) for i in rows]
+    vectors = {"": split.rows["vector"][rows], "_shuffled": shuffled_vectors(split)[rows]}
+    texts = {name: answers(elm, [r["query"] for r in raw], split.vectors[torch.from_numpy(which)],
+                           cfg.eval.max_new_tokens, rt) for name, which in vectors.items()}
+    if rt.rank > 0:
+        return measures, [], None
+    def add(name: str, values: Any) -> None:
+        measures[name] = np.zeros(len(told)), np.zeros(len(told))
+        measures[name][0][rows], measures[name][1][rows] = values, 1
+    texts["_reference"] = [r["response"] for r in raw]
+    scores, made_by = bert_scores(cfg.eval, texts[""] + texts["_shuffled"],
+                                  texts["_reference"] * 2, rt.device)
+    for name, (p, r, f1) in zip(vectors, scores.reshape(2, -1, 3).transpose(0, 2, 1), strict=True):
+        for kind, values in dict(precision=p, recall=r, f1=f1,
+                                 composite=0.3 * p + 0.3 * r + 0.4 * f1).items():
+            add(f"bertscore_{kind}{name}", values)
+        add(f"empty_rate{name}", [not t.strip() for t in texts[name]])
+        add(f"repetition{name}", [repetition(t) for t in texts[name]])
+    if cfg.eval.embedder:
+        embedder = Embedder.load(EmbedOptions(model=cfg.eval.embedder, bf16=cfg.model.bf16),
+                                 "eval.embedder", rt.device, split.vectors.shape[1])
+        for name, some in texts.items():
+            for kind, values in zip(("consistency", "mrr", "top1"),
+                                    consistency(embedder, some, rows, split).T, strict=True):
+                add(kind + name, values)
+    keys = ("embedding_file_idx", "task_type", "query", "response")
+    return measures, [{k: r[k] for k in keys} | dict(prediction=ours, prediction_shuffled=other)
+                      for r, ours, other in zip(raw, texts[""], texts["_shuffled"], strict=True)
+                      ], made_by
+
+def summarize(split: Split, measures: dict, mask: np.ndarray, draws: int = 1000) -> dict[str, Any]:
+    """The measures over the rows in `mask`, with bootstrap 95 % intervals, for which vectors are
+    drawn, with all their rows. Carried information, (shuffled - ours) / (shuffled - text), is none
+    where the LLM cannot read the texts."""
+    sums = {k: (num @ mask, den @ mask) for k, (num, den) in measures.items()}
+    names = [k for k, (_, den) in sums.items() if den > 0]
+    result = {"rows": int(mask.sum()), "rows_text": int(mask @ (split.rows["length"][:, 1] > 0))}
+    result |= {k: float(sums[k][0] / sums[k][1]) for k in names}
+    used, where = np.unique(split.rows["vector"][mask], return_inverse=True)
+    totals = np.stack([[np.bincount(where, x[mask]) for x in measures[k]] for k in names])
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(draws):
+        num, den = (totals @ np.bincount(rng.integers(len(used), size=len(used)),
+                                         minlength=len(used))).T
+        drawn.append(np.divide(num, den, out=np.full(len(num), np.nan), where=den > 0))
+    low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)
+    result["intervals"] = {k: [float(a), float(b)] for k, a, b in zip(names, low, high, strict=True)}
     return result
 
-def report(elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime):
-    """(summary over all rows and per task, answers to eval.samples rows, made by all in step)."""
-    losses = control_losses(elm, split, rt, text=True)
-    task, result = split.rows["task"], summarize(split, losses)
-    result["tasks"] = {TASKS[t]: summarize(split, losses, task == t) for t in np.unique(task)}
-    rows = [split.raw(i) for i in np.unique(np.linspace(0, len(task) - 1, cfg.samples).astype(int))]
-    vectors = split.vectors[torch.tensor([r["embedding_file_idx"] for r in rows], dtype=torch.long)]
-    answers = elm.generate(vectors, [r["query"] for r in rows], cfg.max_new_tokens)
-    keys = ("embedding_file_idx", "task_type", "query", "response")
-    told = zip(rows, answers, strict=True)
-    return result, [{k: r[k] for k in keys} | {"prediction": a} for r, a in told]
+def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, metrics: list, about: dict) -> dict:
+    """Measure the adapter on `split`; process 0 writes eval.json, predictions.jsonl and report.png,
+    prints what they say and returns the dict of eval.json, the others {}."""
+    measures, predictions, made_by = measure(elm, split, cfg, rt)
+    if rt.rank > 0:
+        return {}
+    task, folder = split.rows["task"], Path(cfg.output.dir)
+    result = about | summarize(split, measures, task >= 0)
+    result |= {"samples": len(predictions), "bertscore_hash": made_by} if predictions else {}
+    result["tasks"] = {TASKS[t]: summarize(split, measures, task == t) for t in np.unique(task)}
+    with whole_file(folder / "report.png") as path:
+        draw(path, result, metrics)
+    lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
+    write_text(folder / "predictions.jsonl", lines)
+    write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
+    show(result, predictions, rt)
+    return result
+
+def draw(path: Path, result: dict, metrics: list[dict]) -> None:
+    """report.png: the losses over the steps, and those at the end for each task."""
+    figure = need("matplotlib.figure").Figure((13, 6), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colors = {"loss_shuffled": "tab:red", "loss": "tab:blue", "loss_text": "tab:green"}
+    curves = dict(val_loss_shuffled="validation, vectors shuffled", val_loss="validation, vectors",
+                  loss="training")
+    for (key, label), color in zip(curves.items(), ("tab:red", "tab:blue", "0.6"), strict=True):
+        points = [(m["step"], m[key]) for m in metrics if key in m]
+        left.plot(*zip(*points, strict=True), label=label, color=color) if points else None
+    left.set(xlabel="step", ylabel="loss per response token", ylim=(0, None), title="training")
+    left.legend() if metrics else None
+    for i, (key, label) in enumerate(zip(colors, ("vectors shuffled", "vectors", "text"),
+                                         strict=True)):
+        have = [(k + 0.27 * (i - 1), t) for k, t in enumerate(result["tasks"].values()) if key in t]
+        values = np.array([t[key] for _, t in have])
+        low, high = np.array([t["intervals"][key] for _, t in have]).reshape(-1, 2).T
+        right.barh([y for y, _ in have], values, 0.25, label=label, color=colors[key],
+                   xerr=np.maximum(0, [values - low, high - values]), error_kw=dict(lw=0.8))
+    right.set_yticks(range(len(result["tasks"])), list(result["tasks"]))
+    right.invert_yaxis()
+    carried = f", carried {result['carried']:.2f}" if "carried" in result else ""
+    right.set(xlabel="loss per response token, with 95 % intervals",
+              title=f"{result['split']}, {result['rows']} rows{carried}")
+    right.legend()
+    figure.savefig(path, format="png")
 
 def show(result: dict, predictions: list[dict], rt: Runtime) -> None:
-    """The final table, and five answers beside their references."""
+    """The final tables, and five answers beside their references."""
     lines = ["\n{split}, {rows} rows, {rows_text} with text, adapter of step {adapter_step}"
              .format(**result)]
     names = {"loss_shuffled": "loss, vectors shuffled", "loss": "loss, vectors",
-             "loss_text": "loss, text in place of the vector", "carried": "carried information"}
-    lines += [f"  {name:<36}{result[key]:.4f}" for key, name in names.items() if key in result]
+             "loss_text": "loss, text in place of the vector", "carried": "carried information",
+             "bertscore_composite_shuffled": "BERTScore of answers, vectors shuffled",
+             "bertscore_composite": "BERTScore of answers, vectors",
+             "consistency_shuffled": "cosine with the source, vectors shuffled",
+             "consistency": "cosine with the source, vectors",
+             "consistency_reference": "cosine with the source, references",
+             "mrr": "reciprocal rank of the source", "empty_rate": "empty answers",
+             "repetition": "repeated word trigrams"}
+    lines += ["  {:<42}{:.4f}   {:.4f} to {:.4f}".format(name, result[key], *result["intervals"][key])
+              for key, name in names.items() if key in result]
+    columns = ("loss_shuffled", "loss", "loss_text", "carried", "bertscore_composite_shuffled",
+               "bertscore_composite")
+    lines += ["\n  {:<21}{:>6}".format("task", "rows")
+              + "".join(f"{c:>11}" for c in ("shuffled", "loss", "text", "carried",
+                                             "B shuffled", "BERTScore"))]
+    lines += [f"  {task:<21}{t['rows']:>6}" + "".join(
+        f"{t[c]:>11.4f}" if c in t else f"{'-':>11}" for c in columns)
+        for task, t in result["tasks"].items()]
     lines += ["\n  {task_type}: {query}\n    reference   {response}\n    prediction  {prediction}"
               .format(**p) for p in predictions[:: max(1, len(predictions) // 5)][:5]]
     rt.say("\n".join(lines))
@@ -1197,12 +1485,15 @@ def start_wandb(cfg: Config, state: TrainState, rt: Runtime) -> Any:
     state.wandb_id = run.id if run else state.wandb_id
     return run
 
-def open_data(cfg: Config, prompt: Prompt, rt: Runtime) -> tuple[dict[str, Split], str]:
-    """The splits of a run, and which of them the final report is on."""
+def final_split(cfg: Config) -> str:  # which one the report is on
     has_test = all(p.exists() for p in split_paths(cfg.data, "test"))
-    final = cfg.eval.split or ("test" if has_test else "val")
-    data = {name: open_split(cfg.data, name, prompt, cfg.model.tokens, rt)
-            for name in dict.fromkeys(("train", "val", final))}
+    return cfg.eval.split or ("test" if has_test else "val")
+
+def open_data(cfg: Config, names: tuple[str, ...], prompt: Prompt, soft: int, rt: Runtime):
+    """The splits by name, after a look at what the report will need. Raises: UserError."""
+    if cfg.eval.samples:
+        scorer_parts(cfg.eval)
+    data = {name: open_split(cfg.data, name, prompt, soft, rt) for name in dict.fromkeys(names)}
     widths = {name: split.vectors.shape[1] for name, split in data.items()}
     if len(set(widths.values())) > 1:
         raise UserError(f"data.dir: the vectors of the splits differ in width: {widths}")
@@ -1212,7 +1503,9 @@ def open_data(cfg: Config, prompt: Prompt, rt: Runtime) -> tuple[dict[str, Split
         data[name] = split._replace(reuse=reuse)
         counts = ", ".join(f"{n} {what}" for what, n in split.counts.items() if n)
         rt.say(f"{name}: {len(split.vectors)} vectors of width {widths[name]}, {counts}")
-    return data, final
+    if cfg.eval.samples and cfg.eval.embedder:
+        Embedder.load(EmbedOptions(model=cfg.eval.embedder), "eval.embedder", "meta", *widths.values())
+    return data
 
 def build_model(cfg: Config, data: Split, prompt: Prompt, rt: Runtime) -> tuple[ELM, dict]:
     """A fresh adapter on the frozen LLM, and the llm_facts of that."""
@@ -1267,7 +1560,8 @@ def train(cfg: Config) -> dict:
     saved = find_checkpoint(cfg, rt)
     state = saved["state"] if saved else TrainState()
     prompt = Prompt.of(load_pretrained(AutoTokenizer, cfg.model.llm, "model.llm"))
-    data, final = open_data(cfg, prompt, rt)  # before the LLM: its errors come in seconds
+    final = final_split(cfg)  # before the LLM, so that errors of the data come in seconds
+    data = open_data(cfg, ("train", "val", final), prompt, cfg.model.tokens, rt)
     source, size = data["train"], cfg.train.batch_size * cfg.train.grad_accum * rt.world
     total = cfg.train.max_steps or cfg.train.epochs * math.ceil(len(source.rows) / size)
     done = json.loads((folder / "eval.json").read_text()) if (folder / "eval.json").exists() else {}
@@ -1322,7 +1616,9 @@ def train(cfg: Config) -> dict:
                 torch.save(whole, temporary)
     def evaluate() -> None:
         engine.eval()
-        *_, val, shuffled = summarize(data["val"], control_losses(elm, data["val"], rt)).values()
+        responses = int(data["val"].rows["response"].sum())
+        val, shuffled = (float(nll.sum()) / responses
+                         for nll in control_losses(elm, data["val"], rt).values())
         engine.train()
         record(step=state.step, val_loss=val, val_loss_shuffled=shuffled)
         rt.say(f"step {state.step:6d}  val_loss {val:.4f}  vectors shuffled {shuffled:.4f}")
@@ -1419,18 +1715,123 @@ def train(cfg: Config) -> dict:
     elm.adapter = Adapter(**elm.adapter.settings).to(rt.device)  # the best one, outside of ZeRO
     elm.adapter.load_state_dict(state.best_adapter)
     engine.eval()
-    result, predictions = report(elm, data[final], cfg.eval, rt)
-    result = dict(split=final, step=state.step, adapter_step=state.best_step) | result
-    if rt.rank == 0:
-        write_text(folder / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
-        write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
-    show(result, predictions, rt)
+    metrics = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    about = dict(split=final, step=state.step, adapter_step=state.best_step)
+    result = report(elm, data[final], cfg, rt, metrics, about)
     if wandb:
         attempt(rt, lambda: (wandb.summary.update(result), wandb.finish()))
     return result
 
 # -----------------------------------------------------------------------------
+# Commands that use a trained adapter
+
+def evaluate(cfg: Config, path: Path) -> dict:
+    """The report of training's end on the adapter of a file: returns the dict of eval.json.
+    Raises: UserError."""
+    rt, folder = start_runtime(cfg), Path(cfg.output.dir)
+    if (folder / "eval.json").exists():
+        raise UserError(f"output.dir: {folder} holds an eval.json already; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    adapter, about = Adapter.load(path)
+    prompt = Prompt.of(load_pretrained(AutoTokenizer, cfg.model.llm, "model.llm"))
+    final = final_split(cfg)
+    split = open_data(cfg, (final,), prompt, adapter.settings["tokens"], rt)[final]
+    check_width(split.vectors, adapter, f"data.dir: the {final} vectors")
+    elm = ELM.load(path, cfg.model.llm, cfg.model.bf16)
+    check_packing(elm)
+    if cfg.deepspeed.zero_stage == 3:  # to share the LLM out
+        elm.in_step = rt.world > 1
+        start_engine(cfg, elm)
+        elm.adapter = adapter.to(rt.device)  # outside of ZeRO
+    log = path.parent / "metrics.jsonl"
+    metrics = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
+    step = about.get("step")
+    return report(elm, split, cfg, rt, metrics, dict(split=final, step=step, adapter_step=step))
+
+@table
+class GenerateOptions:
+    adapter: str
+    embeddings: str  # a safetensors file of one table
+    query: str | None = None
+    queries: str | None = None  # a file of them, one per line
+    rows: tuple[int, ...] | None = None  # of the table; None: all
+    mix: tuple[float, ...] | None = None  # [i, j, t]: between rows i and j, on the arc
+    out: str | None = None  # a .jsonl file; None: to stdout
+    llm: str | None = None  # the adapter's LLM at another place
+    batch_size: Annotated[int, "[1, inf)"] = 16
+    seed: Annotated[int, "[0, 4294967295]"] = 42
+    extra: dict = field(default_factory=dict)  # options of the LLM's own `generate`
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """[E], [E] -> [E], the part t of the way on the great circle, its length in proportion too.
+    Shoemake, Animating rotation with quaternion curves, 1985."""
+    u, v = F.normalize(a, dim=0), F.normalize(b, dim=0)
+    angle = torch.atan2((u - v).norm(), (u + v).norm()) * 2
+    if angle < 1e-4:
+        return torch.lerp(a, b, t)
+    arc = (((1 - t) * angle).sin() * u + (t * angle).sin() * v) / angle.sin()
+    return arc * torch.lerp(a.norm(), b.norm(), t)
+
+def generate(o: GenerateOptions) -> None:
+    """Answers about the vectors of a file as lines of JSON, as they come. Raises: UserError."""
+    vectors, known = open_vectors(Path(o.embeddings)), vars(GenerationConfig())
+    check_width(vectors, Adapter.load(o.adapter)[0], o.embeddings)
+    rows = list(range(len(vectors))) if o.rows is None else list(o.rows)
+    for i in o.mix[:2] if o.mix and len(o.mix) == 3 else rows:
+        if i not in range(len(vectors)):
+            raise UserError(f"{'mix' if o.mix else 'rows'}: no row {i} among {len(vectors)}")
+    if o.mix and (o.rows or len(o.mix) != 3):
+        raise UserError("mix: has the form [i, j, t], two rows and a number, and stands for rows=")
+    if (o.query is None) == (o.queries is None):
+        raise UserError("query or queries: give one of them")
+    for key in o.extra:
+        if key not in known:
+            raise UserError(f"{key}: not an option of generate{nearest(key, known)}")
+    queries = [o.query] if o.query else [*read_texts(Path(o.queries))]
+    if o.mix:
+        rows, (i, j, t) = [list(o.mix)], o.mix
+        vectors = slerp(vectors[int(i)].float(), vectors[int(j)].float(), t)[None]
+    out = open(o.out, "x", encoding="utf-8") if o.out else sys.stdout
+    elm = ELM.load(o.adapter, o.llm)
+    torch.manual_seed(o.seed)
+    pairs = [(row, query) for query in queries for row in rows]
+    bar = tqdm(total=len(pairs), unit="answer", disable=out.isatty())
+    for start in range(0, len(pairs), o.batch_size):
+        some = pairs[start : start + o.batch_size]
+        which = torch.tensor([0 if o.mix else row for row, _ in some])
+        try:
+            texts = elm.generate(vectors[which].float(), [q for _, q in some], **o.extra)
+        except (ValueError, TypeError) as e:  # of transformers, at the value of an option
+            raise UserError(f"generate: {' '.join(str(e).split())[:300]}") from None
+        for (row, query), text in zip(some, texts, strict=True):
+            entry = dict(row=row, query=query, answer=text)
+            out.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        out.flush()
+        bar.update(len(some))
+
+# -----------------------------------------------------------------------------
 # Command line
+
+def start_command(command: str, *rest: str) -> None:
+    places = [a for a in rest if not re.match(r"[\w.]+\s*=", a)]
+    options = [a for a in rest if a not in places]
+    adapter = [a.partition("=")[2] for a in options if a.startswith("adapter=")]
+    settings = [a for a in options if not a.startswith("adapter=")]
+    wanted = dict(eval=1, generate=0, embed=2, filter=2).get(command, len(places))
+    if len(places) != wanted:
+        raise UserError(f"{command}: takes {wanted} path(s), not {places}; see elm.py --help")
+    if command == "eval" and len(adapter) != 1:
+        raise UserError("eval: adapter=PATH is missing, of one adapter_*.safetensors")
+    if command == "eval":
+        evaluate(load_config(places[0], settings), Path(adapter[0]))
+    elif command == "generate":
+        generate(read_options(GenerateOptions, options))
+    elif command == "embed":
+        embed_file(read_options(EmbedOptions, options), *map(Path, places))
+    elif command == "filter":
+        filter_tasks(load_config(places[0], options).data, Path(places[1]))
+    else:
+        train(load_config(command, rest))
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 only if the job is done, 2 after an error its user can mend."""
@@ -1440,7 +1841,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(__doc__)
         return 0 if given else 2
     try:
-        train(load_config(given[0], given[1:]))
+        start_command(*given)
         return 0
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)

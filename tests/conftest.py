@@ -140,7 +140,8 @@ def settings(llm_dir, data_dir, tmp_path):
         "data.max_seq_length=256", "data.num_workers=1", "train.batch_size=16",
         "train.grad_accum=1", "train.max_steps=6", "train.lr=1e-2", "train.warmup_steps=2",
         "train.eval_steps=3", "train.save_steps=2", "train.logging_steps=1", "eval.samples=6",
-        "eval.max_new_tokens=5", f"output.dir={tmp_path / 'out'}",
+        "eval.max_new_tokens=5", f"eval.bertscore_model={ROOT / 'data/tiny/scorer'}",
+        f"output.dir={tmp_path / 'out'}",
     ]  # fmt: skip
 
 
