@@ -21,6 +21,7 @@ import difflib
 import hashlib
 import importlib
 import json
+import logging
 import math
 import os
 import re
@@ -400,13 +401,13 @@ def open_vectors(path: Path) -> Tensor:
         raise UserError(f"{path}: not a whole safetensors file: {e}") from None
     floats = (torch.float32, torch.float16, torch.bfloat16)
     if len(tensors) != 1 or tensors[0].ndim != 2 or tensors[0].dtype not in floats:
-        found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors)
+        found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors[:3])
         raise UserError(f"{path}: holds {found or 'nothing'}, not one float tensor [N, E]")
     return tensors[0]
 
 def table_head(shape: tuple[int, int], dtype: torch.dtype, **about: str) -> bytes:
-    """What stands before the rows in a safetensors file of one table, which can so be written row by
-    row. https://huggingface.co/docs/safetensors/#format"""
+    """What stands before the rows of a table in its safetensors file, so that it can be written row
+    by row. https://huggingface.co/docs/safetensors/#format"""
     name = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
     entry = dict(dtype=name, shape=shape, data_offsets=[0, math.prod(shape) * dtype.itemsize])
     head = json.dumps({"__metadata__": about, "embeddings": entry}).encode()
@@ -940,8 +941,9 @@ class ELM(nn.Module):
         if len(queries) != len(embeddings):
             raise UserError(f"{len(queries)} queries for {len(embeddings)} vectors")
         end, answers = self.prompt.tokenizer.eos_token_id, []
-        greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-        options = dict(eos_token_id=end, pad_token_id=end) | (options or greedy)
+        if not options.get("do_sample"):  # whatever the LLM's generation_config.json says
+            options = dict(do_sample=False, temperature=None, top_p=None, top_k=None) | options
+        options = dict(eos_token_id=end, pad_token_id=end) | options
         self.eval()
         for i in range(0, len(embeddings), batch_size):
             pairs = zip(embeddings[i : i + batch_size], queries[i : i + batch_size], strict=True)
@@ -995,14 +997,11 @@ class Embedder(NamedTuple):
     prefix: str
 
     @staticmethod
-    def load(o: EmbedOptions, place: str, device: Any, width: int | None = None) -> Embedder:
-        """Raises: UserError naming `place`, also for vectors of another width than is wanted."""
-        config, tok = (load_pretrained(auto, o.model, place) for auto in (AutoConfig, AutoTokenizer))
+    def load(o: EmbedOptions, place: str, device: Any) -> Embedder:
+        config = load_pretrained(AutoConfig, o.model, place)
+        tok = load_pretrained(AutoTokenizer, o.model, place)
         if config.is_encoder_decoder:
             raise UserError(f"{place}: {o.model} is neither an encoder nor a decoder")
-        if width not in (None, config.hidden_size):
-            raise UserError(f"{place}: {o.model} makes vectors of width {config.hidden_size}, the "
-                            f"data's have {width}")
         dtype = torch.bfloat16 if o.bf16 else torch.float32
         model = load_pretrained(AutoModel, o.model, place, dtype=dtype).to(device).eval()
         encoder = (config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -1057,8 +1056,8 @@ def read_texts(path: Path):
             raise UserError(f"{path}:{number}: {why}")
 
 def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> None:
-    """Embed a file of texts into safetensors [N, width] fp32. The file grows by blocks under another
-    name, which says what it is made from, so that the same command goes on after a kill."""
+    """Embed a file of texts into safetensors [N, width] fp32. The file grows by blocks under a name
+    that says what it is made from, so that the same command goes on after a kill."""
     if out.exists():
         raise UserError(f"{out} exists already; choose another file")
     num, stat = sum(1 for _ in read_texts(texts)), texts.stat()
@@ -1269,9 +1268,11 @@ def scorer_parts(cfg: EvalConfig) -> tuple[Any, int]:
 
 def bert_scores(cfg: EvalConfig, texts: list[str], references: list[str], device: Any):
     """(precision, recall and F1 [n, 3] of BERTScore, the library's hash of how they were made).
-    Nothing scores 0. One text at a time: padding would make the last digits depend on the others."""
+    Nothing scores 0. One pair at a time: in a batch, padding counts as a similarity of 0."""
     tok, layers = scorer_parts(cfg)
+    logging.disable(logging.WARNING)  # transformers' table of the layers that are left out
     scorer = need("bert_score").BERTScorer(cfg.bertscore_model, num_layers=layers, device=device)
+    logging.disable(logging.NOTSET)
     scorer._tokenizer, scores = tok, np.zeros((len(texts), 3))
     pairs = zip(texts, references, strict=True)
     rows = [i for i, pair in enumerate(pairs) if all(text.strip() for text in pair)]
@@ -1335,7 +1336,7 @@ def measure(elm: ELM, split: Split, cfg: Config, rt: Runtime):
         add(f"repetition{name}", [repetition(t) for t in texts[name]])
     if cfg.eval.embedder:
         embedder = Embedder.load(EmbedOptions(model=cfg.eval.embedder, bf16=cfg.model.bf16),
-                                 "eval.embedder", rt.device, split.vectors.shape[1])
+                                 "eval.embedder", rt.device)
         for name, some in texts.items():
             for kind, values in zip(("consistency", "mrr", "top1"),
                                     consistency(embedder, some, rows, split).T, strict=True):
@@ -1351,7 +1352,8 @@ def summarize(split: Split, measures: dict, mask: np.ndarray, draws: int = 1000)
     where the LLM cannot read the texts."""
     sums = {k: (num @ mask, den @ mask) for k, (num, den) in measures.items()}
     names = [k for k, (_, den) in sums.items() if den > 0]
-    result = {"rows": int(mask.sum()), "rows_text": int(mask @ (split.rows["length"][:, 1] > 0))}
+    told = mask & (split.rows["length"][:, BY_TEXT] > 0)
+    result = {"rows": int(mask.sum()), "rows_text": int(told.sum())}
     result |= {k: float(sums[k][0] / sums[k][1]) for k in names}
     used, where = np.unique(split.rows["vector"][mask], return_inverse=True)
     totals = np.stack([[np.bincount(where, x[mask]) for x in measures[k]] for k in names])
@@ -1361,7 +1363,7 @@ def summarize(split: Split, measures: dict, mask: np.ndarray, draws: int = 1000)
                                          minlength=len(used))).T
         drawn.append(np.divide(num, den, out=np.full(len(num), np.nan), where=den > 0))
     low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)
-    result["intervals"] = {k: [float(a), float(b)] for k, a, b in zip(names, low, high, strict=True)}
+    result["intervals"] = dict(zip(names, np.stack([low, high], 1).tolist(), strict=True))
     return result
 
 def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, metrics: list, about: dict) -> dict:
@@ -1410,28 +1412,18 @@ def draw(path: Path, result: dict, metrics: list[dict]) -> None:
     figure.savefig(path, format="png")
 
 def show(result: dict, predictions: list[dict], rt: Runtime) -> None:
-    """The final tables, and five answers beside their references."""
-    lines = ["\n{split}, {rows} rows, {rows_text} with text, adapter of step {adapter_step}"
-             .format(**result)]
-    names = {"loss_shuffled": "loss, vectors shuffled", "loss": "loss, vectors",
-             "loss_text": "loss, text in place of the vector", "carried": "carried information",
-             "bertscore_composite_shuffled": "BERTScore of answers, vectors shuffled",
-             "bertscore_composite": "BERTScore of answers, vectors",
-             "consistency_shuffled": "cosine with the source, vectors shuffled",
-             "consistency": "cosine with the source, vectors",
-             "consistency_reference": "cosine with the source, references",
-             "mrr": "reciprocal rank of the source", "empty_rate": "empty answers",
-             "repetition": "repeated word trigrams"}
-    lines += ["  {:<42}{:.4f}   {:.4f} to {:.4f}".format(name, result[key], *result["intervals"][key])
-              for key, name in names.items() if key in result]
-    columns = ("loss_shuffled", "loss", "loss_text", "carried", "bertscore_composite_shuffled",
-               "bertscore_composite")
-    lines += ["\n  {:<21}{:>6}".format("task", "rows")
-              + "".join(f"{c:>11}" for c in ("shuffled", "loss", "text", "carried",
-                                             "B shuffled", "BERTScore"))]
-    lines += [f"  {task:<21}{t['rows']:>6}" + "".join(
-        f"{t[c]:>11.4f}" if c in t else f"{'-':>11}" for c in columns)
-        for task, t in result["tasks"].items()]
+    """The final table, and five answers beside their references."""
+    columns = {"shuffled": "loss_shuffled", "vectors": "loss", "text": "loss_text",
+               "carried": "carried", "B shuffled": "bertscore_composite_shuffled",
+               "BERTScore": "bertscore_composite", "cosine": "consistency", "MRR": "mrr"}
+    columns = {title: key for title, key in columns.items() if key in result}
+    low, high = ({k: v[end] for k, v in result["intervals"].items()} for end in (0, 1))
+    rows = {"all": result, "  95 %, from": low, "  to": high, **result["tasks"]}
+    lines = ["\n{split}, {rows} rows, {rows_text} with text, adapter of step {adapter_step}\n"
+             .format(**result), f"{'':22}{'rows':>6}" + "".join(f"{t:>11}" for t in columns)]
+    lines += [f"  {name:<20}{row.get('rows', ''):>6}" + "".join(
+        f"{row[key]:>11.4f}" if key in row else f"{'-':>11}" for key in columns.values())
+        for name, row in rows.items()]
     lines += ["\n  {task_type}: {query}\n    reference   {response}\n    prediction  {prediction}"
               .format(**p) for p in predictions[:: max(1, len(predictions) // 5)][:5]]
     rt.say("\n".join(lines))
@@ -1504,7 +1496,10 @@ def open_data(cfg: Config, names: tuple[str, ...], prompt: Prompt, soft: int, rt
         counts = ", ".join(f"{n} {what}" for what, n in split.counts.items() if n)
         rt.say(f"{name}: {len(split.vectors)} vectors of width {widths[name]}, {counts}")
     if cfg.eval.samples and cfg.eval.embedder:
-        Embedder.load(EmbedOptions(model=cfg.eval.embedder), "eval.embedder", "meta", *widths.values())
+        width = load_pretrained(AutoConfig, cfg.eval.embedder, "eval.embedder").hidden_size
+        if width not in widths.values():
+            raise UserError(f"eval.embedder: {cfg.eval.embedder} makes vectors of width {width}, "
+                            f"those of the data have {widths}")
     return data
 
 def build_model(cfg: Config, data: Split, prompt: Prompt, rt: Runtime) -> tuple[ELM, dict]:
@@ -1791,18 +1786,20 @@ def generate(o: GenerateOptions) -> None:
     if o.mix:
         rows, (i, j, t) = [list(o.mix)], o.mix
         vectors = slerp(vectors[int(i)].float(), vectors[int(j)].float(), t)[None]
-    out = open(o.out, "x", encoding="utf-8") if o.out else sys.stdout
-    elm = ELM.load(o.adapter, o.llm)
+    if o.out and (Path(o.out).exists() or not os.access(Path(o.out).parent, os.W_OK)):
+        raise UserError(f"out: {o.out} exists already, or its folder cannot be written to")
+    elm, out = ELM.load(o.adapter, o.llm), None
     torch.manual_seed(o.seed)
     pairs = [(row, query) for query in queries for row in rows]
-    bar = tqdm(total=len(pairs), unit="answer", disable=out.isatty())
+    bar = tqdm(total=len(pairs), unit="answer", disable=not o.out and sys.stdout.isatty())
     for start in range(0, len(pairs), o.batch_size):
         some = pairs[start : start + o.batch_size]
         which = torch.tensor([0 if o.mix else row for row, _ in some])
         try:
             texts = elm.generate(vectors[which].float(), [q for _, q in some], **o.extra)
-        except (ValueError, TypeError) as e:  # of transformers, at the value of an option
+        except (ValueError, TypeError, ArithmeticError) as e:  # at the value of an option
             raise UserError(f"generate: {' '.join(str(e).split())[:300]}") from None
+        out = out or (open(o.out, "x", encoding="utf-8") if o.out else sys.stdout)
         for (row, query), text in zip(some, texts, strict=True):
             entry = dict(row=row, query=query, answer=text)
             out.write(json.dumps(entry, ensure_ascii=False) + "\n")

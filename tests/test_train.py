@@ -48,7 +48,7 @@ def snapshot(folder: Path) -> dict:
 
 def test_what_a_run_leaves(settings, tmp_path):
     result, folder = go(settings, f"output.log_file={tmp_path / 'log.txt'}")
-    names = ["config.toml", "metrics.jsonl", "eval.json", "predictions.jsonl"]
+    names = ["config.toml", "metrics.jsonl", "eval.json", "predictions.jsonl", "report.png"]
     names += ["adapter_best.safetensors", "checkpoint_final.pt"]
     names += [f"adapter_step_{n}.safetensors" for n in (2, 4, 6)]
     names += [f"checkpoint_step_{n}.pt" for n in (2, 4, 6)]
@@ -82,6 +82,7 @@ def test_what_a_run_leaves(settings, tmp_path):
         "query",
         "response",
         "prediction",
+        "prediction_shuffled",
     ]
     again = elm.load_config(str(folder / "config.toml"))
     assert again == elm.load_config(None, [*settings, f"output.log_file={tmp_path / 'log.txt'}"])
@@ -107,7 +108,7 @@ def parts_of(settings, *more):
     cfg = elm.load_config(None, [*settings, *more])
     rt = elm.start_runtime(cfg)
     prompt = elm.Prompt.of(elm.load_pretrained(elm.AutoTokenizer, cfg.model.llm, "model.llm"))
-    data, _ = elm.open_data(cfg, prompt, rt)
+    data = elm.open_data(cfg, ("train", "val", "test"), prompt, cfg.model.tokens, rt)
     model, _ = elm.build_model(cfg, data["train"], prompt, rt)
     return cfg, data["train"], model
 
@@ -592,4 +593,4 @@ def test_command_line_of_its_own_process(settings, tmp_path, capsys):
     config.write_text("")
     done = run(config, *settings)
     assert done.returncode == 0, done.stderr
-    assert "loss, vectors shuffled" in done.stdout and done.stdout.count("prediction  ") == 5
+    assert "shuffled    vectors       text" in done.stdout and done.stdout.count("prediction  ") == 5
