@@ -400,7 +400,7 @@ def open_vectors(path: Path) -> Tensor:
     except SafetensorError as e:
         raise UserError(f"{path}: not a whole safetensors file: {e}") from None
     floats = (torch.float32, torch.float16, torch.bfloat16)
-    if len(tensors) != 1 or tensors[0].ndim != 2 or tensors[0].dtype not in floats:
+    if [t.ndim * (t.numel() > 0) for t in tensors] != [2] or tensors[0].dtype not in floats:
         found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors[:3])
         raise UserError(f"{path}: holds {found or 'nothing'}, not one float tensor [N, E]")
     return tensors[0]
@@ -1041,6 +1041,7 @@ class Embedder(NamedTuple):
 def read_texts(path: Path):
     """The texts of a file of lines, or of a .jsonl of objects with `text`; the line of a text less
     one is its row in the table of vectors. Raises: UserError naming the line."""
+    number = 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -1054,6 +1055,8 @@ def read_texts(path: Path):
             except (ValueError, TypeError, KeyError, AttributeError) as e:
                 why = f"not a text in UTF-8, nor an object with `text`: {e!r}"
             raise UserError(f"{path}:{number}: {why}")
+    if not number:
+        raise UserError(f"{path}: is empty")
 
 def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> None:
     """Embed a file of texts into safetensors [N, width] fp32. The file grows by blocks under a name
@@ -1061,8 +1064,6 @@ def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> No
     if out.exists():
         raise UserError(f"{out} exists already; choose another file")
     num, stat = sum(1 for _ in read_texts(texts)), texts.stat()
-    if not num:
-        raise UserError(f"{texts}: is empty")
     embedder = Embedder.load(o, "model", "cuda" if torch.cuda.is_available() else "cpu")
     width = embedder.model.config.hidden_size
     about = dataclasses.asdict(o) | dict(pooling=embedder.pooling)
@@ -1847,7 +1848,7 @@ def main(arguments: list[str] | None = None) -> int:
                      "512, or on several GPUs deepspeed.zero_stage = 3")
         if os.environ.get("RANK", "0") != "0":  # if process 0 says the same, this one ends here
             time.sleep(5)
-        print(*(f"elm: {line}" for line in text.splitlines()), sep="\n", file=sys.stderr)
+        tqdm.write("\n".join(f"elm: {line}" for line in text.splitlines()), sys.stderr)
         return 2
     except SystemExit as stopped:
         return stopped.code

@@ -1,0 +1,404 @@
+"""generate, embed and filter: end to end on the embedded default, and against other programs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_data, make_llm, read_jsonl, rows_path, write_rows
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_evaluation import make_embedder
+
+import elm
+
+TINY = ROOT / "data" / "tiny"
+VECTORS = TINY / "embeddings" / "test_embeddings.safetensors"
+EMBEDDER = TINY / "embedder"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Three steps on the embedded default: enough to speak, not to make sense."""
+    out = tmp_path_factory.mktemp("trained")
+    settings = [
+        f"model.llm={TINY / 'llm'}", f"data.dir={TINY}", "train.max_steps=3", f"output.dir={out}",
+        f"eval.bertscore_model={TINY / 'scorer'}", "eval.samples=10", "eval.max_new_tokens=12",
+        f"eval.embedder={EMBEDDER}",
+    ]  # fmt: skip
+    assert elm.main([str(ROOT / "train.toml"), *settings]) == 0
+    return settings, out / "adapter_best.safetensors"
+
+
+def refused(capsys, arguments: list, message: str) -> None:
+    """One line, exit code 2."""
+    assert elm.main(list(map(str, arguments))) == 2, message
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("elm: ")]
+    assert len(lines) == 1 and re.search(message, lines[0]), (message, said)
+    assert "Traceback" not in said
+
+
+# -----------------------------------------------------------------------------
+# eval
+
+
+def test_eval_of_the_embedded_default(trained, tmp_path):
+    settings, adapter = trained
+    more = [*settings, f"output.dir={tmp_path / 'out'}", f"adapter={adapter}"]
+    assert elm.main(["eval", str(ROOT / "train.toml"), *more]) == 0
+    told, first = (json.loads((f / "eval.json").read_text())
+                   for f in (tmp_path / "out", adapter.parent))  # fmt: skip
+    assert told == first | {"step": told["step"]} and told["samples"] == 10
+    assert len(read_jsonl(tmp_path / "out" / "predictions.jsonl")) == 10
+
+
+# -----------------------------------------------------------------------------
+# generate
+
+
+def test_generate_lines_are_what_the_library_says(trained, tmp_path, capsys):
+    _, adapter = trained
+    start = ["generate", f"adapter={adapter}", f"embeddings={VECTORS}", "max_new_tokens=9"]
+    assert elm.main([*start, "query=Summarize the text.", "rows=[3, 0, 199]"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    model, table = elm.ELM.load(adapter), elm.open_vectors(VECTORS).float()
+    said = model.generate(table[[3, 0, 199]], "Summarize the text.", max_new_tokens=9)
+    assert [t["row"] for t in told] == [3, 0, 199] and [t["answer"] for t in told] == said
+    queries, out = tmp_path / "queries.txt", tmp_path / "out.jsonl"
+    queries.write_text("What is it about?\nIs <EMB> about frogs?\n")
+    assert elm.main([*start, f"queries={queries}", f"out={out}", "batch_size=150"]) == 0
+    told = read_jsonl(out)
+    assert [(t["row"], t["query"]) for t in told] == [
+        (row, query) for query in queries.read_text().splitlines() for row in range(200)
+    ]
+    said = model.generate(table[7:8], "Is <EMB> about frogs?", max_new_tokens=9)
+    assert told[207]["answer"] == said[0]
+
+
+def test_options_go_to_the_llm_and_a_seed_repeats(trained, capsys):
+    _, adapter = trained
+    start = ["generate", f"adapter={adapter}", f"embeddings={VECTORS}", "query=Why?", "rows=[1, 2]"]
+    hot = ["do_sample=true", "temperature=3.0", "max_new_tokens=20"]
+
+    def said(*more):
+        assert elm.main([*start, *more]) == 0
+        return capsys.readouterr().out
+
+    assert said(*hot, "seed=1") == said(*hot, "seed=1") != said(*hot, "seed=2")
+    assert said("max_new_tokens=2") != said("max_new_tokens=20")
+    assert said("max_new_tokens=6", "num_beams=3")
+
+
+def test_the_llms_own_generation_config_does_not_make_greedy_answers_random(tmp_path):
+    """Qwen3's says do_sample; the report would differ from run to run."""
+    folder = make_llm(tmp_path / "llm")
+    said = []
+    for more in ({}, dict(do_sample=True, temperature=5.0, top_k=200)):
+        (folder / "generation_config.json").write_text(json.dumps(more))
+        torch.manual_seed(0)
+        llm = elm.load_llm(str(folder), torch.device("cpu"), False)
+        tok = elm.load_pretrained(elm.AutoTokenizer, str(folder), "x")
+        model = elm.ELM(llm, elm.Adapter(4, 4, 32), elm.Prompt.of(tok))
+        said.append([model.generate(torch.ones(2, 4), "q", max_new_tokens=12) for _ in range(2)])
+    assert said[0][0] == said[0][1] == said[1][0] == said[1][1]
+
+
+def test_slerp_is_the_arc():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 6).unbind()
+    assert torch.allclose(elm.slerp(a, b, 0.0), a, atol=1e-6)
+    assert torch.allclose(elm.slerp(a, b, 1.0), b, atol=1e-6)
+    whole = torch.nn.functional.cosine_similarity(a, b, dim=0).acos()
+    for t in (0.2, 0.5, 0.9):
+        x = elm.slerp(a, b, t)
+        angle = torch.nn.functional.cosine_similarity(a, x, dim=0).acos()
+        assert angle == pytest.approx(float(t * whole), rel=1e-4)
+        assert float(x.norm()) == pytest.approx(float((1 - t) * a.norm() + t * b.norm()), rel=1e-5)
+    assert torch.allclose(elm.slerp(a, 2 * a, 0.5), 1.5 * a)  # no arc between parallel ones
+
+
+def test_mix_speaks_about_the_point_between(trained, capsys):
+    _, adapter = trained
+    start = ["generate", f"adapter={adapter}", f"embeddings={VECTORS}", "query=Q", "seed=0"]
+    answers = []
+    for more in ("mix=[4, 9, 0.0]", "rows=[4]", "mix=[4, 9, 1]", "rows=[9]", "mix=[4, 9, 0.5]"):
+        assert elm.main([*start, more, "max_new_tokens=15"]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0]["answer"] == answers[1]["answer"]
+    assert answers[2]["answer"] == answers[3]["answer"]
+    table = elm.open_vectors(VECTORS).float()
+    between = elm.slerp(table[4], table[9], 0.5)[None]
+    assert answers[4] == {
+        "row": [4, 9, 0.5], "query": "Q",
+        "answer": elm.ELM.load(adapter).generate(between, "Q", max_new_tokens=15)[0],
+    }  # fmt: skip
+
+
+def test_bad_input_of_generate(trained, tmp_path, capsys):
+    _, adapter = trained
+    taken = tmp_path / "taken.jsonl"
+    taken.write_text("precious")
+    save_file({"x": torch.ones(3, 7)}, tmp_path / "narrow.safetensors")
+    (tmp_path / "none.txt").write_text("")
+    start = ["generate", f"adapter={adapter}", f"embeddings={VECTORS}", "query=Q", "rows=[0]"]
+    cases = [
+        (["rows=[200]"], "rows: no row 200 among 200"),
+        (["rows=[-1]"], "rows: no row -1 among 200"),
+        (["rows=3"], "rows = 3: must be list of int"),
+        (["mix=[0, 1]", "rows=[]"], "mix: has the form"),
+        (["mix=[0, 999, 0.5]", "rows=[]"], "mix: no row 999"),
+        (["mix=[0, 1.5, 0.5]", "rows=[]"], "mix: no row 1.5"),
+        (["embeddings=" + str(tmp_path / "narrow.safetensors")],
+         r"narrow.safetensors: \[3, 7\], but the adapter reads \[n, 128\]"),
+        ([f"adapter={tmp_path / 'nowhere'}"], "nowhere"),
+        ([f"llm={EMBEDDER}"], "the adapter was trained for"),
+        (["temprature=1"], "temprature: not an option of generate, did you mean temperature"),
+        (["temperature=-1", "do_sample=true"], "generate: .temperature"),
+        (["num_beams=0"], "generate: "),
+        ([f"out={taken}"], "taken.jsonl exists already"),
+        ([f"out={tmp_path / 'no' / 'x'}"], "its folder cannot be written"),
+        ([f"queries={tmp_path / 'none.txt'}"], "query or queries"),
+        (["query=<EMB> or <EMB>?"], "a query has one <EMB> at most"),
+        (["batch_size=0"], "batch_size = 0: must be int in"),
+        (["file.toml"], r"generate: takes 0 path\(s\)"),
+    ]  # fmt: skip
+    for more, message in cases:
+        refused(capsys, [*start, *more], message)
+    refused(capsys, ["generate", "query=Q", f"embeddings={VECTORS}"], "adapter is missing")
+    empty = f"queries={tmp_path / 'none.txt'}"
+    refused(capsys, [*start[:3], empty], "none.txt: is empty")
+    assert taken.read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "narrow.safetensors", "none.txt", "taken.jsonl"]  # fmt: skip
+    model = elm.ELM.load(adapter)
+    with pytest.raises(elm.UserError, match="2 queries for 3 vectors"):
+        model.generate(torch.ones(3, 128), ["a", "b"])
+    with pytest.raises(elm.UserError, match=r"\[3, 4\], but the adapter reads \[n, 128\]"):
+        model.generate(torch.ones(3, 4), "a")
+
+
+# -----------------------------------------------------------------------------
+# embed
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """The 200 texts of the test split, in the order of their vectors."""
+    rows = read_jsonl(TINY / "synthesis" / "test_synthesis.jsonl")
+    told = {r["embedding_file_idx"]: r["text"] for r in rows}
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": told[i]}) + "\n" for i in range(200)))
+    return path
+
+
+def test_embed_makes_the_shipped_vectors_and_they_speak(trained, texts, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    assert elm.main(["embed", str(texts), str(out), f"model={EMBEDDER}", "bf16=false"]) == 0
+    assert "200 vectors of width 128, last pooling; 0 texts cut" in capsys.readouterr().out
+    made, shipped = elm.open_vectors(out), elm.open_vectors(VECTORS).float()
+    assert (made.norm(dim=1) - 1).abs().max() < 1e-6
+    assert torch.nn.functional.cosine_similarity(made, shipped).min() > 0.9999
+    with safe_open(out, "pt") as f:
+        assert f.metadata()["pooling"] == "last" and f.metadata()["model"] == str(EMBEDDER)
+    plain, again = tmp_path / "texts.txt", tmp_path / "again.safetensors"
+    plain.write_text("".join(t["text"] + "\n" for t in read_jsonl(texts)))
+    assert elm.main(["embed", str(plain), str(again), f"model={EMBEDDER}", "bf16=false"]) == 0
+    assert torch.equal(elm.open_vectors(again), made)
+    ask = ["generate", f"adapter={trained[1]}", f"embeddings={out}", "query=Q", "rows=[0]"]
+    assert elm.main([*ask, "max_new_tokens=3"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "again.safetensors", "out.safetensors", "texts.txt"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model, pooling, mode, bf16",
+    [("embedder", None, "lasttoken", False), ("embedder", None, "lasttoken", True),
+     ("scorer", None, "mean", False), ("scorer", "cls", "cls", False),
+     ("embedder", "mean", "mean", False)],
+)  # fmt: skip
+def test_embed_agrees_with_sentence_transformers(texts, tmp_path, model, pooling, mode, bf16):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    body = Transformer(str(TINY / model), model_kwargs=dict(dtype=torch.float32))
+    pool = Pooling(body.get_embedding_dimension(), pooling_mode=mode)
+    theirs = SentenceTransformer(modules=[body, pool, Normalize()], device="cpu")
+    some = [t["text"] for t in read_jsonl(texts)[:40]]
+    some = [" ".join(t.split()[: 3 + 7 * (i % 5)]) for i, t in enumerate(some)]  # ragged
+    (tmp_path / "some.txt").write_text("\n".join(some))
+    options = elm.EmbedOptions(model=str(TINY / model), pooling=pooling, bf16=bf16)
+    elm.embed_file(options, tmp_path / "some.txt", tmp_path / "out.safetensors")
+    ours = load_file(tmp_path / "out.safetensors")["embeddings"]
+    expected = theirs.encode(some, convert_to_tensor=True).float()
+    cosine = torch.nn.functional.cosine_similarity(ours, expected)
+    assert cosine.min() > (0.999 if bf16 else 0.99999)
+
+
+def test_instruction_stands_before_the_text_as_qwen3_embedding_has_it(tmp_path):
+    task = "Given a question, find the answer"
+    plain, told = (
+        elm.Embedder.load(
+            elm.EmbedOptions(model=str(EMBEDDER), bf16=False, instruction=each), "x", "cpu"
+        )
+        for each in (None, task)
+    )
+    by_hand = plain.embed([f"Instruct: {task}\nQuery:How do frogs sing?"])[0]
+    assert torch.allclose(told.embed(["How do frogs sing?"])[0], by_hand, atol=1e-6)
+    assert not torch.allclose(plain.embed(["How do frogs sing?"])[0], by_hand, atol=1e-3)
+
+
+def test_long_texts_are_cut_and_counted_and_order_does_not_matter(tmp_path, capsys):
+    some = [f"{'frogs ' * n}in Peru" for n in (3, 50, 1, 49, 12, 300)]
+    (tmp_path / "some.txt").write_text("\n".join(some))
+    ask = ["embed", tmp_path / "some.txt", tmp_path / "out.safetensors", f"model={EMBEDDER}"]
+    assert elm.main([*map(str, ask), "max_tokens=40", "bf16=false"]) == 0
+    assert "3 texts cut to 40 tokens" in capsys.readouterr().out
+    made = elm.open_vectors(tmp_path / "out.safetensors")
+    options = elm.EmbedOptions(model=str(EMBEDDER), bf16=False, max_tokens=40)
+    embedder = elm.Embedder.load(options, "x", "cpu")
+    alone = torch.cat([embedder.embed([t])[0] for t in some])
+    assert torch.allclose(made, alone, atol=1e-5)
+    assert torch.allclose(made[1], made[5], atol=1e-5)  # alike as far as they are read
+
+
+def test_embed_killed_and_started_again_ends_with_the_same_bytes(texts, tmp_path):
+    """Killed again and again while it writes; a fresh start would not get to the end in time."""
+    many, whole, out = tmp_path / "many.jsonl", tmp_path / "whole.safetensors", tmp_path / "o.st"
+    many.write_text(texts.read_text() * 10)
+    options = elm.EmbedOptions(model=str(EMBEDDER), bf16=False)
+    elm.embed_file(options, many, whole, block=64)
+    code = (
+        f"import sys, pathlib; sys.path.insert(0, {str(ROOT)!r}); import elm, torch\n"
+        "torch.set_num_threads(1); one = elm.Embedder.embed\n"
+        "import time; elm.Embedder.embed = lambda *a: (time.sleep(0.05), one(*a))[1]\n"
+        f"elm.embed_file(elm.EmbedOptions(model={str(EMBEDDER)!r}, bf16=False), "
+        f"pathlib.Path({str(many)!r}), pathlib.Path({str(out)!r}), block=64)"
+    )
+    sizes, kills = [0], 0
+    while not out.exists():
+        child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL,
+                                 env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        goal = sizes[-1] + 300_000  # of a million bytes
+        while child.poll() is None:
+            grown = sum(p.stat().st_size for p in tmp_path.glob(".o.st.*.tmp"))
+            if grown >= goal:
+                child.send_signal(signal.SIGKILL)
+                kills += 1
+                child.wait()
+            time.sleep(0.005)
+        sizes.append(sum(p.stat().st_size for p in tmp_path.glob(".o.st.*.tmp")))
+        assert out.exists() or sizes[-1] > sizes[-2], "no progress"
+    assert kills >= 2 and out.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob(".o.st.*"))
+
+
+def test_bad_input_of_embed(texts, tmp_path, capsys):
+    taken = tmp_path / "taken.safetensors"
+    taken.write_text("precious")
+    files = {
+        "empty.txt": b"", "gap.txt": b"one\n\nthree\n", "latin.txt": b"caf\xe9\n",
+        "bad.jsonl": b'{"text": "a"}\n{"text": 3}\n', "broken.jsonl": b'{"text": "a"\n',
+        "field.jsonl": b'{"txt": "a"}\n', "list.jsonl": b'["a"]\n',
+        "blank.jsonl": b'{"text": ""}\n',
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    new = tmp_path / "new.safetensors"
+    cases = [
+        ([tmp_path / "empty.txt", new], "empty.txt: is empty"),
+        ([tmp_path / "gap.txt", new], "gap.txt:2: the text is empty"),
+        ([tmp_path / "latin.txt", new], "latin.txt:1: not a text in UTF-8"),
+        ([tmp_path / "bad.jsonl", new], "bad.jsonl:2: not a text"),
+        ([tmp_path / "broken.jsonl", new], "broken.jsonl:1: not a text"),
+        ([tmp_path / "field.jsonl", new], "field.jsonl:1: not a text"),
+        ([tmp_path / "list.jsonl", new], "list.jsonl:1: not a text"),
+        ([tmp_path / "blank.jsonl", new], "blank.jsonl:1: the text is empty"),
+        ([tmp_path / "nowhere.txt", new], "nowhere.txt: No such file"),
+        ([texts, taken], "taken.safetensors exists already"),
+        ([texts, tmp_path / "no" / "x"], "No such file or directory"),
+        ([texts], r"embed: takes 2 path\(s\)"),
+        ([texts, new, "pooling=max"], "pooling = 'max': must be 'last', 'mean', 'cls'"),
+        ([texts, new, "modle=x"], "modle: unknown key, did you mean model"),
+        ([texts, new, f"model={tmp_path / 'none'}"], "model: no folder"),
+    ]
+    for more, message in cases:
+        given = more if any("model=" in str(m) for m in more) else [*more, f"model={EMBEDDER}"]
+        refused(capsys, ["embed", *given], message)
+    assert taken.read_text() == "precious"
+    assert {p.name for p in tmp_path.iterdir()} == {*files, taken.name}
+
+
+# -----------------------------------------------------------------------------
+# filter
+
+
+def test_training_on_filtered_data_gives_the_losses_of_the_tasks(settings, tmp_path, capsys):
+    data, out = make_data(tmp_path / "data", num_rows=60, num_vectors=30), tmp_path / "few"
+    tasks = 'data.tasks=["summary", "keywords", "style_casual"]'
+    config = tmp_path / "run.toml"
+    config.write_text("")
+    pair = dict(task_type="compare", embedding_file_idx=-1, query="?", response="?")
+    write_rows(data, "train", [*read_jsonl(rows_path(data)), pair])
+    assert elm.main(["filter", str(config), str(out), *settings, tasks]) == 0
+    printed = capsys.readouterr().out
+    for split in ("train", "val", "test"):
+        before, after = read_jsonl(rows_path(data, split)), read_jsonl(rows_path(out, split))
+        wanted = [r for r in before if r["task_type"] in ("summary", "keywords", "style_casual")]
+        old, new = (
+            elm.open_vectors(elm.split_paths(elm.DataConfig(dir=str(d)), split)[0])
+            for d in (data, out)
+        )
+        assert [r | {"embedding_file_idx": 0} for r in after] == [
+            r | {"embedding_file_idx": 0} for r in wanted
+        ]
+        for a, b in zip(wanted, after, strict=True):
+            assert torch.equal(old[a["embedding_file_idx"]], new[b["embedding_file_idx"]])
+        used = {r["embedding_file_idx"] for r in wanted}
+        assert len(new) == len(used) < len(old) and new.dtype == old.dtype
+        assert f"{split}: {len(wanted)} of {len(before)} rows, {len(new)} of 30 vectors" in printed
+    runs = []
+    for folder, data_dir, more in ((tmp_path / "a", data, [tasks]), (tmp_path / "b", out, [])):
+        told = elm.train(elm.load_config(None, [
+            *settings, f"data.dir={data_dir}", f"output.dir={folder}", *more]))  # fmt: skip
+        metrics = read_jsonl(folder / "metrics.jsonl")
+        runs.append([m.get("loss", m.get("val_loss")) for m in metrics] + [
+            told[k] for k in ("loss", "loss_shuffled", "loss_text", "bertscore_f1")])  # fmt: skip
+    assert runs[0] == pytest.approx(runs[1], rel=1e-6)
+
+
+def test_filter_of_the_embedded_default(tmp_path, capsys):
+    out = tmp_path / "summaries"
+    more = [f"data.dir={TINY}", "data.tasks=[summary]", 'data.tasks=["summary"]']
+    assert elm.main(["filter", str(ROOT / "train.toml"), str(out), *more]) == 0
+    assert "train: 235 of 3200 rows, 235 of 800 vectors" in capsys.readouterr().out
+    assert {r["task_type"] for r in read_jsonl(rows_path(out))} == {"summary"}
+    refused(capsys, ["filter", ROOT / "train.toml", out, *more], "summaries exists already")
+
+
+def test_bad_input_of_filter(data_dir, tmp_path, capsys):
+    config, out = tmp_path / "run.toml", tmp_path / "out"
+    config.write_text("")
+    start = ["filter", config, out, f"data.dir={data_dir}"]
+    refused(capsys, [*start, 'data.tasks=["sumary"]'], "did you mean summary")
+    refused(capsys, [*start, f"data.dir={tmp_path / 'none'}"], "data.dir: no ")
+    refused(capsys, ["filter", config], r"filter: takes 2 path\(s\)")
+    rows = [r for r in read_jsonl(rows_path(data_dir, "val")) if r["task_type"] != "summary"]
+    write_rows(data_dir, "val", rows)
+    refused(capsys, [*start, 'data.tasks=["summary"]'], "val_synthesis.jsonl: no row of data.tasks")
+    write_rows(data_dir, "val", [*rows, "{"])
+    refused(capsys, start, f"val_synthesis.jsonl:{len(rows) + 1}: broken JSON")
+    assert not list(tmp_path.glob("out*")) and isinstance(out, Path)
+
+
+def test_embedder_of_two_kinds(tmp_path):
+    """Decoders pool the last token, encoders the mean, unless told otherwise."""
+    for folder, pooling in ((make_embedder(tmp_path / "q", 16), "last"), (TINY / "scorer", "mean")):
+        load = elm.Embedder.load(elm.EmbedOptions(model=str(folder)), "x", "cpu")
+        assert load.pooling == pooling and load.model.dtype == torch.bfloat16
