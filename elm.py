@@ -337,6 +337,11 @@ def whole_file(path: Path):
         os.fsync(f.fileno())
     os.replace(temporary, path)
 
+def check_new(path: Path) -> None:
+    """Raises: UserError if `path` exists or could not be made, before anything is computed."""
+    if path.exists() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: exists already, or cannot be made there; choose another name")
+
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -571,9 +576,8 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runt
 def filter_tasks(data: DataConfig, folder: Path) -> None:
     """A data set of data.tasks alone at `folder`, whole or not at all: their rows as they are, but
     for the index, and only the vectors that these need, in the same order. Raises: UserError."""
-    if folder.exists():
-        raise UserError(f"{folder} exists already; choose another folder")
-    work = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    check_new(folder)
+    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     splits = [s for s in ("train", "val", "test") if all(p.exists() for p in split_paths(data, s))]
     if not splits:
         raise UserError(f"data.dir: no {split_paths(data, 'train')[1]} with its vectors")
@@ -1016,27 +1020,27 @@ class Embedder(NamedTuple):
         """n texts -> (unit vectors [n, width] fp32 on the CPU, how many texts were cut). As in
         https://huggingface.co/Qwen/Qwen3-Embedding-4B, by batches of similar lengths."""
         texts, device = [self.prefix + t for t in texts], self.model.device
-        ids = self.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
-        full = [t for t, x in zip(texts, ids, strict=True) if len(x) >= self.limit]
-        whole = self.tokenizer(full, verbose=False)["input_ids"] if full else []
+        ids = self.tokenizer(texts, verbose=False)["input_ids"]
+        long = [i for i, x in enumerate(ids) if len(x) > self.limit]
+        for i in long:  # once more, so that the end token stays
+            ids[i] = self.tokenizer(texts[i], truncation=True, max_length=self.limit)["input_ids"]
         order = deque(sorted(range(len(ids)), key=lambda i: -len(ids[i])))
         out = torch.empty(len(texts), self.model.config.hidden_size)
         while order:
             size = max(1, 4 * MICRO_TOKENS[device.type] // len(ids[order[0]]))
             rows = [order.popleft() for _ in range(min(size, len(order)))]
-            batch = [torch.tensor(ids[i]) for i in rows]
-            mask = [torch.ones_like(x) for x in batch]
-            end = self.tokenizer.pad_token_id or 0
-            batch, mask = (nn.utils.rnn.pad_sequence(x, True, fill).to(device)
-                           for x, fill in ((batch, end), (mask, 0)))
-            states = self.model(input_ids=batch, attention_mask=mask).last_hidden_state.float()
+            batch = [torch.tensor(ids[i], device=device) for i in rows]
+            lengths = torch.tensor([len(x) for x in batch], device=device)
+            batch = nn.utils.rnn.pad_sequence(batch, batch_first=True)
+            mask = torch.arange(batch.shape[1], device=device) < lengths[:, None]
+            states = self.model(batch, attention_mask=mask.long()).last_hidden_state.float()
             if self.pooling == "mean":
-                pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+                pooled = (states * mask[..., None]).sum(1) / lengths[:, None]
             else:
-                place = mask.sum(1) - 1 if self.pooling == "last" else torch.zeros_like(mask[:, 0])
+                place = (lengths - 1) * (self.pooling == "last")
                 pooled = states[torch.arange(len(rows), device=device), place]
             out[rows] = F.normalize(pooled, dim=1).cpu()
-        return out, sum(len(x) > self.limit for x in whole)
+        return out, len(long)
 
 def read_texts(path: Path):
     """The texts of a file of lines, or of a .jsonl of objects with `text`; the line of a text less
@@ -1047,22 +1051,19 @@ def read_texts(path: Path):
             try:
                 text = line.decode().rstrip("\r\n")
                 text = json.loads(text)["text"] if path.suffix == ".jsonl" else text
-                text.encode()  # a lone surrogate is a ValueError here
-                if text.strip():
-                    yield text
-                    continue
-                why = "the text is empty"
+                empty = not text.encode().strip()  # a lone surrogate is a ValueError
             except (ValueError, TypeError, KeyError, AttributeError) as e:
-                why = f"not a text in UTF-8, nor an object with `text`: {e!r}"
-            raise UserError(f"{path}:{number}: {why}")
+                raise UserError(f"{path}:{number}: no UTF-8, or no `text`: {e!r}") from None
+            if empty:
+                raise UserError(f"{path}:{number}: the text is empty")
+            yield text
     if not number:
         raise UserError(f"{path}: is empty")
 
 def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> None:
     """Embed a file of texts into safetensors [N, width] fp32. The file grows by blocks under a name
     that says what it is made from, so that the same command goes on after a kill."""
-    if out.exists():
-        raise UserError(f"{out} exists already; choose another file")
+    check_new(out)
     num, stat = sum(1 for _ in read_texts(texts)), texts.stat()
     embedder = Embedder.load(o, "model", "cuda" if torch.cuda.is_available() else "cpu")
     width = embedder.model.config.hidden_size
@@ -1787,8 +1788,8 @@ def generate(o: GenerateOptions) -> None:
     if o.mix:
         rows, (i, j, t) = [list(o.mix)], o.mix
         vectors = slerp(vectors[int(i)].float(), vectors[int(j)].float(), t)[None]
-    if o.out and (Path(o.out).exists() or not os.access(Path(o.out).parent, os.W_OK)):
-        raise UserError(f"out: {o.out} exists already, or its folder cannot be written to")
+    if o.out:
+        check_new(Path(o.out))
     elm, out = ELM.load(o.adapter, o.llm), None
     torch.manual_seed(o.seed)
     pairs = [(row, query) for query in queries for row in rows]

@@ -162,8 +162,8 @@ def test_bad_input_of_generate(trained, tmp_path, capsys):
         (["temprature=1"], "temprature: not an option of generate, did you mean temperature"),
         (["temperature=-1", "do_sample=true"], "generate: .temperature"),
         (["num_beams=0"], "generate: "),
-        ([f"out={taken}"], "taken.jsonl exists already"),
-        ([f"out={tmp_path / 'no' / 'x'}"], "its folder cannot be written"),
+        ([f"out={taken}"], "taken.jsonl: exists already"),
+        ([f"out={tmp_path / 'no' / 'x'}"], "or cannot be made there"),
         ([f"queries={tmp_path / 'none.txt'}"], "query or queries"),
         (["query=<EMB> or <EMB>?"], "a query has one <EMB> at most"),
         (["batch_size=0"], "batch_size = 0: must be int in"),
@@ -314,15 +314,15 @@ def test_bad_input_of_embed(texts, tmp_path, capsys):
     cases = [
         ([tmp_path / "empty.txt", new], "empty.txt: is empty"),
         ([tmp_path / "gap.txt", new], "gap.txt:2: the text is empty"),
-        ([tmp_path / "latin.txt", new], "latin.txt:1: not a text in UTF-8"),
-        ([tmp_path / "bad.jsonl", new], "bad.jsonl:2: not a text"),
-        ([tmp_path / "broken.jsonl", new], "broken.jsonl:1: not a text"),
-        ([tmp_path / "field.jsonl", new], "field.jsonl:1: not a text"),
-        ([tmp_path / "list.jsonl", new], "list.jsonl:1: not a text"),
+        ([tmp_path / "latin.txt", new], "latin.txt:1: no UTF-8"),
+        ([tmp_path / "bad.jsonl", new], "bad.jsonl:2: no UTF-8, or no"),
+        ([tmp_path / "broken.jsonl", new], "broken.jsonl:1: no UTF-8, or no"),
+        ([tmp_path / "field.jsonl", new], "field.jsonl:1: no UTF-8, or no"),
+        ([tmp_path / "list.jsonl", new], "list.jsonl:1: no UTF-8, or no"),
         ([tmp_path / "blank.jsonl", new], "blank.jsonl:1: the text is empty"),
         ([tmp_path / "nowhere.txt", new], "nowhere.txt: No such file"),
-        ([texts, taken], "taken.safetensors exists already"),
-        ([texts, tmp_path / "no" / "x"], "No such file or directory"),
+        ([texts, taken], "taken.safetensors: exists already"),
+        ([texts, tmp_path / "no" / "x"], "or cannot be made there"),
         ([texts], r"embed: takes 2 path\(s\)"),
         ([texts, new, "pooling=max"], "pooling = 'max': must be 'last', 'mean', 'cls'"),
         ([texts, new, "modle=x"], "modle: unknown key, did you mean model"),
@@ -379,7 +379,7 @@ def test_filter_of_the_embedded_default(tmp_path, capsys):
     assert elm.main(["filter", str(ROOT / "train.toml"), str(out), *more]) == 0
     assert "train: 235 of 3200 rows, 235 of 800 vectors" in capsys.readouterr().out
     assert {r["task_type"] for r in read_jsonl(rows_path(out))} == {"summary"}
-    refused(capsys, ["filter", ROOT / "train.toml", out, *more], "summaries exists already")
+    refused(capsys, ["filter", ROOT / "train.toml", out, *more], "summaries: exists already")
 
 
 def test_bad_input_of_filter(data_dir, tmp_path, capsys):
