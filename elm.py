@@ -7,6 +7,10 @@ text that it sees only as a vector. The adapter is all that is trained.
     deepspeed elm.py train.toml                       train, on every GPU there is (or the CPU)
     deepspeed elm.py train.toml train.resume=auto     go on where a stopped run was last saved
     python elm.py train.toml train.lr=2e-4            in one process, with an override
+    python elm.py eval train.toml adapter=PATH        the report of training's end on any adapter
+    python elm.py generate adapter=PATH embeddings=FILE query="…"       answers about vectors
+    python elm.py embed texts.jsonl out.safetensors   vectors of texts
+    python elm.py filter train.toml OUT 'data.tasks=["summary"]'        a data set of some tasks
 
 As a module it needs torch, transformers and safetensors; the others are imported where used.
 Shapes: n examples, N rows of a split, T packed tokens, R response tokens, E embedding width, D
@@ -1020,7 +1024,7 @@ class Embedder(NamedTuple):
         """n texts -> (unit vectors [n, width] fp32 on the CPU, how many texts were cut). As in
         https://huggingface.co/Qwen/Qwen3-Embedding-4B, by batches of similar lengths."""
         texts, device = [self.prefix + t for t in texts], self.model.device
-        ids = self.tokenizer(texts, verbose=False)["input_ids"]
+        ids = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
         long = [i for i, x in enumerate(ids) if len(x) > self.limit]
         for i in long:  # once more, so that the end token stays
             ids[i] = self.tokenizer(texts[i], truncation=True, max_length=self.limit)["input_ids"]
@@ -1287,8 +1291,6 @@ def consistency(embedder: Embedder, texts: list[str], rows: np.ndarray, split: S
     """For texts about `rows`: their cosine with the source vector, and by it the reciprocal rank of
     the source among all vectors of the split, and whether it is first. [n, 3]; nothing scores 0."""
     scores, some = np.zeros((len(texts), 3)), [i for i, t in enumerate(texts) if t.strip()]
-    if not some:
-        return scores
     ours = embedder.embed([texts[i] for i in some])[0]
     source = torch.from_numpy(split.rows["vector"][rows[some]])
     cosine = (ours * F.normalize(split.vectors[source].float(), dim=1)).sum(1)
@@ -1305,68 +1307,71 @@ def repetition(text: str) -> float:
     triples = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
     return 1 - len(set(triples)) / len(triples) if triples else 0.0
 
+def score_answers(cfg: Config, texts: dict[str, list[str]], rows: np.ndarray, split: Split,
+                  device: Any) -> tuple[dict[str, Any], str]:
+    """(by measure a number for each of `rows`, the hash of the scorer), of answers by their own
+    vectors, by shuffled ones, and of the reference answers, in this order."""
+    ours, shuffled, references = texts.values()
+    scores, by_bert = {}, bert_scores(cfg.eval, ours + shuffled, references * 2, device)
+    for name, some, bert in zip(texts, (ours, shuffled), np.split(by_bert[0], 2), strict=False):
+        p, r, f1 = bert.T
+        scores |= {f"bertscore_precision{name}": p, f"bertscore_recall{name}": r,
+                   f"bertscore_f1{name}": f1,
+                   f"bertscore_composite{name}": 0.3 * p + 0.3 * r + 0.4 * f1,
+                   f"empty_rate{name}": [not t.strip() for t in some],
+                   f"repetition{name}": [repetition(t) for t in some]}
+    if cfg.eval.embedder:
+        options = EmbedOptions(model=cfg.eval.embedder, bf16=cfg.model.bf16)
+        embedder = Embedder.load(options, "eval.embedder", device)
+        for name, some in texts.items():
+            cosine, rank, first = consistency(embedder, some, rows, split).T
+            scores |= {f"consistency{name}": cosine, f"mrr{name}": rank, f"top1{name}": first}
+    return scores, by_bert[1]
+
 def measure(elm: ELM, split: Split, cfg: Config, rt: Runtime):
-    """(measures, predictions, hash of the scorer): a measure is a pair of [N], and over any rows it
+    """(measures, predictions, hash of the scorer): a measure is [2, N], and over any rows its value
     is the sum of the first divided by that of the second. Those of answers come on process 0."""
     losses = {k: v.numpy() for k, v in control_losses(elm, split, rt, text=True).items()}
-    responses, told = split.rows["response"].astype(float), split.rows["length"][:, BY_TEXT] > 0
-    measures = {k: (nll, responses) for k, nll in losses.items()}
+    responses, told = split.rows["response"], split.rows["length"][:, BY_TEXT] > 0
+    measures = {k: np.stack([nll, responses]) for k, nll in losses.items()}
     if "loss_text" in losses:
         ours, shuffled, text = losses.values()
-        measures["loss_text"] = text, responses * told
-        measures["carried"] = (shuffled - ours) * told, (shuffled - text) * told
+        measures["loss_text"] = np.stack([text, responses]) * told
+        measures["carried"] = np.stack([shuffled - ours, shuffled - text]) * told
     rows = np.sort(np.random.default_rng(0).permutation(len(told))[: cfg.eval.samples])
-    if not len(rows):
-        return measures, [], None
     raw = [split.raw(i) for i in rows]
     vectors = {"": split.rows["vector"][rows], "_shuffled": shuffled_vectors(split)[rows]}
     texts = {name: answers(elm, [r["query"] for r in raw], split.vectors[torch.from_numpy(which)],
                            cfg.eval.max_new_tokens, rt) for name, which in vectors.items()}
-    if rt.rank > 0:
+    if rt.rank > 0 or not raw:
         return measures, [], None
-    def add(name: str, values: Any) -> None:
-        measures[name] = np.zeros(len(told)), np.zeros(len(told))
-        measures[name][0][rows], measures[name][1][rows] = values, 1
     texts["_reference"] = [r["response"] for r in raw]
-    scores, made_by = bert_scores(cfg.eval, texts[""] + texts["_shuffled"],
-                                  texts["_reference"] * 2, rt.device)
-    for name, (p, r, f1) in zip(vectors, scores.reshape(2, -1, 3).transpose(0, 2, 1), strict=True):
-        for kind, values in dict(precision=p, recall=r, f1=f1,
-                                 composite=0.3 * p + 0.3 * r + 0.4 * f1).items():
-            add(f"bertscore_{kind}{name}", values)
-        add(f"empty_rate{name}", [not t.strip() for t in texts[name]])
-        add(f"repetition{name}", [repetition(t) for t in texts[name]])
-    if cfg.eval.embedder:
-        embedder = Embedder.load(EmbedOptions(model=cfg.eval.embedder, bf16=cfg.model.bf16),
-                                 "eval.embedder", rt.device)
-        for name, some in texts.items():
-            for kind, values in zip(("consistency", "mrr", "top1"),
-                                    consistency(embedder, some, rows, split).T, strict=True):
-                add(kind + name, values)
+    scores, made_by = score_answers(cfg, texts, rows, split, rt.device)
+    for name, values in scores.items():
+        measures[name] = np.zeros((2, len(told)))
+        measures[name][:, rows] = values, np.ones(len(rows))
     keys = ("embedding_file_idx", "task_type", "query", "response")
-    return measures, [{k: r[k] for k in keys} | dict(prediction=ours, prediction_shuffled=other)
-                      for r, ours, other in zip(raw, texts[""], texts["_shuffled"], strict=True)
-                      ], made_by
+    predictions = [{k: r[k] for k in keys} | dict(prediction=a, prediction_shuffled=b)
+                   for r, a, b in zip(raw, texts[""], texts["_shuffled"], strict=True)]
+    return measures, predictions, made_by
 
 def summarize(split: Split, measures: dict, mask: np.ndarray, draws: int = 1000) -> dict[str, Any]:
     """The measures over the rows in `mask`, with bootstrap 95 % intervals, for which vectors are
     drawn, with all their rows. Carried information, (shuffled - ours) / (shuffled - text), is none
     where the LLM cannot read the texts."""
-    sums = {k: (num @ mask, den @ mask) for k, (num, den) in measures.items()}
-    names = [k for k, (_, den) in sums.items() if den > 0]
     told = mask & (split.rows["length"][:, BY_TEXT] > 0)
-    result = {"rows": int(mask.sum()), "rows_text": int(told.sum())}
-    result |= {k: float(sums[k][0] / sums[k][1]) for k in names}
+    sums = {k: pair[:, mask].sum(1) for k, pair in measures.items()}
+    values = {k: float(num / den) for k, (num, den) in sums.items() if den > 0}
     used, where = np.unique(split.rows["vector"][mask], return_inverse=True)
-    totals = np.stack([[np.bincount(where, x[mask]) for x in measures[k]] for k in names])
-    rng, drawn = np.random.default_rng(0), []
-    for _ in range(draws):
-        num, den = (totals @ np.bincount(rng.integers(len(used), size=len(used)),
-                                         minlength=len(used))).T
-        drawn.append(np.divide(num, den, out=np.full(len(num), np.nan), where=den > 0))
-    low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)
-    result["intervals"] = dict(zip(names, np.stack([low, high], 1).tolist(), strict=True))
-    return result
+    totals = np.stack([[np.bincount(where, x[mask]) for x in measures[k]] for k in values])
+    rng, drawn = np.random.default_rng(0), np.full((draws, len(values)), np.nan)
+    for ratios in drawn:
+        times = np.bincount(rng.integers(len(used), size=len(used)), minlength=len(used))
+        num, den = (totals @ times).T
+        np.divide(num, den, out=ratios, where=den > 0)
+    intervals = np.nanpercentile(drawn, (2.5, 97.5), axis=0).T.tolist()
+    return {"rows": int(mask.sum()), "rows_text": int(told.sum()), **values,
+            "intervals": dict(zip(values, intervals, strict=True))}
 
 def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, metrics: list, about: dict) -> dict:
     """Measure the adapter on `split`; process 0 writes eval.json, predictions.jsonl and report.png,
@@ -1390,26 +1395,26 @@ def draw(path: Path, result: dict, metrics: list[dict]) -> None:
     """report.png: the losses over the steps, and those at the end for each task."""
     figure = need("matplotlib.figure").Figure((13, 6), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
-    colors = {"loss_shuffled": "tab:red", "loss": "tab:blue", "loss_text": "tab:green"}
-    curves = dict(val_loss_shuffled="validation, vectors shuffled", val_loss="validation, vectors",
-                  loss="training")
-    for (key, label), color in zip(curves.items(), ("tab:red", "tab:blue", "0.6"), strict=True):
+    for key, label, color in (("val_loss_shuffled", "validation, vectors shuffled", "tab:red"),
+                              ("val_loss", "validation, vectors", "tab:blue"),
+                              ("loss", "training", "0.6")):
         points = [(m["step"], m[key]) for m in metrics if key in m]
-        left.plot(*zip(*points, strict=True), label=label, color=color) if points else None
+        left.plot(*np.reshape(points, (-1, 2)).T, label=label, color=color)
     left.set(xlabel="step", ylabel="loss per response token", ylim=(0, None), title="training")
-    left.legend() if metrics else None
-    for i, (key, label) in enumerate(zip(colors, ("vectors shuffled", "vectors", "text"),
-                                         strict=True)):
-        have = [(k + 0.27 * (i - 1), t) for k, t in enumerate(result["tasks"].values()) if key in t]
-        values = np.array([t[key] for _, t in have])
-        low, high = np.array([t["intervals"][key] for _, t in have]).reshape(-1, 2).T
-        right.barh([y for y, _ in have], values, 0.25, label=label, color=colors[key],
-                   xerr=np.maximum(0, [values - low, high - values]), error_kw=dict(lw=0.8))
-    right.set_yticks(range(len(result["tasks"])), list(result["tasks"]))
-    right.invert_yaxis()
+    tasks = result["tasks"]
+    for shift, (key, label, color) in enumerate((("loss_shuffled", "vectors shuffled", "tab:red"),
+                                                 ("loss", "vectors", "tab:blue"),
+                                                 ("loss_text", "text", "tab:green"))):
+        bars = [(i + 0.27 * (shift - 1), t[key], *t["intervals"][key])
+                for i, t in enumerate(tasks.values()) if key in t]
+        place, value, low, high = np.reshape(bars, (-1, 4)).T
+        right.barh(place, value, 0.25, label=label, color=color, error_kw=dict(lw=0.8),
+                   xerr=np.maximum(0, [value - low, high - value]))
     carried = f", carried {result['carried']:.2f}" if "carried" in result else ""
-    right.set(xlabel="loss per response token, with 95 % intervals",
-              title=f"{result['split']}, {result['rows']} rows{carried}")
+    right.set(xlabel="loss per response token, with 95 % intervals", yticks=range(len(tasks)),
+              yticklabels=list(tasks), title=f"{result['split']}, {result['rows']} rows{carried}")
+    right.invert_yaxis()
+    left.legend()
     right.legend()
     figure.savefig(path, format="png")
 
@@ -1773,40 +1778,40 @@ def generate(o: GenerateOptions) -> None:
     """Answers about the vectors of a file as lines of JSON, as they come. Raises: UserError."""
     vectors, known = open_vectors(Path(o.embeddings)), vars(GenerationConfig())
     check_width(vectors, Adapter.load(o.adapter)[0], o.embeddings)
-    rows = list(range(len(vectors))) if o.rows is None else list(o.rows)
-    for i in o.mix[:2] if o.mix and len(o.mix) == 3 else rows:
+    if o.mix is not None and (o.rows is not None or len(o.mix) != 3):
+        raise UserError("mix: has the form [i, j, t], two rows and a number, and stands for rows=")
+    rows = range(len(vectors)) if o.rows is None else o.rows
+    for i in o.mix[:2] if o.mix else rows:
         if i not in range(len(vectors)):
             raise UserError(f"{'mix' if o.mix else 'rows'}: no row {i} among {len(vectors)}")
-    if o.mix and (o.rows or len(o.mix) != 3):
-        raise UserError("mix: has the form [i, j, t], two rows and a number, and stands for rows=")
     if (o.query is None) == (o.queries is None):
         raise UserError("query or queries: give one of them")
     for key in o.extra:
         if key not in known:
             raise UserError(f"{key}: not an option of generate{nearest(key, known)}")
-    queries = [o.query] if o.query else [*read_texts(Path(o.queries))]
-    if o.mix:
-        rows, (i, j, t) = [list(o.mix)], o.mix
-        vectors = slerp(vectors[int(i)].float(), vectors[int(j)].float(), t)[None]
+    queries = [o.query] if o.queries is None else [*read_texts(Path(o.queries))]
     if o.out:
         check_new(Path(o.out))
+    if o.mix:
+        i, j, t = o.mix
+        rows, vectors = [0], slerp(vectors[int(i)].float(), vectors[int(j)].float(), t)[None]
     elm, out = ELM.load(o.adapter, o.llm), None
     torch.manual_seed(o.seed)
-    pairs = [(row, query) for query in queries for row in rows]
-    bar = tqdm(total=len(pairs), unit="answer", disable=not o.out and sys.stdout.isatty())
-    for start in range(0, len(pairs), o.batch_size):
-        some = pairs[start : start + o.batch_size]
-        which = torch.tensor([0 if o.mix else row for row, _ in some])
+    pairs, total = ((row, q) for q in queries for row in rows), len(queries) * len(rows)
+    bar = tqdm(total=total, unit="answer", disable=not o.out and sys.stdout.isatty())
+    while some := list(islice(pairs, o.batch_size)):
+        which = torch.tensor([row for row, _ in some])
         try:
             texts = elm.generate(vectors[which].float(), [q for _, q in some], **o.extra)
         except (ValueError, TypeError, ArithmeticError) as e:  # at the value of an option
             raise UserError(f"generate: {' '.join(str(e).split())[:300]}") from None
         out = out or (open(o.out, "x", encoding="utf-8") if o.out else sys.stdout)
         for (row, query), text in zip(some, texts, strict=True):
-            entry = dict(row=row, query=query, answer=text)
+            entry = dict(row=o.mix or row, query=query, answer=text)
             out.write(json.dumps(entry, ensure_ascii=False) + "\n")
         out.flush()
         bar.update(len(some))
+    bar.close()
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -1853,6 +1858,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except SystemExit as stopped:
         return stopped.code
+    except KeyboardInterrupt:
+        tqdm.write("elm: stopped", sys.stderr)
+        return 128 + signal.SIGINT
 
 def run() -> None:
     code = main()

@@ -152,9 +152,7 @@ def test_bad_input_of_generate(trained, tmp_path, capsys):
         (["rows=[200]"], "rows: no row 200 among 200"),
         (["rows=[-1]"], "rows: no row -1 among 200"),
         (["rows=3"], "rows = 3: must be list of int"),
-        (["mix=[0, 1]", "rows=[]"], "mix: has the form"),
-        (["mix=[0, 999, 0.5]", "rows=[]"], "mix: no row 999"),
-        (["mix=[0, 1.5, 0.5]", "rows=[]"], "mix: no row 1.5"),
+        (["mix=[0, 1, 0.5]"], "mix: has the form .* and stands for rows="),
         (["embeddings=" + str(tmp_path / "narrow.safetensors")],
          r"narrow.safetensors: \[3, 7\], but the adapter reads \[n, 128\]"),
         ([f"adapter={tmp_path / 'nowhere'}"], "nowhere"),
@@ -172,6 +170,9 @@ def test_bad_input_of_generate(trained, tmp_path, capsys):
     for more, message in cases:
         refused(capsys, [*start, *more], message)
     refused(capsys, ["generate", "query=Q", f"embeddings={VECTORS}"], "adapter is missing")
+    refused(capsys, [*start[:4], "mix=[0, 1]"], "mix: has the form")
+    refused(capsys, [*start[:4], "mix=[0, 999, 0.5]"], "mix: no row 999")
+    refused(capsys, [*start[:4], "mix=[0, 1.5, 0.5]"], "mix: no row 1.5")
     empty = f"queries={tmp_path / 'none.txt'}"
     refused(capsys, [*start[:3], empty], "none.txt: is empty")
     assert taken.read_text() == "precious"

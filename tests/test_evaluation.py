@@ -81,9 +81,9 @@ def test_byte_level_scorers_see_a_space_before_the_first_word(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
     torch.manual_seed(0)
     size = dict(hidden_size=16, num_attention_heads=2, intermediate_size=16, num_hidden_layers=2)
-    RobertaModel(
-        RobertaConfig(vocab_size=300, max_position_embeddings=64, **size)
-    ).save_pretrained(tmp_path)
+    RobertaModel(RobertaConfig(vocab_size=300, max_position_embeddings=64, **size)).save_pretrained(
+        tmp_path
+    )
     tok, layers = elm.scorer_parts(elm.EvalConfig(bertscore_model=str(tmp_path)))
     assert tok.tokenize("ab") == ["Ġ", "a", "b"] and layers == 2
     cfg = elm.EvalConfig(bertscore_model=str(tmp_path), bertscore_layers=1)
@@ -110,9 +110,11 @@ def test_measures_are_ratios_of_sums_and_vectors_are_drawn_whole():
     num, den = rng.gamma(2.0, size=200), rng.integers(1, 9, 200).astype(float)
     nothing, mask = np.zeros(200), rng.random(200) < 0.7
     split = split_of(which)
-    told = elm.summarize(split, {"loss": (num, den), "none": (num, nothing)}, mask)
+    measures = {"loss": np.stack([num, den]), "none": np.stack([num, nothing])}
+    told = elm.summarize(split, measures, mask)
     assert told["loss"] == pytest.approx(num[mask].sum() / den[mask].sum())
-    assert told["rows"] == mask.sum() and "none" not in told and "none" not in told["intervals"]
+    assert told["rows"] == mask.sum() and "none" not in told
+    assert list(told["intervals"]) == ["loss"]
     low, high = told["intervals"]["loss"]
     used, draws, again = np.unique(which[mask]), [], np.random.default_rng(7)
     for _ in range(4000):  # the same by picking rows
@@ -122,7 +124,7 @@ def test_measures_are_ratios_of_sums_and_vectors_are_drawn_whole():
         draws.append(num[rows].sum() / den[rows].sum())
     expected = np.percentile(draws, (2.5, 97.5))
     assert np.abs(np.array([low, high]) - expected).max() < 0.15 * (expected[1] - expected[0])
-    assert told == elm.summarize(split, {"loss": (num, den)}, mask)
+    assert told == elm.summarize(split, {"loss": np.stack([num, den])}, mask)
 
 
 def test_intervals_cover_the_truth_nineteen_times_in_twenty():
@@ -131,7 +133,8 @@ def test_intervals_cover_the_truth_nineteen_times_in_twenty():
     for _ in range(trials):
         which = np.repeat(np.arange(60), 4)
         num = 2.0 + rng.normal(size=60)[which] + 0.2 * rng.normal(size=240)
-        told = elm.summarize(split_of(which), {"x": (num, np.ones(240))}, np.ones(240, bool), 200)
+        pair, everywhere = np.stack([num, np.ones(240)]), np.ones(240, bool)
+        told = elm.summarize(split_of(which), {"x": pair}, everywhere, draws=200)
         hits += told["intervals"]["x"][0] <= 2.0 <= told["intervals"]["x"][1]
     assert 0.90 < hits / trials < 0.98
 
