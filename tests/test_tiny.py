@@ -2,10 +2,12 @@
 
 import json
 import random
+import re
 
 import make
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, deepspeed_launcher, read_jsonl, run
 from transformers import AutoTokenizer
 
@@ -68,6 +70,38 @@ def test_embedder_makes_the_shipped_vectors():
     assert tok("x")["input_ids"][-1] == tok.convert_tokens_to_ids("<|endoftext|>")
 
 
+def test_a_linear_probe_reads_every_attribute_from_the_vectors():
+    """So no task is beyond an adapter: each answer follows from these eight."""
+    latent = dict(
+        field=[f[0] for f in make.FIELDS],
+        object=[o for f in make.FIELDS for o in f[2].split()],
+        method=[m[0] for m in make.METHODS],
+        place=[c[0] for c in make.COUNTRIES],
+        property=[p[0] for p in make.PROPERTIES],
+        direction=["|".join(d[3]) for d in make.DIRECTIONS],
+        cause=make.CAUSES,
+        limit=[x[0] for x in make.LIMITS],
+    )
+    texts, vectors = {}, {}
+    for split in ("train", "test"):
+        told = {r["embedding_file_idx"]: r["text"] for r in rows(split)}
+        texts[split] = [told[i] for i in range(len(told))]
+        path = TINY / "embeddings" / f"{split}_embeddings.safetensors"
+        vectors[split] = elm.open_vectors(path).double()
+    mean, std = vectors["train"].mean(0), vectors["train"].std(0)
+    x, y = (F.pad((vectors[s] - mean) / std, (0, 1), value=1.0) for s in ("train", "test"))
+    ridge = torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]).double(), x.T)
+    for name, values in latent.items():
+        patterns = [re.compile(rf"\b({v})\b") for v in values]
+        train, test = (
+            torch.tensor([[bool(p.search(t)) for p in patterns] for t in texts[s]]).double()
+            for s in ("train", "test")
+        )
+        assert (test.sum(1) == 1).all(), name
+        accuracy = ((y @ (ridge @ train)).argmax(1) == test.argmax(1)).double().mean()
+        assert accuracy > 0.95, (name, accuracy)
+
+
 def test_scorer_prefers_the_right_answer(world):
     from bert_score import BERTScorer
 
@@ -96,6 +130,11 @@ def test_the_readme_run_shows_that_the_vector_is_read(tmp_path):
     result = json.loads((tmp_path / "eval.json").read_text())
     assert 0.85 < result["carried"] < 0.99
     assert result["loss_text"] < 0.1 < result["loss"] < 0.6 and result["loss_shuffled"] > 2
+    assert all(task["carried"] > 0.6 for task in result["tasks"].values())
+    intervals = result["intervals"]
+    assert intervals["bertscore_composite"][0] > intervals["bertscore_composite_shuffled"][1]
+    assert intervals["consistency"][0] > intervals["consistency_shuffled"][1]
+    assert result["mrr"] > 5 * result["mrr_shuffled"] and result["empty_rate"] == 0
     val = [m["val_loss"] for m in read_jsonl(tmp_path / "metrics.jsonl") if "val_loss" in m]
     assert len(val) >= 4 and val[0] > 4 * val[-1]
     assert done.stdout.count("reference  ") == done.stdout.count("prediction  ") == 5
