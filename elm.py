@@ -177,51 +177,50 @@ def nearest(name: str, names: Any) -> str:
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f", did you mean {match[0]}?" if match else f"; known are {', '.join(names)}"
 
-def check_table(kind: type, entries: dict, name: str = "") -> tuple[dict, dict[str, str]]:
-    """(values for the dataclass `kind`, mistakes by dotted name). A key that it does not have goes
-    into its `extra`, if it has that."""
-    hints, values, mistakes = get_type_hints(kind, include_extras=True), {}, {}
+def check_table(kind: type, entries: dict, name: str = "") -> tuple[dict, list[str]]:
+    """(values for the dataclass `kind`, mistakes, each of which begins with its dotted key). A key
+    that it does not have goes into its `extra`, if it has that."""
+    hints, values, errors = get_type_hints(kind, include_extras=True), {}, []
     known = [name + key for key in hints if key != "extra"]
     for key, value in entries.items():
-        dotted = name + key
-        if dotted in known and not fits(value, hints[key]):
-            kinds = describe(kind.__annotations__[key])
-            mistakes[dotted] = f"{dotted} = {value!r}: must be {kinds}"
-        elif dotted in known:
+        if name + key in known and not fits(value, hints[key]):
+            wanted = describe(kind.__annotations__[key])
+            errors.append(f"{name}{key} = {value!r}: must be {wanted}")
+        elif name + key in known:
             values[key] = tuple(value) if isinstance(value, list) else value
         elif "extra" in hints:
             values.setdefault("extra", {})[key] = value
         else:
-            mistakes[dotted] = f"{dotted}: unknown key{nearest(dotted, known)}"
+            errors.append(f"{name}{key}: unknown key{nearest(name + key, known)}")
     for f in dataclasses.fields(kind):
         if f.default is f.default_factory is dataclasses.MISSING and f.name not in entries:
-            mistakes[name + f.name] = f"{name + f.name} is missing: {name + f.name}=…"
-    return values, mistakes
+            errors.append(f"{name}{f.name}: is missing")
+    return values, errors
 
 def build_config(tables: dict, source: str = "config", overridden: tuple[str, ...] = ()) -> Config:
     """Nested dicts as a Config. Raises: UserError with one line for each mistake, all at once, that
     names `source` unless the key is in `overridden`."""
-    mistakes, values = {}, {}
+    errors, values = [], {}
     for name, entries in tables.items():
         if name not in SECTIONS or not isinstance(entries, dict):
-            mistakes[name] = f"{name}: is not a table of settings{nearest(name, SECTIONS)}"
+            errors.append(f"{name}: is not a table of settings{nearest(name, SECTIONS)}")
             continue
         values[name], wrong = check_table(SECTIONS[name], entries, f"{name}.")
-        mistakes |= wrong
+        errors += wrong
     for key, value in values.get("deepspeed", {}).get("extra", {}).items():
         if key in OWNED or key in ZERO and (type(value) is not dict or "stage" in value):
-            mistakes[f"deepspeed.{key}"] = (f"deepspeed.{key}: elm computes it, from [train], "
-                                            "[model] and zero_stage")
+            errors.append(f"deepspeed.{key}: elm computes it, from [train], [model] and zero_stage")
         elif key not in ZERO and difflib.get_close_matches(key, ZERO, 1, 0.8):
-            mistakes[f"deepspeed.{key}"] = f"deepspeed.{key}: unknown key{nearest(key, ZERO)}"
+            errors.append(f"deepspeed.{key}: unknown key{nearest(key, ZERO)}")
     tasks = values.get("data", {}).get("tasks", TASKS)
-    mistakes |= {f"data.tasks {t}": f"data.tasks: unknown task {t!r}{nearest(t, TASKS)}"
-                 for t in tasks or [""] if t not in TASKS}
-    mistakes |= {f"loss.{k}": f"loss.{k}: not built yet, set it to 0.0"
-                 for k in ("drift_weight", "distill_weight") if values.get("loss", {}).get(k)}
-    if mistakes:
-        raise UserError("\n".join(f"{'override' if k.split()[0] in overridden else source}: {text}"
-                                  for k, text in mistakes.items()))
+    errors += [f"data.tasks: unknown task {t!r}{nearest(t, TASKS)}" for t in tasks or [""]
+               if t not in TASKS]
+    errors += [f"loss.{k}: not built yet, set it to 0.0" for k in ("drift_weight", "distill_weight")
+               if values.get("loss", {}).get(k)]
+    if errors:
+        place = {name: "override" for name in overridden}
+        raise UserError("\n".join(f"{place.get(re.split('[ :]', e)[0], source)}: {e}"
+                                  for e in errors))
     return Config(**{name: SECTIONS[name](**v) for name, v in values.items()})
 
 def read_override(text: str) -> tuple[str, Any]:
@@ -256,9 +255,9 @@ def load_config(path: str | None = None, overrides: list[str] | tuple[str, ...] 
 
 def read_options(kind: type, arguments: list[str]) -> Any:
     """`key=value` arguments as the dataclass `kind`. Raises: UserError, all mistakes at once."""
-    values, mistakes = check_table(kind, dict(map(read_override, arguments)))
-    if mistakes:
-        raise UserError("\n".join(mistakes.values()))
+    values, errors = check_table(kind, dict(map(read_override, arguments)))
+    if errors:
+        raise UserError("\n".join(errors))
     return kind(**values)
 
 def to_tables(cfg: Config) -> dict[str, dict]:  # the inverse of build_config
@@ -306,7 +305,8 @@ def need(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"{package} is not installed: pip install {package}") from None
+        name = package.split(".")[0]
+        raise UserError(f"{name} is not installed: pip install {name}") from None
 
 def start_runtime(cfg: Config) -> Runtime:
     """Join the processes that the `deepspeed` launcher started, or be one process alone."""

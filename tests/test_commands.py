@@ -169,7 +169,7 @@ def test_bad_input_of_generate(trained, tmp_path, capsys):
     ]  # fmt: skip
     for more, message in cases:
         refused(capsys, [*start, *more], message)
-    refused(capsys, ["generate", "query=Q", f"embeddings={VECTORS}"], "adapter is missing")
+    refused(capsys, ["generate", "query=Q", f"embeddings={VECTORS}"], "adapter: is missing")
     refused(capsys, [*start[:4], "mix=[0, 1]"], "mix: has the form")
     refused(capsys, [*start[:4], "mix=[0, 999, 0.5]"], "mix: no row 999")
     refused(capsys, [*start[:4], "mix=[0, 1.5, 0.5]"], "mix: no row 1.5")

@@ -88,6 +88,19 @@ def test_all_mistakes_of_a_file_at_once(tmp_path):
     assert len(lines) == 4 and all(line.startswith(f"{path}: ") for line in lines)
 
 
+def test_a_mistake_is_blamed_on_where_it_stands(tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_text("[train]\nepochs = 0\n[data]\ntasks = ['summary']\n")
+    with pytest.raises(elm.UserError) as e:
+        elm.load_config(str(path), ["train.lr=fast", 'data.tasks=["nope", 1]', "data.dirr=x"])
+    assert str(e.value).splitlines() == [
+        f"{path}: train.epochs = 0: must be int in [1, inf)",
+        "override: train.lr = 'fast': must be float in (0, inf)",
+        "override: data.tasks = ['nope', 1]: must be list of str",
+        "override: data.dirr: unknown key, did you mean data.dir?",
+    ]
+
+
 def test_unreadable_files(tmp_path):
     path = tmp_path / "broken.toml"
     path.write_text("[train]\nlr = \n")
