@@ -7,7 +7,7 @@ text that it sees only as a vector. The adapter is all that is trained.
     deepspeed elm.py train.toml                       train, on every GPU there is (or the CPU)
     deepspeed elm.py train.toml train.resume=auto     go on where a stopped run was last saved
     python elm.py train.toml train.lr=2e-4            in one process, with an override
-    python elm.py eval train.toml adapter=PATH        the report of training's end on any adapter
+    python elm.py eval train.toml adapter=PATH output.dir=NEW           a report on any adapter
     python elm.py generate adapter=PATH embeddings=FILE query="…"       answers about vectors
     python elm.py embed texts.jsonl out.safetensors   vectors of texts
     python elm.py filter train.toml OUT 'data.tasks=["summary"]'        a data set of some tasks
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fcntl
 import hashlib
 import importlib
 import json
@@ -39,7 +40,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -170,7 +171,8 @@ def fits(value: Any, hint: Any) -> bool:  # an integer serves as a float, a bool
 
 def describe(annotation: str) -> str:  # as "float in (0, inf)", "bool or 'auto'"
     text = re.sub(r"Annotated\[(\w+), '(.*?)'\]", r"\1 in \2", annotation.replace(" | None", ""))
-    text = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list of \1", text)
+    text = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list of \1, [ ] quoted from the shell", text)
+    text = text.replace("bool", "true or false")
     return re.sub(r"Literal\[(.*?)\]", r"\1", text).replace(" | ", " or ")
 
 def nearest(name: str, names: Any) -> str:
@@ -203,7 +205,7 @@ def build_config(tables: dict, source: str = "config", overridden: tuple[str, ..
     errors, values = [], {}
     for name, entries in tables.items():
         if name not in SECTIONS or not isinstance(entries, dict):
-            errors.append(f"{name}: is not a table of settings{nearest(name, SECTIONS)}")
+            errors.append(f"{name}: is not a table of section.key=value{nearest(name, SECTIONS)}")
             continue
         values[name], wrong = check_table(SECTIONS[name], entries, f"{name}.")
         errors += wrong
@@ -218,9 +220,9 @@ def build_config(tables: dict, source: str = "config", overridden: tuple[str, ..
     errors += [f"loss.{k}: not built yet, set it to 0.0" for k in ("drift_weight", "distill_weight")
                if values.get("loss", {}).get(k)]
     if errors:
-        place = {name: "override" for name in overridden}
-        raise UserError("\n".join(f"{place.get(re.split('[ :]', e)[0], source)}: {e}"
-                                  for e in errors))
+        def place(key: str) -> str:
+            return "override" if any(f"{o}.".startswith(f"{key}.") for o in overridden) else source
+        raise UserError("\n".join(f"{place(re.split('[ :]', e)[0])}: {e}" for e in errors))
     return Config(**{name: SECTIONS[name](**v) for name, v in values.items()})
 
 def read_override(text: str) -> tuple[str, Any]:
@@ -243,8 +245,6 @@ def load_config(path: str | None = None, overrides: list[str] | tuple[str, ...] 
     overridden = dict(map(read_override, overrides))
     for name, value in overridden.items():
         *parents, key = name.split(".")
-        if not parents:
-            raise UserError(f"{name}: an override has the form section.key=value")
         place = tables
         for parent in parents:
             place = place.setdefault(parent, {})
@@ -336,15 +336,25 @@ def start_runtime(cfg: Config) -> Runtime:
 def whole_file(path: Path):
     """A temporary path that becomes `path`, whole and on disk, or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # of this user's umask; safetensors makes files private
     yield temporary
     with open(temporary, "rb+") as f:
+        os.fchmod(f.fileno(), mode)
         os.fsync(f.fileno())
     os.replace(temporary, path)
 
-def check_new(path: Path) -> None:
-    """Raises: UserError if `path` exists or could not be made, before anything is computed."""
-    if path.exists() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: exists already, or cannot be made there; choose another name")
+def check_file(path: str | Path) -> None:
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such file")
+
+def check_new(*paths: Path) -> None:
+    """Raises: UserError if one exists or could not be made, before anything is computed."""
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path}: exists already; choose another place")
+        if not os.access(path.parent, os.W_OK):
+            raise UserError(f"{path}: its folder is not there, or cannot be written to")
 
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as temporary:
@@ -371,6 +381,11 @@ ROW = np.dtype([  # of the token cache; start and length: where the two forms li
     ("line", "i8"), ("byte", "i8"), ("vector", "i8"), ("start", "i8", 2), ("length", "i4", 2),
     ("slot", "i4"), ("response", "i4"), ("task", "i2")])
 
+def check_query(query: str) -> str:
+    if query.count(SLOT) > 1:
+        raise UserError(f"{query!r}: a query has one {SLOT} at most")
+    return query
+
 class Prompt(NamedTuple):  # the LLM's chat template around one user turn
     tokenizer: Any
     head: str
@@ -392,10 +407,8 @@ class Prompt(NamedTuple):  # the LLM's chat template around one user turn
         return Prompt(tokenizer, head, tail)
 
     def parts(self, query: str) -> list[str]:
-        """[before, after] the place of the vector."""
-        before, slot, after = query.strip().partition(SLOT)
-        if SLOT in after:
-            raise UserError(f"{query!r}: a query has one {SLOT} at most")
+        """[before, after] the place of the vector. Raises: UserError if there are several."""
+        before, slot, after = check_query(query).strip().partition(SLOT)
         return [self.head + before * bool(slot), (after if slot else f"\n{before}") + self.tail]
 
     def ids(self, texts: list[str]) -> list[list[int]]:
@@ -403,6 +416,7 @@ class Prompt(NamedTuple):  # the LLM's chat template around one user turn
 
 def open_vectors(path: Path) -> Tensor:
     """The one table [N, E] (fp32, fp16, bf16) of a safetensors file, mapped. Raises: UserError."""
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as f:
             tensors = [f.get_tensor(k) for k in f.keys()]
@@ -463,8 +477,7 @@ def parse_row(line: bytes, num_vectors: int) -> dict:
         raise ValueError(f"unknown task_type {task!r}{nearest(task, TASKS)}")
     if not 0 <= row["embedding_file_idx"] < num_vectors:
         raise ValueError(f"embedding_file_idx {row['embedding_file_idx']} of {num_vectors} vectors")
-    if row["query"].count(SLOT) > 1:
-        raise ValueError(f"the query has more than one {SLOT}")
+    check_query(row["query"])
     if not row["response"].strip():
         raise ValueError("field 'response' is empty")
     return row
@@ -603,7 +616,7 @@ def filter_tasks(data: DataConfig, folder: Path) -> None:
             with open(target[1], "w", encoding="utf-8") as f:
                 for *_, row in read_rows(source[1], data.tasks, len(vectors), counts):
                     row["embedding_file_idx"] = int(place[row["embedding_file_idx"]])
-                    f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    f.write(json.dumps(row) + "\n")
                     counts["rows"] += 1
             print(f"{split}: {counts['rows']} of {sum(counts.values())} rows, {len(kept)} of "
                   f"{len(vectors)} vectors")
@@ -729,6 +742,7 @@ class Adapter(nn.Module):
     @staticmethod
     def load(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
         """The adapter of a file, in eval mode on the CPU, and its metadata. Raises: UserError."""
+        check_file(path)
         try:
             with safe_open(path, framework="pt") as f:
                 metadata = json.loads((f.metadata() or {}).get("elm", "{}"))
@@ -814,22 +828,40 @@ class HeadLoss(torch.autograd.Function):
         return (gradient[:, None] * of_hidden).to(of_hidden.dtype), None, None, None
 
 @contextmanager
-def packed(llm: Any):
-    own = llm.config._attn_implementation
-    llm.config._attn_implementation = "elm_packed"
+def swapped(owner: Any, name: str, value: Any):
+    own = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        llm.config._attn_implementation = own
+        setattr(owner, name, own)
 
-def load_pretrained(auto: Any, name: str, place: str, **options: Any) -> Any:
-    """auto.from_pretrained(name). Raises: UserError naming `place`, the config key."""
+def packed(llm: Any) -> Any:
+    return swapped(llm.config, "_attn_implementation", "elm_packed")
+
+@contextmanager
+def loading(name: str, place: str):
+    """Raises: UserError naming `place`, the config key, for what goes wrong within."""
     if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"{place}: no folder {name}, nor is that the name of a model on the hub")
     try:
-        return auto.from_pretrained(name, trust_remote_code=False, **options)
+        yield
     except (OSError, ValueError, SafetensorError) as e:
         raise UserError(f"{place}: cannot load {name}: {' '.join(str(e).split())[:300]}") from None
+
+@contextmanager
+def quietly():
+    """Without transformers' table of the weights that a headless model leaves out."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+def load_pretrained(auto: Any, name: str, place: str, **options: Any) -> Any:
+    with loading(name, place):
+        return auto.from_pretrained(name, trust_remote_code=False, **options)
 
 def load_llm(name: str, device: torch.device, bf16: bool, place: str = "model.llm") -> Any:
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -933,6 +965,7 @@ class ELM(nn.Module):
     @torch.no_grad()
     def prompt_embeds(self, embedding: Tensor, query: str) -> Tensor:
         """[E] -> [T, D] in the LLM's dtype: the prompt with the vector in its place."""
+        check_width(embedding[None], self.adapter)
         embed, device = self.llm.get_input_embeddings(), self.adapter.scale.device
         before, after = (embed(torch.tensor(ids, dtype=torch.long, device=device))
                          for ids in self.prompt.ids(self.prompt.parts(query)))
@@ -948,19 +981,21 @@ class ELM(nn.Module):
         queries = [query] * len(embeddings) if isinstance(query, str) else query
         if len(queries) != len(embeddings):
             raise UserError(f"{len(queries)} queries for {len(embeddings)} vectors")
-        end, answers = self.prompt.tokenizer.eos_token_id, []
-        if not options.get("do_sample"):  # whatever the LLM's generation_config.json says
-            options = dict(do_sample=False, temperature=None, top_p=None, top_k=None) | options
-        options = dict(eos_token_id=end, pad_token_id=end) | options
+        end, answers, training = self.prompt.tokenizer.eos_token_id, [], self.training
+        options = dict(eos_token_id=end, pad_token_id=end, do_sample=False) | options
+        # Greedy is greedy whatever the LLM's generation_config.json says; sampling is as that says.
+        config = self.llm.generation_config if options["do_sample"] else GenerationConfig()
         self.eval()
-        for i in range(0, len(embeddings), batch_size):
-            pairs = zip(embeddings[i : i + batch_size], queries[i : i + batch_size], strict=True)
-            prompts = [self.prompt_embeds(e, q) for e, q in pairs]
-            mask = [torch.ones_like(p[:, 0], dtype=torch.long) for p in prompts]
-            left = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-            out = self.llm.generate(inputs_embeds=left(prompts), attention_mask=left(mask),
-                                    max_new_tokens=max_new_tokens, **options)
-            answers += self.prompt.tokenizer.batch_decode(out, skip_special_tokens=True)
+        with swapped(self.llm, "generation_config", config):
+            for i in range(0, len(embeddings), batch_size):
+                some = zip(embeddings[i : i + batch_size], queries[i : i + batch_size], strict=True)
+                prompts = [self.prompt_embeds(e, q) for e, q in some]
+                mask = [torch.ones_like(p[:, 0], dtype=torch.long) for p in prompts]
+                left = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+                out = self.llm.generate(inputs_embeds=left(prompts), attention_mask=left(mask),
+                                        max_new_tokens=max_new_tokens, **options)
+                answers += self.prompt.tokenizer.batch_decode(out, skip_special_tokens=True)
+        self.train(training)
         return answers
 
 def plan_memory(llm: Any, setting: bool | str, free: float = math.inf) -> tuple[int, int]:
@@ -997,6 +1032,20 @@ class EmbedOptions:
     max_tokens: Annotated[int, "[1, inf)"] | None = None  # None: what the model takes
     bf16: bool = True
 
+def reach(model: Any, tok: Any) -> int:
+    """How many tokens a model reads. RoBERTa's kind begins to count after the padding token."""
+    most = getattr(model.config, "max_position_embeddings", None) or 512
+    for name, part in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
+            most = part.num_embeddings - part.padding_idx - 1
+    return min(most, tok.model_max_length)
+
+def check_embedder(name: str, place: str) -> Any:
+    config = load_pretrained(AutoConfig, name, place)
+    if config.is_encoder_decoder or config.model_type == "t5":
+        raise UserError(f"{place}: {name} is neither an encoder nor a decoder")
+    return config
+
 class Embedder(NamedTuple):
     model: Any
     tokenizer: Any
@@ -1006,17 +1055,17 @@ class Embedder(NamedTuple):
 
     @staticmethod
     def load(o: EmbedOptions, place: str, device: Any) -> Embedder:
-        config = load_pretrained(AutoConfig, o.model, place)
+        config = check_embedder(o.model, place)
         tok = load_pretrained(AutoTokenizer, o.model, place)
-        if config.is_encoder_decoder:
-            raise UserError(f"{place}: {o.model} is neither an encoder nor a decoder")
         dtype = torch.bfloat16 if o.bf16 else torch.float32
-        model = load_pretrained(AutoModel, o.model, place, dtype=dtype).to(device).eval()
+        with quietly():
+            model = load_pretrained(AutoModel, o.model, place, dtype=dtype).to(device).eval()
         encoder = (config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
                    or getattr(config, "use_bidirectional_attention", False))
-        reach = getattr(config, "max_position_embeddings", None) or tok.model_max_length
-        return Embedder(model, tok, o.pooling or ("mean" if encoder else "last"),
-                        min(reach, tok.model_max_length, o.max_tokens or reach),
+        limit = min(reach(model, tok), o.max_tokens or math.inf)
+        if limit <= tok.num_special_tokens_to_add():
+            raise UserError(f"max_tokens = {limit}: {o.model} needs that many beside the text")
+        return Embedder(model, tok, o.pooling or ("mean" if encoder else "last"), limit,
                         f"Instruct: {o.instruction}\nQuery:" if o.instruction else "")
 
     @torch.no_grad()
@@ -1054,11 +1103,14 @@ def read_texts(path: Path):
         for number, line in enumerate(lines, 1):
             try:
                 text = line.decode().rstrip("\r\n")
-                text = json.loads(text)["text"] if path.suffix == ".jsonl" else text
-                empty = not text.encode().strip()  # a lone surrogate is a ValueError
-            except (ValueError, TypeError, KeyError, AttributeError) as e:
-                raise UserError(f"{path}:{number}: no UTF-8, or no `text`: {e!r}") from None
-            if empty:
+                if text.strip() and path.suffix == ".jsonl":
+                    text = json.loads(text)["text"]
+                text.encode()  # a lone surrogate is a ValueError
+            except UnicodeError:
+                raise UserError(f"{path}:{number}: not UTF-8") from None
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise UserError(f'{path}:{number}: not of the form {{"text": "…"}}') from None
+            if not text.strip():
                 raise UserError(f"{path}:{number}: the text is empty")
             yield text
     if not number:
@@ -1068,20 +1120,27 @@ def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> No
     """Embed a file of texts into safetensors [N, width] fp32. The file grows by blocks under a name
     that says what it is made from, so that the same command goes on after a kill."""
     check_new(out)
+    check_file(texts)
     num, stat = sum(1 for _ in read_texts(texts)), texts.stat()
     embedder = Embedder.load(o, "model", "cuda" if torch.cuda.is_available() else "cpu")
-    width = embedder.model.config.hidden_size
+    width, files = embedder.model.config.hidden_size, sorted(Path(o.model).glob("*"))
     about = dataclasses.asdict(o) | dict(pooling=embedder.pooling)
     head = table_head((num, width), torch.float32, **{k: str(v) for k, v in about.items()})
-    made_from = repr((str(texts.resolve()), stat.st_size, stat.st_mtime_ns, head, block))
+    made_from = repr((str(texts.resolve()), stat.st_size, stat.st_mtime_ns, head, block,
+                      [(p.name, p.stat().st_mtime_ns) for p in files]))
     key, cuts = hashlib.sha256(made_from.encode()).hexdigest()[:12], 0
     growing = out.with_name(f".{out.name}.{key}.tmp")
     with open(growing, "ab") as f:
-        blocks = max(0, f.tell() - len(head)) // (4 * width * block)
-        f.truncate(len(head) + 4 * width * block * blocks if blocks else 0)
-        f.write(b"" if blocks else head)
-        bar = tqdm(total=num, initial=blocks * block, unit="text")
-        rest = islice(read_texts(texts), blocks * block, None)
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another process is at it") from None
+        check_new(out)  # or has just ended
+        done = max(0, f.tell() - len(head)) // (4 * width * block) * block
+        f.truncate(len(head) + 4 * width * done if done else 0)
+        f.write(b"" if done else head)
+        bar = tqdm(total=num, initial=done, unit="text")
+        rest = islice(read_texts(texts), done, None)
         while some := list(islice(rest, block)):
             vectors, cut_short = embedder.embed(some)
             if not vectors.isfinite().all():
@@ -1091,10 +1150,10 @@ def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> No
             os.fsync(f.fileno())
             bar.update(len(some))
             cuts += cut_short
+        os.replace(growing, out)
     bar.close()
-    os.replace(growing, out)
     print(f"{out}: {num} vectors of width {width}, {embedder.pooling} pooling; {cuts} texts cut to "
-          f"{embedder.limit} tokens")
+          f"{embedder.limit} tokens" + f", of the last {num - done}" * bool(done))
 
 # -----------------------------------------------------------------------------
 # Optimization: the schedule, AdamW inside DeepSpeed, and its state as plain tensors
@@ -1183,6 +1242,7 @@ class TrainState:  # what the loop carries on, beside the adapter and its optimi
 
 def load_checkpoint(path: Path) -> dict:
     """Runs no code from the file. Raises: UserError if it is not a whole checkpoint."""
+    check_file(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return saved | {"state": TrainState(**saved["state"])}
@@ -1194,6 +1254,8 @@ def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
     """The checkpoint that train.resume names; "auto": the whole one of the most steps, if any.
     Raises: UserError, also if the folder holds another run."""
     folder, resume, found = Path(cfg.output.dir), cfg.train.resume, []
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output.dir: {folder} is not a folder")
     steps = sorted(folder.glob("checkpoint_step_*.pt"), key=lambda p: int(p.stem.split("_")[2]))
     if resume != "auto":
         other = resume is None or Path(resume).resolve().parent != folder.resolve()
@@ -1208,13 +1270,19 @@ def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
             rt.say(f"passed over: {e}")
         if found and path in steps:
             break
+    if not found:
+        rt.say(f"train.resume: {folder} holds no checkpoint; this is a new run")
     return max(found, key=lambda saved: saved["state"].step, default=None)
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl that are whole; none if it is not there."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(x) for x in lines if x.endswith(b"\n")]
 
 def trim_metrics(path: Path, last_step: int) -> None:
     """Drop what a killed run wrote after its last checkpoint: those steps come again."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= last_step]
-    write_text(path, b"".join(kept).decode())
+    kept = [m for m in read_metrics(path) if m["step"] <= last_step]
+    write_text(path, "".join(json.dumps(m) + "\n" for m in kept))
 
 # -----------------------------------------------------------------------------
 # Evaluation: losses by vector, by another's vector and by text; answers
@@ -1244,47 +1312,53 @@ def control_losses(elm: ELM, split: Split, rt: Runtime, text: bool = False) -> d
         losses["loss_text"] = row_losses(elm, split, rt, BY_TEXT)
     return losses
 
-def answers(elm: ELM, queries: list[str], vectors: Tensor, limit: int, rt: Runtime) -> list[str]:
-    """Greedy answers of up to `limit` tokens to n queries about vectors [n, E]. The processes share
-    them by whole batches, so that not a bit depends on how many they are."""
+def answers(elm: ELM, split: Split, rows: np.ndarray, which: np.ndarray, limit: int, rt: Runtime):
+    """Greedy answers of up to `limit` tokens to the queries of `rows` about the vectors `which`.
+    The processes share them by whole batches: not a bit depends on how many they are."""
     rank, world = (0, 1) if elm.in_step else (rt.rank, rt.world)  # ZeRO-3: all make all of them
-    size, made = 16, {}
-    for i in tqdm(range(rank * size, len(queries), world * size), "answers", leave=False,
+    size, made, parts = 16, {}, [None] * world
+    for i in tqdm(range(rank * size, len(rows), world * size), "answers", leave=False,
                   disable=rt.rank > 0 or None):
-        made[i] = elm.generate(vectors[i : i + size], queries[i : i + size], limit, size)
-    parts = [made] * world
+        vectors = split.vectors[torch.from_numpy(which[i : i + size])]
+        queries = [split.raw(row)["query"] for row in rows[i : i + size]]
+        made[i] = elm.generate(vectors, queries, limit, size)
     if world > 1:
         torch.distributed.all_gather_object(parts, made)
-    made = {i: batch for part in parts for i, batch in part.items()}
+        made = {i: batch for part in parts for i, batch in part.items()}
     return [answer for i in sorted(made) for answer in made[i]]
 
-def scorer_parts(cfg: EvalConfig) -> tuple[Any, int]:
-    """(tokenizer, layer) for bert-score, which with transformers 5 fails at a tokenizer without a
-    length and takes the space from the first word of byte-level ones. Raises: UserError."""
-    place, name, known = "eval.bertscore_model", cfg.bertscore_model, need("bert_score").utils
-    config, tok = (load_pretrained(auto, name, place) for auto in (AutoConfig, AutoTokenizer))
-    if isinstance(tok, (known.GPT2Tokenizer, known.RobertaTokenizer)):
-        tok = load_pretrained(AutoTokenizer, name, place, add_prefix_space=True)
-    tok.model_max_length = min(tok.model_max_length,
-                               getattr(config, "max_position_embeddings", None) or 512)
-    layers = cfg.bertscore_layers or known.model2layers.get(name, config.num_hidden_layers)
+@lru_cache(1)
+def load_scorer(name: str, num_layers: int | None) -> Any:
+    """bert-score's scorer, on the CPU, in fp32, with a tokenizer that works: with transformers 5,
+    the library fails at one without a length, and at byte-level ones it takes the space from the
+    first word. Raises: UserError."""
+    place, bert_score = "eval.bertscore_model", need("bert_score")
+    config = load_pretrained(AutoConfig, name, place)
+    layers = num_layers or bert_score.utils.model2layers.get(name, config.num_hidden_layers)
     if layers > config.num_hidden_layers:
         raise UserError(f"eval.bertscore_layers = {layers}: {name} has {config.num_hidden_layers}")
-    return tok, layers
+    if "t5" in name and config.model_type != "t5":
+        raise UserError(f"{place}: bert-score takes {name} for a T5 by its name; rename or link it")
+    with quietly(), loading(name, place):
+        scorer = bert_score.BERTScorer(name, num_layers=layers, device="cpu")
+    tok, known = scorer._tokenizer, bert_score.utils
+    if isinstance(tok, (known.GPT2Tokenizer, known.RobertaTokenizer)):
+        tok = load_pretrained(AutoTokenizer, name, place, add_prefix_space=True)
+    tok.model_max_length, scorer._tokenizer = reach(scorer._model, tok), tok
+    scorer._model.float()
+    return scorer
 
 def bert_scores(cfg: EvalConfig, texts: list[str], references: list[str], device: Any):
     """(precision, recall and F1 [n, 3] of BERTScore, the library's hash of how they were made).
     Nothing scores 0. One pair at a time: in a batch, padding counts as a similarity of 0."""
-    tok, layers = scorer_parts(cfg)
-    logging.disable(logging.WARNING)  # transformers' table of the layers that are left out
-    scorer = need("bert_score").BERTScorer(cfg.bertscore_model, num_layers=layers, device=device)
-    logging.disable(logging.NOTSET)
-    scorer._tokenizer, scores = tok, np.zeros((len(texts), 3))
-    pairs = zip(texts, references, strict=True)
+    scorer = load_scorer(cfg.bertscore_model, cfg.bertscore_layers)
+    scores, pairs = np.zeros((len(texts), 3)), zip(texts, references, strict=True)
     rows = [i for i, pair in enumerate(pairs) if all(text.strip() for text in pair)]
+    scorer.device = scorer._model.to(device).device
     if rows:
         parts = scorer.score([texts[i] for i in rows], [references[i] for i in rows], batch_size=1)
         scores[rows] = torch.stack(parts, 1).double().numpy()
+    scorer._model.cpu()
     return scores, scorer.hash
 
 def consistency(embedder: Embedder, texts: list[str], rows: np.ndarray, split: Split):
@@ -1328,9 +1402,9 @@ def score_answers(cfg: Config, texts: dict[str, list[str]], rows: np.ndarray, sp
             scores |= {f"consistency{name}": cosine, f"mrr{name}": rank, f"top1{name}": first}
     return scores, by_bert[1]
 
-def measure(elm: ELM, split: Split, cfg: Config, rt: Runtime):
-    """(measures, predictions, hash of the scorer): a measure is [2, N], and over any rows its value
-    is the sum of the first divided by that of the second. Those of answers come on process 0."""
+def loss_measures(elm: ELM, split: Split, rt: Runtime) -> dict[str, np.ndarray]:
+    """Measures: [2, N] each, whose value over any rows is the sum of the first divided by that of
+    the second."""
     losses = {k: v.numpy() for k, v in control_losses(elm, split, rt, text=True).items()}
     responses, told = split.rows["response"], split.rows["length"][:, BY_TEXT] > 0
     measures = {k: np.stack([nll, responses]) for k, nll in losses.items()}
@@ -1338,56 +1412,60 @@ def measure(elm: ELM, split: Split, cfg: Config, rt: Runtime):
         ours, shuffled, text = losses.values()
         measures["loss_text"] = np.stack([text, responses]) * told
         measures["carried"] = np.stack([shuffled - ours, shuffled - text]) * told
-    rows = np.sort(np.random.default_rng(0).permutation(len(told))[: cfg.eval.samples])
-    raw = [split.raw(i) for i in rows]
-    vectors = {"": split.rows["vector"][rows], "_shuffled": shuffled_vectors(split)[rows]}
-    texts = {name: answers(elm, [r["query"] for r in raw], split.vectors[torch.from_numpy(which)],
-                           cfg.eval.max_new_tokens, rt) for name, which in vectors.items()}
-    if rt.rank > 0 or not raw:
-        return measures, [], None
-    texts["_reference"] = [r["response"] for r in raw]
-    scores, made_by = score_answers(cfg, texts, rows, split, rt.device)
-    for name, values in scores.items():
-        measures[name] = np.zeros((2, len(told)))
-        measures[name][:, rows] = values, np.ones(len(rows))
-    keys = ("embedding_file_idx", "task_type", "query", "response")
-    predictions = [{k: r[k] for k in keys} | dict(prediction=a, prediction_shuffled=b)
-                   for r, a, b in zip(raw, texts[""], texts["_shuffled"], strict=True)]
-    return measures, predictions, made_by
+    return measures
 
 def summarize(split: Split, measures: dict, mask: np.ndarray, draws: int = 1000) -> dict[str, Any]:
     """The measures over the rows in `mask`, with bootstrap 95 % intervals, for which vectors are
     drawn, with all their rows. Carried information, (shuffled - ours) / (shuffled - text), is none
-    where the LLM cannot read the texts."""
+    where the LLM cannot read the texts, and has no interval where it may be none."""
     told = mask & (split.rows["length"][:, BY_TEXT] > 0)
     sums = {k: pair[:, mask].sum(1) for k, pair in measures.items()}
     values = {k: float(num / den) for k, (num, den) in sums.items() if den > 0}
     used, where = np.unique(split.rows["vector"][mask], return_inverse=True)
-    totals = np.stack([[np.bincount(where, x[mask]) for x in measures[k]] for k in values])
-    rng, drawn = np.random.default_rng(0), np.full((draws, len(values)), np.nan)
-    for ratios in drawn:
-        times = np.bincount(rng.integers(len(used), size=len(used)), minlength=len(used))
-        num, den = (totals @ times).T
-        np.divide(num, den, out=ratios, where=den > 0)
-    intervals = np.nanpercentile(drawn, (2.5, 97.5), axis=0).T.tolist()
-    return {"rows": int(mask.sum()), "rows_text": int(told.sum()), **values,
-            "intervals": dict(zip(values, intervals, strict=True))}
+    totals = {k: np.stack([np.bincount(where, x[mask]) for x in measures[k]]) for k in values}
+    groups, intervals = {}, {}  # by the vectors that a measure is of
+    for k, pair in totals.items():
+        groups.setdefault(pair.any(0).tobytes(), []).append(k)
+    for of, names in groups.items():
+        pairs = np.stack([totals[k][:, np.frombuffer(of, bool)] for k in names])
+        n, rng = pairs.shape[2], np.random.default_rng(0)
+        drawn = np.stack([pairs @ np.bincount(rng.integers(n, size=n), minlength=n)
+                          for _ in range(draws)])
+        for k, (num, den) in zip(names, drawn.transpose(1, 2, 0), strict=True):
+            if n > 1 and (den > 0).all():
+                intervals[k] = np.percentile(num / den, (2.5, 97.5)).tolist()
+    counts = {"rows": int(mask.sum()), "rows_text": int(told.sum())}
+    counts |= {"samples": int(sums["empty_rate"][1])} if "empty_rate" in sums else {}
+    return counts | values | {"intervals": {k: intervals[k] for k in values if k in intervals}}
 
 def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, metrics: list, about: dict) -> dict:
-    """Measure the adapter on `split`; process 0 writes eval.json, predictions.jsonl and report.png,
+    """Measure the adapter on `split`; process 0 writes predictions.jsonl, eval.json and report.png,
     prints what they say and returns the dict of eval.json, the others {}."""
-    measures, predictions, made_by = measure(elm, split, cfg, rt)
+    measures, folder = loss_measures(elm, split, rt), Path(cfg.output.dir)
+    task, num_rows = split.rows["task"], len(split.rows)
+    rows = np.sort(np.random.default_rng(0).permutation(num_rows)[: cfg.eval.samples])
+    which = {"": split.rows["vector"][rows], "_shuffled": shuffled_vectors(split)[rows]}
+    texts = {name: answers(elm, split, rows, vectors, cfg.eval.max_new_tokens, rt)
+             for name, vectors in which.items()}
     if rt.rank > 0:
         return {}
-    task, folder = split.rows["task"], Path(cfg.output.dir)
+    raw = [split.raw(i) for i in rows]
+    keys = ("embedding_file_idx", "task_type", "query", "response")
+    predictions = [{k: r[k] for k in keys} | dict(prediction=a, prediction_shuffled=b)
+                   for r, a, b in zip(raw, texts[""], texts["_shuffled"], strict=True)]
+    lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
+    write_text(folder / "predictions.jsonl", lines)  # before anything can go wrong with the scores
+    if predictions:
+        texts["_reference"] = [r["response"] for r in raw]
+        scores, about["bertscore_hash"] = score_answers(cfg, texts, rows, split, rt.device)
+        for name, values in scores.items():
+            measures[name] = np.zeros((2, num_rows))
+            measures[name][:, rows] = values, np.ones(len(rows))
     result = about | summarize(split, measures, task >= 0)
-    result |= {"samples": len(predictions), "bertscore_hash": made_by} if predictions else {}
     result["tasks"] = {TASKS[t]: summarize(split, measures, task == t) for t in np.unique(task)}
+    write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
     with whole_file(folder / "report.png") as path:
         draw(path, result, metrics)
-    lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
-    write_text(folder / "predictions.jsonl", lines)
-    write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
     show(result, predictions, rt)
     return result
 
@@ -1405,7 +1483,7 @@ def draw(path: Path, result: dict, metrics: list[dict]) -> None:
     for shift, (key, label, color) in enumerate((("loss_shuffled", "vectors shuffled", "tab:red"),
                                                  ("loss", "vectors", "tab:blue"),
                                                  ("loss_text", "text", "tab:green"))):
-        bars = [(i + 0.27 * (shift - 1), t[key], *t["intervals"][key])
+        bars = [(i + 0.27 * (shift - 1), t[key], *t["intervals"].get(key, [t[key]] * 2))
                 for i, t in enumerate(tasks.values()) if key in t]
         place, value, low, high = np.reshape(bars, (-1, 4)).T
         right.barh(place, value, 0.25, label=label, color=color, error_kw=dict(lw=0.8),
@@ -1420,17 +1498,19 @@ def draw(path: Path, result: dict, metrics: list[dict]) -> None:
 
 def show(result: dict, predictions: list[dict], rt: Runtime) -> None:
     """The final table, and five answers beside their references."""
-    columns = {"shuffled": "loss_shuffled", "vectors": "loss", "text": "loss_text",
-               "carried": "carried", "B shuffled": "bertscore_composite_shuffled",
-               "BERTScore": "bertscore_composite", "cosine": "consistency", "MRR": "mrr"}
+    columns = {"rows": "rows", "shuffled": "loss_shuffled", "vectors": "loss", "text": "loss_text",
+               "carried": "carried", "answers": "samples",
+               "B shuffled": "bertscore_composite_shuffled", "BERTScore": "bertscore_composite",
+               "cosine": "consistency", "of refs": "consistency_reference", "MRR": "mrr"}
     columns = {title: key for title, key in columns.items() if key in result}
     low, high = ({k: v[end] for k, v in result["intervals"].items()} for end in (0, 1))
     rows = {"all": result, "  95 %, from": low, "  to": high, **result["tasks"]}
-    lines = ["\n{split}, {rows} rows, {rows_text} with text, adapter of step {adapter_step}\n"
-             .format(**result), f"{'':22}{'rows':>6}" + "".join(f"{t:>11}" for t in columns)]
-    lines += [f"  {name:<20}{row.get('rows', ''):>6}" + "".join(
-        f"{row[key]:>11.4f}" if key in row else f"{'-':>11}" for key in columns.values())
-        for name, row in rows.items()]
+    lines = ["\n{split}, {rows} rows, {rows_text} with text, adapter of step {adapter_step}"
+             .format(**result), f"{'':21}" + "".join(f"{t:>11}" for t in columns)]
+    for name, row in rows.items():
+        cells = [row.get(key, "") for key in columns.values()]
+        lines.append(f"  {name:<19}" + "".join(
+            f"{x:>11.4f}" if isinstance(x, float) else f"{x:>11}" for x in cells))
     lines += ["\n  {task_type}: {query}\n    reference   {response}\n    prediction  {prediction}"
               .format(**p) for p in predictions[:: max(1, len(predictions) // 5)][:5]]
     rt.say("\n".join(lines))
@@ -1490,8 +1570,11 @@ def final_split(cfg: Config) -> str:  # which one the report is on
 
 def open_data(cfg: Config, names: tuple[str, ...], prompt: Prompt, soft: int, rt: Runtime):
     """The splits by name, after a look at what the report will need. Raises: UserError."""
+    need("matplotlib")
     if cfg.eval.samples:
-        scorer_parts(cfg.eval)
+        load_scorer(cfg.eval.bertscore_model, cfg.eval.bertscore_layers)
+        if rt.rank > 0:  # process 0 will score
+            load_scorer.cache_clear()
     data = {name: open_split(cfg.data, name, prompt, soft, rt) for name in dict.fromkeys(names)}
     widths = {name: split.vectors.shape[1] for name, split in data.items()}
     if len(set(widths.values())) > 1:
@@ -1502,11 +1585,14 @@ def open_data(cfg: Config, names: tuple[str, ...], prompt: Prompt, soft: int, rt
         data[name] = split._replace(reuse=reuse)
         counts = ", ".join(f"{n} {what}" for what, n in split.counts.items() if n)
         rt.say(f"{name}: {len(split.vectors)} vectors of width {widths[name]}, {counts}")
+        if (split.rows["vector"] == split.rows["vector"][0]).all():
+            raise UserError(f"{split.path}: all rows are about one vector: none is left to compare "
+                            "it with")
     if cfg.eval.samples and cfg.eval.embedder:
-        width = load_pretrained(AutoConfig, cfg.eval.embedder, "eval.embedder").hidden_size
-        if width not in widths.values():
-            raise UserError(f"eval.embedder: {cfg.eval.embedder} makes vectors of width {width}, "
-                            f"those of the data have {widths}")
+        embedder = check_embedder(cfg.eval.embedder, "eval.embedder")
+        if embedder.hidden_size not in widths.values():
+            raise UserError(f"eval.embedder: {cfg.eval.embedder} makes vectors of width "
+                            f"{embedder.hidden_size}, those of the data have {widths}")
     return data
 
 def build_model(cfg: Config, data: Split, prompt: Prompt, rt: Runtime) -> tuple[ELM, dict]:
@@ -1609,8 +1695,7 @@ def train(cfg: Config) -> dict:
             attempt(rt, lambda: wandb.log_artifact(str(folder / name), type="adapter"))
     def save(name: str) -> None:  # no generator: a step's rows and dropout depend on seed and step
         weights, moments = gather_state(engine)
-        if name != "final":
-            save_adapter(f"adapter_{name}.safetensors", weights, state.step)
+        save_adapter(f"adapter_step_{state.step}.safetensors", weights, state.step)
         if rt.rank == 0:
             whole = dict(state=dataclasses.asdict(state), adapter=weights, optimizer=moments,
                          identity=identity, config=to_tables(cfg))
@@ -1717,7 +1802,7 @@ def train(cfg: Config) -> dict:
     elm.adapter = Adapter(**elm.adapter.settings).to(rt.device)  # the best one, outside of ZeRO
     elm.adapter.load_state_dict(state.best_adapter)
     engine.eval()
-    metrics = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_metrics(folder / "metrics.jsonl")
     about = dict(split=final, step=state.step, adapter_step=state.best_step)
     result = report(elm, data[final], cfg, rt, metrics, about)
     if wandb:
@@ -1730,24 +1815,21 @@ def train(cfg: Config) -> dict:
 def evaluate(cfg: Config, path: Path) -> dict:
     """The report of training's end on the adapter of a file: returns the dict of eval.json.
     Raises: UserError."""
-    rt, folder = start_runtime(cfg), Path(cfg.output.dir)
-    if (folder / "eval.json").exists():
-        raise UserError(f"output.dir: {folder} holds an eval.json already; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    rt, folder, final = start_runtime(cfg), Path(cfg.output.dir), final_split(cfg)
     adapter, about = Adapter.load(path)
     prompt = Prompt.of(load_pretrained(AutoTokenizer, cfg.model.llm, "model.llm"))
-    final = final_split(cfg)
     split = open_data(cfg, (final,), prompt, adapter.settings["tokens"], rt)[final]
     check_width(split.vectors, adapter, f"data.dir: the {final} vectors")
     elm = ELM.load(path, cfg.model.llm, cfg.model.bf16)
     check_packing(elm)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("metrics.jsonl", "predictions.jsonl", "eval.json", "report.png")
+    check_new(*(folder / name for name in names))
     if cfg.deepspeed.zero_stage == 3:  # to share the LLM out
         elm.in_step = rt.world > 1
         start_engine(cfg, elm)
         elm.adapter = adapter.to(rt.device)  # outside of ZeRO
-    log = path.parent / "metrics.jsonl"
-    metrics = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
-    step = about.get("step")
+    step, metrics = about.get("step"), read_metrics(path.parent / "metrics.jsonl")
     return report(elm, split, cfg, rt, metrics, dict(split=final, step=step, adapter_step=step))
 
 @table
@@ -1771,6 +1853,8 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     angle = torch.atan2((u - v).norm(), (u + v).norm()) * 2
     if angle < 1e-4:
         return torch.lerp(a, b, t)
+    if angle > math.pi - 1e-3:
+        raise UserError("mix: the two vectors are opposite, so that there is no one way between")
     arc = (((1 - t) * angle).sin() * u + (t * angle).sin() * v) / angle.sin()
     return arc * torch.lerp(a.norm(), b.norm(), t)
 
@@ -1778,23 +1862,25 @@ def generate(o: GenerateOptions) -> None:
     """Answers about the vectors of a file as lines of JSON, as they come. Raises: UserError."""
     vectors, known = open_vectors(Path(o.embeddings)), vars(GenerationConfig())
     check_width(vectors, Adapter.load(o.adapter)[0], o.embeddings)
-    if o.mix is not None and (o.rows is not None or len(o.mix) != 3):
-        raise UserError("mix: has the form [i, j, t], two rows and a number, and stands for rows=")
+    if o.mix is not None and (len(o.mix) != 3 or not 0 <= o.mix[2] <= 1 or o.rows is not None):
+        raise UserError("mix: is [i, j, t], two rows and a number from 0 to 1, in place of rows")
     rows = range(len(vectors)) if o.rows is None else o.rows
-    for i in o.mix[:2] if o.mix else rows:
-        if i not in range(len(vectors)):
-            raise UserError(f"{'mix' if o.mix else 'rows'}: no row {i} among {len(vectors)}")
+    for row in o.mix[:2] if o.mix else rows or [None]:
+        if row not in range(len(vectors)):
+            raise UserError(f"{'mix' if o.mix else 'rows'}: no row {row} among {len(vectors)}")
     if (o.query is None) == (o.queries is None):
         raise UserError("query or queries: give one of them")
     for key in o.extra:
-        if key not in known:
-            raise UserError(f"{key}: not an option of generate{nearest(key, known)}")
+        if key not in known or key in ("num_return_sequences", "return_dict_in_generate"):
+            raise UserError(f"{key}: not an option here{nearest(key, known)}")
     queries = [o.query] if o.queries is None else [*read_texts(Path(o.queries))]
+    for query in queries:
+        check_query(query)
     if o.out:
         check_new(Path(o.out))
     if o.mix:
-        i, j, t = o.mix
-        rows, vectors = [0], slerp(vectors[int(i)].float(), vectors[int(j)].float(), t)[None]
+        a, b = vectors[[int(i) for i in o.mix[:2]]].float()
+        rows, vectors = [0], slerp(a, b, o.mix[2])[None]
     elm, out = ELM.load(o.adapter, o.llm), None
     torch.manual_seed(o.seed)
     pairs, total = ((row, q) for q in queries for row in rows), len(queries) * len(rows)
@@ -1802,8 +1888,9 @@ def generate(o: GenerateOptions) -> None:
     while some := list(islice(pairs, o.batch_size)):
         which = torch.tensor([row for row, _ in some])
         try:
-            texts = elm.generate(vectors[which].float(), [q for _, q in some], **o.extra)
-        except (ValueError, TypeError, ArithmeticError) as e:  # at the value of an option
+            texts = elm.generate(vectors[which].float(), [q for _, q in some],
+                                 batch_size=o.batch_size, **o.extra)
+        except (ValueError, TypeError, ArithmeticError, LookupError) as e:  # at an option's value
             raise UserError(f"generate: {' '.join(str(e).split())[:300]}") from None
         out = out or (open(o.out, "x", encoding="utf-8") if o.out else sys.stdout)
         for (row, query), text in zip(some, texts, strict=True):
@@ -1819,14 +1906,16 @@ def generate(o: GenerateOptions) -> None:
 def start_command(command: str, *rest: str) -> None:
     places = [a for a in rest if not re.match(r"[\w.]+\s*=", a)]
     options = [a for a in rest if a not in places]
-    adapter = [a.partition("=")[2] for a in options if a.startswith("adapter=")]
-    settings = [a for a in options if not a.startswith("adapter=")]
-    wanted = dict(eval=1, generate=0, embed=2, filter=2).get(command, len(places))
-    if len(places) != wanted:
-        raise UserError(f"{command}: takes {wanted} path(s), not {places}; see elm.py --help")
-    if command == "eval" and len(adapter) != 1:
-        raise UserError("eval: adapter=PATH is missing, of one adapter_*.safetensors")
+    wanted = dict(eval=["TRAIN.TOML"], generate=[], embed=["TEXTS", "OUT"],
+                  filter=["TRAIN.TOML", "OUT"])
+    if len(places) != len(wanted.get(command, places)):
+        raise UserError(f"{command}: takes {' '.join([*wanted[command], 'key=value …'])}, in "
+                        f"quotes where it has spaces; given: {' '.join(places) or 'no path'}")
     if command == "eval":
+        adapter = [read_override(o)[1] for o in options if o.startswith("adapter=")]
+        if len(adapter) != 1:
+            raise UserError("adapter: is missing, an adapter_*.safetensors")
+        settings = [o for o in options if not o.startswith("adapter=")]
         evaluate(load_config(places[0], settings), Path(adapter[0]))
     elif command == "generate":
         generate(read_options(GenerateOptions, options))
@@ -1834,8 +1923,10 @@ def start_command(command: str, *rest: str) -> None:
         embed_file(read_options(EmbedOptions, options), *map(Path, places))
     elif command == "filter":
         filter_tasks(load_config(places[0], options).data, Path(places[1]))
-    else:
+    elif Path(command).suffix == ".toml" or Path(command).exists():
         train(load_config(command, rest))
+    else:
+        raise UserError(f"{command}: no command{nearest(command, wanted)}, and no TOML file")
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 only if the job is done, 2 after an error its user can mend."""
@@ -1843,6 +1934,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = [a for a in given if not a.startswith("--local_rank")]  # of the deepspeed launcher
     if not given or given[0] in ("-h", "--help"):
         print(__doc__)
+        for name, kind in dict(generate=GenerateOptions, embed=EmbedOptions).items():
+            print(f"{name}: {', '.join(k for k in kind.__annotations__ if k != 'extra')}")
         return 0 if given else 2
     try:
         start_command(*given)
@@ -1859,7 +1952,8 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as stopped:
         return stopped.code
     except KeyboardInterrupt:
-        tqdm.write("elm: stopped", sys.stderr)
+        on = "; the same command goes on" if given[0] == "embed" else ""
+        tqdm.write(f"elm: stopped{on}", sys.stderr)
         return 128 + signal.SIGINT
 
 def run() -> None:

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, make_data, make_llm, read_jsonl, rows_path, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_evaluation import make_embedder
+from test_evaluation import make_embedder, make_roberta
 
 import elm
 
@@ -63,7 +63,7 @@ def test_eval_of_the_embedded_default(trained, tmp_path):
 # generate
 
 
-def test_generate_lines_are_what_the_library_says(trained, tmp_path, capsys):
+def test_generate_lines_are_what_the_library_says(trained, tmp_path, capsys, monkeypatch):
     _, adapter = trained
     start = ["generate", f"adapter={adapter}", f"embeddings={VECTORS}", "max_new_tokens=9"]
     assert elm.main([*start, "query=Summarize the text.", "rows=[3, 0, 199]"]) == 0
@@ -80,6 +80,15 @@ def test_generate_lines_are_what_the_library_says(trained, tmp_path, capsys):
     ]
     said = model.generate(table[7:8], "Is <EMB> about frogs?", max_new_tokens=9)
     assert told[207]["answer"] == said[0]
+    sizes, generate = [], type(model.llm).generate
+    monkeypatch.setattr(
+        type(model.llm),
+        "generate",
+        lambda llm, **given: (sizes.append(len(given["inputs_embeds"])), generate(llm, **given))[1],
+    )
+    more = [f"queries={queries}", "batch_size=150", f"out={tmp_path / 'again.jsonl'}"]
+    assert elm.main([*start, *more]) == 0 and sizes == [150, 150, 100]
+    assert read_jsonl(tmp_path / "again.jsonl") == told
 
 
 def test_options_go_to_the_llm_and_a_seed_repeats(trained, capsys):
@@ -100,7 +109,11 @@ def test_the_llms_own_generation_config_does_not_make_greedy_answers_random(tmp_
     """Qwen3's says do_sample; the report would differ from run to run."""
     folder = make_llm(tmp_path / "llm")
     said = []
-    for more in ({}, dict(do_sample=True, temperature=5.0, top_k=200)):
+    for more in (
+        {},
+        dict(do_sample=True, temperature=5.0, top_k=200, num_beams=3, no_repeat_ngram_size=1,
+             min_new_tokens=12, repetition_penalty=9.0),
+    ):  # fmt: skip
         (folder / "generation_config.json").write_text(json.dumps(more))
         torch.manual_seed(0)
         llm = elm.load_llm(str(folder), torch.device("cpu"), False)
@@ -108,6 +121,11 @@ def test_the_llms_own_generation_config_does_not_make_greedy_answers_random(tmp_
         model = elm.ELM(llm, elm.Adapter(4, 4, 32), elm.Prompt.of(tok))
         said.append([model.generate(torch.ones(2, 4), "q", max_new_tokens=12) for _ in range(2)])
     assert said[0][0] == said[0][1] == said[1][0] == said[1][1]
+    model.adapter.train()
+    model.generate(torch.ones(2, 4), "q", max_new_tokens=1)
+    assert model.adapter.training and model.llm.generation_config.num_beams == 3  # as before
+    with pytest.raises(elm.UserError, match=r"\[1, 5\], but the adapter reads \[n, 4\]"):
+        model.prompt_embeds(torch.ones(5), "q")
 
 
 def test_slerp_is_the_arc():
@@ -152,25 +170,40 @@ def test_bad_input_of_generate(trained, tmp_path, capsys):
         (["rows=[200]"], "rows: no row 200 among 200"),
         (["rows=[-1]"], "rows: no row -1 among 200"),
         (["rows=3"], "rows = 3: must be list of int"),
-        (["mix=[0, 1, 0.5]"], "mix: has the form .* and stands for rows="),
+        (["mix=[0, 1, 0.5]"], "mix: is .* in place of rows"),
+        (["num_return_sequences=2"], "num_return_sequences: not an option here"),
+        (["forced_bos_token_id=999999"], "generate: "),
+        ([f"adapter={tmp_path}"], "there is no such file"),
+        (["embeddings=" + str(tmp_path)], "there is no such file"),
         (["embeddings=" + str(tmp_path / "narrow.safetensors")],
          r"narrow.safetensors: \[3, 7\], but the adapter reads \[n, 128\]"),
         ([f"adapter={tmp_path / 'nowhere'}"], "nowhere"),
         ([f"llm={EMBEDDER}"], "the adapter was trained for"),
-        (["temprature=1"], "temprature: not an option of generate, did you mean temperature"),
+        (["temprature=1"], "temprature: not an option here, did you mean temperature"),
         (["temperature=-1", "do_sample=true"], "generate: .temperature"),
         (["num_beams=0"], "generate: "),
         ([f"out={taken}"], "taken.jsonl: exists already"),
-        ([f"out={tmp_path / 'no' / 'x'}"], "or cannot be made there"),
+        ([f"out={tmp_path / 'no' / 'x'}"], "its folder is not there"),
         ([f"queries={tmp_path / 'none.txt'}"], "query or queries"),
         (["query=<EMB> or <EMB>?"], "a query has one <EMB> at most"),
         (["batch_size=0"], "batch_size = 0: must be int in"),
-        (["file.toml"], r"generate: takes 0 path\(s\)"),
+        (["file.toml"], "generate: takes key=value …, .* given: file.toml"),
     ]  # fmt: skip
     for more, message in cases:
         refused(capsys, [*start, *more], message)
     refused(capsys, ["generate", "query=Q", f"embeddings={VECTORS}"], "adapter: is missing")
-    refused(capsys, [*start[:4], "mix=[0, 1]"], "mix: has the form")
+    for mix in ("[]", "[0, 1]", "[0, 1, 1.5]", "[0, 1, -0.1]", "[0, 1, 2, 0.5]"):
+        refused(capsys, [*start[:4], f"mix={mix}"], "mix: is .i, j, t.")
+    refused(capsys, [*start[:4], "rows=[]"], "rows: no row None")
+    pair = tmp_path / "pair.safetensors"
+    save_file({"x": torch.tensor([[1.0] * 128, [-1.0] * 128])}, pair)
+    opposite = [f"embeddings={pair}", "mix=[0, 1, 0.5]", "query=Q", f"adapter={adapter}"]
+    refused(capsys, ["generate", *opposite], "mix: the two vectors are opposite")
+    bad, new = tmp_path / "bad.txt", tmp_path / "new.jsonl"
+    bad.write_text("one\ntwo\n<EMB> and <EMB>\n")
+    refused(capsys, [*start[:3], "rows=[0]", f"queries={bad}", f"out={new}"], "at most")
+    assert not new.exists()  # not after the first two
+    pair.unlink(), bad.unlink()
     refused(capsys, [*start[:4], "mix=[0, 999, 0.5]"], "mix: no row 999")
     refused(capsys, [*start[:4], "mix=[0, 1.5, 0.5]"], "mix: no row 1.5")
     empty = f"queries={tmp_path / 'none.txt'}"
@@ -300,6 +333,43 @@ def test_embed_killed_and_started_again_ends_with_the_same_bytes(texts, tmp_path
     assert not list(tmp_path.glob(".o.st.*"))
 
 
+def test_two_processes_do_not_write_one_file(texts, tmp_path, capsys):
+    """The second is refused; what the first was cut off at counts from there."""
+    some, out = tmp_path / "some.txt", tmp_path / "out.safetensors"
+    some.write_text("".join(f"{'frogs ' * (50 if i % 3 else 2)}\n" for i in range(20)))
+    options = elm.EmbedOptions(model=str(EMBEDDER), bf16=False, max_tokens=40)
+    embed, blocks = elm.Embedder.embed, []
+
+    def spied(embedder, lines):
+        blocks.append(len(lines))
+        if len(blocks) == 2:
+            with pytest.raises(elm.UserError, match="another process is at it"):
+                elm.embed_file(options, some, out, block=8)
+            raise KeyboardInterrupt
+        return embed(embedder, lines)
+
+    elm.Embedder.embed = spied
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            elm.embed_file(options, some, out, block=8)
+        elm.embed_file(options, some, out, block=8)
+    finally:
+        elm.Embedder.embed = embed
+    assert blocks == [8, 8, 8, 4]
+    assert "8 texts cut to 40 tokens, of the last 12" in capsys.readouterr().out
+    whole = embed(elm.Embedder.load(options, "x", "cpu"), some.read_text().splitlines())[0]
+    assert torch.allclose(elm.open_vectors(out), whole, atol=1e-5)
+
+
+def test_roberta_counts_its_positions_from_two(tmp_path):
+    """Its table has 66 places; 64 tokens can be read, though nothing in the tokenizer says so."""
+    folder = make_roberta(tmp_path / "roberta", num_places=66)
+    embedder = elm.Embedder.load(elm.EmbedOptions(model=str(folder)), "x", "cpu")
+    assert embedder.limit == 64 and embedder.pooling == "mean"
+    made, cut = embedder.embed(["a " * 500, "b"])
+    assert cut == 1 and made.isfinite().all()
+
+
 def test_bad_input_of_embed(texts, tmp_path, capsys):
     taken = tmp_path / "taken.safetensors"
     taken.write_text("precious")
@@ -315,22 +385,24 @@ def test_bad_input_of_embed(texts, tmp_path, capsys):
     cases = [
         ([tmp_path / "empty.txt", new], "empty.txt: is empty"),
         ([tmp_path / "gap.txt", new], "gap.txt:2: the text is empty"),
-        ([tmp_path / "latin.txt", new], "latin.txt:1: no UTF-8"),
-        ([tmp_path / "bad.jsonl", new], "bad.jsonl:2: no UTF-8, or no"),
-        ([tmp_path / "broken.jsonl", new], "broken.jsonl:1: no UTF-8, or no"),
-        ([tmp_path / "field.jsonl", new], "field.jsonl:1: no UTF-8, or no"),
-        ([tmp_path / "list.jsonl", new], "list.jsonl:1: no UTF-8, or no"),
+        ([tmp_path / "latin.txt", new], "latin.txt:1: not UTF-8"),
+        ([tmp_path / "bad.jsonl", new], "bad.jsonl:2: not of the form"),
+        ([tmp_path / "broken.jsonl", new], "broken.jsonl:1: not of the form"),
+        ([tmp_path / "field.jsonl", new], "field.jsonl:1: not of the form"),
+        ([tmp_path / "list.jsonl", new], "list.jsonl:1: not of the form"),
         ([tmp_path / "blank.jsonl", new], "blank.jsonl:1: the text is empty"),
-        ([tmp_path / "nowhere.txt", new], "nowhere.txt: No such file"),
+        ([tmp_path / "nowhere.txt", new], "nowhere.txt: there is no such file"),
         ([texts, taken], "taken.safetensors: exists already"),
-        ([texts, tmp_path / "no" / "x"], "or cannot be made there"),
-        ([texts], r"embed: takes 2 path\(s\)"),
+        ([texts, tmp_path / "no" / "x"], "its folder is not there"),
+        ([texts], "embed: takes TEXTS OUT key=value"),
+        ([texts, new, "max_tokens=1"], "max_tokens = 1: .* needs that many beside the text"),
         ([texts, new, "pooling=max"], "pooling = 'max': must be 'last', 'mean', 'cls'"),
         ([texts, new, "modle=x"], "modle: unknown key, did you mean model"),
         ([texts, new, f"model={tmp_path / 'none'}"], "model: no folder"),
     ]
     for more, message in cases:
-        given = more if any("model=" in str(m) for m in more) else [*more, f"model={EMBEDDER}"]
+        model = TINY / "scorer" if "max_tokens=1" in more else EMBEDDER
+        given = more if any("model=" in str(m) for m in more) else [*more, f"model={model}"]
         refused(capsys, ["embed", *given], message)
     assert taken.read_text() == "precious"
     assert {p.name for p in tmp_path.iterdir()} == {*files, taken.name}
@@ -346,7 +418,8 @@ def test_training_on_filtered_data_gives_the_losses_of_the_tasks(settings, tmp_p
     config = tmp_path / "run.toml"
     config.write_text("")
     pair = dict(task_type="compare", embedding_file_idx=-1, query="?", response="?")
-    write_rows(data, "train", [*read_jsonl(rows_path(data)), pair])
+    odd = read_jsonl(rows_path(data))[0] | dict(task_type="summary", note="\ud800 and ü")
+    write_rows(data, "train", [*read_jsonl(rows_path(data)), pair, odd])
     assert elm.main(["filter", str(config), str(out), *settings, tasks]) == 0
     printed = capsys.readouterr().out
     for split in ("train", "val", "test"):
@@ -389,7 +462,7 @@ def test_bad_input_of_filter(data_dir, tmp_path, capsys):
     start = ["filter", config, out, f"data.dir={data_dir}"]
     refused(capsys, [*start, 'data.tasks=["sumary"]'], "did you mean summary")
     refused(capsys, [*start, f"data.dir={tmp_path / 'none'}"], "data.dir: no ")
-    refused(capsys, ["filter", config], r"filter: takes 2 path\(s\)")
+    refused(capsys, ["filter", config], "filter: takes TRAIN.TOML OUT key=value")
     rows = [r for r in read_jsonl(rows_path(data_dir, "val")) if r["task_type"] != "summary"]
     write_rows(data_dir, "val", rows)
     refused(capsys, [*start, 'data.tasks=["summary"]'], "val_synthesis.jsonl: no row of data.tasks")

@@ -157,7 +157,7 @@ ZERO[2] = 0
         ),
         (
             bad_rows(lambda r: r | {"query": "<EMB> <EMB>"}),
-            r":5: the query has more than one <EMB>",
+            r":5: '<EMB> <EMB>': a query has one <EMB> at most",
         ),
         (bad_rows(lambda r: r | {"query": "long " * 99}), r":5: the prompt takes all of data.max"),
         (lambda f: rows_path(f).write_text("\n"), r"train_synthesis.jsonl: no row of data.tasks"),
@@ -184,7 +184,7 @@ def test_broken_and_missing_vectors(data_dir):
     with pytest.raises(elm.UserError, match="train_embeddings.safetensors"):
         open_train(data_dir)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="train_embeddings.safetensors"):
+    with pytest.raises(elm.UserError, match="train_embeddings.safetensors: there is no such"):
         open_train(data_dir)
 
 

@@ -11,9 +11,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, byte_tokenizer, deepspeed_launcher, make_llm, read_jsonl, run
+from conftest import (
+    ROOT,
+    byte_tokenizer,
+    deepspeed_launcher,
+    make_llm,
+    read_jsonl,
+    rows_path,
+    run,
+    write_rows,
+)
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel
 
 import elm
 
@@ -71,24 +80,47 @@ def test_a_tokenizer_without_a_length(tmp_path):
     assert np.array_equal(ours, elm.bert_scores(CFG, texts, texts[::-1], "cpu")[0])
 
 
-def test_byte_level_scorers_see_a_space_before_the_first_word(tmp_path):
-    tok = byte_tokenizer()
+def make_roberta(folder: Path, num_places: int) -> Path:
+    """A random one of byte-level tokens, whose tokenizer does not know its length."""
+    folder.mkdir()
     vocab = {k: i for i, k in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])}
-    vocab |= {k: i + 5 for k, i in tok.get_vocab().items() if len(k) == 1}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    about = dict(tokenizer_class="RobertaTokenizer", model_max_length=62)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    vocab |= {k: i + 5 for k, i in byte_tokenizer().get_vocab().items() if len(k) == 1}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "RobertaTokenizer"}')
     torch.manual_seed(0)
     size = dict(hidden_size=16, num_attention_heads=2, intermediate_size=16, num_hidden_layers=2)
-    RobertaModel(RobertaConfig(vocab_size=300, max_position_embeddings=64, **size)).save_pretrained(
-        tmp_path
-    )
-    tok, layers = elm.scorer_parts(elm.EvalConfig(bertscore_model=str(tmp_path)))
-    assert tok.tokenize("ab") == ["Ġ", "a", "b"] and layers == 2
-    cfg = elm.EvalConfig(bertscore_model=str(tmp_path), bertscore_layers=1)
+    config = RobertaConfig(vocab_size=300, max_position_embeddings=num_places, **size)
+    RobertaModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_byte_level_scorers_see_a_space_before_the_first_word(tmp_path):
+    folder = make_roberta(tmp_path / "roberta", num_places=66)
+    scorer = elm.load_scorer(str(folder), None)
+    assert scorer._tokenizer.tokenize("ab") == ["Ġ", "a", "b"] and scorer.num_layers == 2
+    cfg = elm.EvalConfig(bertscore_model=str(folder), bertscore_layers=1)
     scores, made_by = elm.bert_scores(cfg, ["ab cd", "ab " * 90], ["ab cd", "x"], "cpu")
     assert scores[0] == pytest.approx([1, 1, 1], abs=1e-5) and "_L1_" in made_by
+
+
+def test_a_half_precision_scorer_is_read_in_full(tmp_path):
+    """As deberta-xlarge-mnli's may be: identical texts score 1, not 0.9999."""
+    folder = shutil.copytree(SCORER, tmp_path / "scorer")
+    AutoModel.from_pretrained(SCORER).half().save_pretrained(folder)
+    same = "A study of bridges in Cuba with dating shows the increase of cost."
+    scores, _ = elm.bert_scores(elm.EvalConfig(bertscore_model=str(folder)), [same], [same], "cpu")
+    assert scores[0] == pytest.approx([1, 1, 1], abs=1e-6)
+
+
+def test_scorers_that_the_library_would_mistake_or_cannot_load(tmp_path):
+    named = shutil.copytree(SCORER, tmp_path / "dataset5" / "scorer")
+    with pytest.raises(elm.UserError, match="bert-score takes .* for a T5 by its name"):
+        elm.load_scorer(str(named), None)
+    bare = shutil.copytree(SCORER, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    with pytest.raises(elm.UserError, match="eval.bertscore_model: cannot load .*bare"):
+        elm.load_scorer(str(bare), None)
 
 
 def test_repetition():
@@ -187,6 +219,7 @@ def test_eval_repeats_the_report_of_training_to_the_byte(settings, tmp_path, dat
     for table in (result, *result["tasks"].values()):
         for key, (low, high) in table["intervals"].items():
             assert low - 1e-9 <= high and key in table
+    assert sum(t["samples"] for t in result["tasks"].values()) == result["samples"] == 20
     predictions = read_jsonl(folder / "predictions.jsonl")
     rows = elm.open_data(cfg, ("test",), elm.Prompt.of(byte_tokenizer()), 1, elm.Runtime())["test"]
     assert len(predictions) == result["samples"] == 20 and len(rows.rows) == 40
@@ -248,11 +281,16 @@ def test_bad_input_of_eval(settings, tmp_path, capsys):
     other = make_llm(tmp_path / "llm2", "llama")
     save_file({"x": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     wide = make_embedder(tmp_path / "embedder", width=16)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "predictions.jsonl").write_text("precious")
     before = {p: p.read_bytes() for p in folder.iterdir()}
     out = f"output.dir={tmp_path / 'new'}"
     cases = [
-        ([], "output.dir: .* holds an eval.json already"),
-        ([out, f"adapter={tmp_path / 'nowhere'}"], "nowhere"),
+        ([], "metrics.jsonl: exists already"),
+        ([f"output.dir={tmp_path / 'own'}"], "predictions.jsonl: exists already"),
+        ([out, f"adapter={tmp_path / 'nowhere'}"], "nowhere: there is no such file"),
+        ([out, f"adapter={tmp_path}"], "there is no such file"),
+        ([out, 'adapter="x"', "adapter=y"], "adapter: is missing"),
         ([out, f"adapter={tmp_path / 'foreign.safetensors'}"], "not a whole elm adapter"),
         ([out, f"adapter={tmp_path / 'narrow.safetensors'}"],
          r"data.dir: the test vectors: \[10, 12\], but the adapter reads \[n, 8\]"),
@@ -273,7 +311,46 @@ def test_bad_input_of_eval(settings, tmp_path, capsys):
         assert len(lines) == 1 and not [x for x in said if "Traceback" in x]
         assert re.search(message, lines[0]), (message, lines)
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
-    assert not list((tmp_path / "new").iterdir())
+    assert not (tmp_path / "new").exists()
+    assert [p.read_text() for p in (tmp_path / "own").iterdir()] == ["precious"]
+
+
+def test_no_interval_where_there_is_none():
+    """Of one vector; and of a ratio whose denominator may be 0 or less."""
+    split, mask = split_of(np.array([0, 0, 1, 2])), np.array([True, True, False, False])
+    one = np.stack([np.arange(4.0), np.ones(4)])
+    told = elm.summarize(split, {"x": one}, mask)
+    assert told["x"] == 0.5 and told["intervals"] == {}
+    everywhere = np.ones(4, bool)
+    few = np.stack([[1.0, 0, 0, 0], [1.0, 0, 0, 0]])  # one answer, about one of three vectors
+    odd = np.stack([np.ones(4), [3.0, 0, -1, -1]])
+    told = elm.summarize(split, {"x": one, "few": few, "odd": odd}, everywhere)
+    assert set(told["intervals"]) == {"x"} and told["odd"] == 4 and told["few"] == 1
+
+
+def test_answers_are_kept_where_the_scores_fail(settings, monkeypatch):
+    monkeypatch.setattr(elm, "score_answers", None)
+    cfg, folder = evaluate(settings, "train.max_steps=1")
+    with pytest.raises(TypeError):
+        elm.train(cfg)
+    assert len(read_jsonl(folder / "predictions.jsonl")) == 6
+
+
+def test_rows_of_one_vector_have_no_control(settings, data_dir):
+    rows = [r | {"embedding_file_idx": 3} for r in read_jsonl(rows_path(data_dir, "val"))]
+    write_rows(data_dir, "val", rows)
+    with pytest.raises(elm.UserError, match="val_synthesis.jsonl: all rows are about one vector"):
+        elm.train(evaluate(settings)[0])
+
+
+def test_eval_beside_a_run_that_is_being_written(settings, tmp_path):
+    """A half line of metrics is passed over."""
+    cfg, folder = evaluate(settings, "train.max_steps=1")
+    elm.train(cfg)
+    with open(folder / "metrics.jsonl", "a") as f:
+        f.write('{"step": 9, "lo')
+    other = elm.load_config(None, [*settings, f"output.dir={tmp_path / 'again'}"])
+    assert elm.evaluate(other, folder / "adapter_best.safetensors")["rows"] == 40
 
 
 def test_a_missing_scorer_is_told_before_training(settings, capsys, tmp_path):

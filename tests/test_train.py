@@ -536,7 +536,7 @@ def bad_cases(tmp_path, data_dir, llm_dir, settings):
     return {
         "no data": (
             ["data.dir=/nowhere"],
-            "No such file or directory: /nowhere/embeddings/train_embeddings.safe",
+            "/nowhere/embeddings/train_embeddings.safetensors: there is no such file",
         ),
         "no vectors": ([f"data.dir={no_vectors}"], "No such file or directory: " + str(no_vectors)),
         "missing field": (
