@@ -1429,9 +1429,9 @@ def summarize(split: Split, measures: dict, mask: np.ndarray, draws: int = 1000)
     for of, names in groups.items():
         pairs = np.stack([totals[k][:, np.frombuffer(of, bool)] for k in names])
         n, rng = pairs.shape[2], np.random.default_rng(0)
-        drawn = np.stack([pairs @ np.bincount(rng.integers(n, size=n), minlength=n)
-                          for _ in range(draws)])
-        for k, (num, den) in zip(names, drawn.transpose(1, 2, 0), strict=True):
+        sizes = np.diff(np.r_[0 : draws : max(1, 10**6 // n), draws])  # of the draws at a time
+        drawn = [pairs @ rng.multinomial(n, np.full(n, 1 / n), m).T for m in sizes]
+        for k, (num, den) in zip(names, np.concatenate(drawn, axis=2), strict=True):
             if n > 1 and (den > 0).all():
                 intervals[k] = np.percentile(num / den, (2.5, 97.5)).tolist()
     counts = {"rows": int(mask.sum()), "rows_text": int(told.sum())}
@@ -1500,17 +1500,17 @@ def show(result: dict, predictions: list[dict], rt: Runtime) -> None:
     """The final table, and five answers beside their references."""
     columns = {"rows": "rows", "shuffled": "loss_shuffled", "vectors": "loss", "text": "loss_text",
                "carried": "carried", "answers": "samples",
-               "B shuffled": "bertscore_composite_shuffled", "BERTScore": "bertscore_composite",
+               "BERT shuf": "bertscore_composite_shuffled", "BERTScore": "bertscore_composite",
                "cosine": "consistency", "of refs": "consistency_reference", "MRR": "mrr"}
     columns = {title: key for title, key in columns.items() if key in result}
     low, high = ({k: v[end] for k, v in result["intervals"].items()} for end in (0, 1))
     rows = {"all": result, "  95 %, from": low, "  to": high, **result["tasks"]}
     lines = ["\n{split}, {rows} rows, {rows_text} with text, adapter of step {adapter_step}"
-             .format(**result), f"{'':21}" + "".join(f"{t:>11}" for t in columns)]
+             .format(**result), f"{'':21}" + "".join(f"{t:>10}" for t in columns)]
     for name, row in rows.items():
         cells = [row.get(key, "") for key in columns.values()]
         lines.append(f"  {name:<19}" + "".join(
-            f"{x:>11.4f}" if isinstance(x, float) else f"{x:>11}" for x in cells))
+            f"{x:>10.4f}" if isinstance(x, float) else f"{x:>10}" for x in cells))
     lines += ["\n  {task_type}: {query}\n    reference   {response}\n    prediction  {prediction}"
               .format(**p) for p in predictions[:: max(1, len(predictions) // 5)][:5]]
     rt.say("\n".join(lines))

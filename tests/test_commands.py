@@ -302,6 +302,7 @@ def test_long_texts_are_cut_and_counted_and_order_does_not_matter(tmp_path, caps
     assert torch.allclose(made[1], made[5], atol=1e-5)  # alike as far as they are read
 
 
+@pytest.mark.slow
 def test_embed_killed_and_started_again_ends_with_the_same_bytes(texts, tmp_path):
     """Killed again and again while it writes; a fresh start would not get to the end in time."""
     many, whole, out = tmp_path / "many.jsonl", tmp_path / "whole.safetensors", tmp_path / "o.st"

@@ -538,7 +538,7 @@ def bad_cases(tmp_path, data_dir, llm_dir, settings):
             ["data.dir=/nowhere"],
             "/nowhere/embeddings/train_embeddings.safetensors: there is no such file",
         ),
-        "no vectors": ([f"data.dir={no_vectors}"], "No such file or directory: " + str(no_vectors)),
+        "no vectors": ([f"data.dir={no_vectors}"], f"elm: {no_vectors}"),
         "missing field": (
             [f"data.dir={broken}"],
             "train_synthesis.jsonl:1: field 'query' is missing",
@@ -562,7 +562,7 @@ def bad_cases(tmp_path, data_dir, llm_dir, settings):
             ["train.resume=auto", "train.max_steps=8", f"model.llm={wide}"],
             "the checkpoint has llm",
         ),
-        "resume none": (["train.resume=/nowhere/checkpoint_step_2.pt"], "No such file"),
+        "resume none": (["train.resume=/nowhere/checkpoint_step_2.pt"], "there is no such file"),
         "resume other": ([f"train.resume={path}"], "no whole checkpoint"),
     }
 
@@ -593,5 +593,5 @@ def test_command_line_of_its_own_process(settings, tmp_path, capsys):
     config.write_text("")
     done = run(config, *settings)
     assert done.returncode == 0, done.stderr
-    assert "shuffled    vectors       text" in done.stdout
+    assert "shuffled   vectors      text" in done.stdout
     assert done.stdout.count("prediction  ") == 5
