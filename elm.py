@@ -33,9 +33,11 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -217,8 +219,8 @@ def build_config(tables: dict, source: str = "config", overridden: tuple[str, ..
     tasks = values.get("data", {}).get("tasks", TASKS)
     errors += [f"data.tasks: unknown task {t!r}{nearest(t, TASKS)}" for t in tasks or [""]
                if t not in TASKS]
-    errors += [f"loss.{k}: not built yet, set it to 0.0" for k in ("drift_weight", "distill_weight")
-               if values.get("loss", {}).get(k)]
+    if values.get("loss", {}).get("distill_weight"):
+        errors.append("loss.distill_weight: not built yet, set it to 0.0")
     if errors:
         def place(key: str) -> str:
             return "override" if any(f"{o}.".startswith(f"{key}.") for o in overridden) else source
@@ -235,15 +237,13 @@ def read_override(text: str) -> tuple[str, Any]:
     except ValueError:
         return name.strip(), value.strip()
 
-def load_config(path: str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The config of a TOML file (none: the defaults) under `section.key=value` overrides, whose
-    values are TOML; a bare word is a string. Raises: UserError with one line for each mistake."""
+def read_toml(path: str | None, over: dict[str, Any]) -> dict[str, dict]:
+    """The tables of a TOML file (none: empty ones) under values by dotted name."""
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     except ValueError as e:  # of TOML or of UTF-8
         raise UserError(f"{path}: not valid TOML: {e}") from None
-    overridden = dict(map(read_override, overrides))
-    for name, value in overridden.items():
+    for name, value in over.items():
         *parents, key = name.split(".")
         place = tables
         for parent in parents:
@@ -251,7 +251,13 @@ def load_config(path: str | None = None, overrides: list[str] | tuple[str, ...] 
             if not isinstance(place, dict):
                 raise UserError(f"{name}: {parent} is not a table")
         place[key] = value
-    return build_config(tables, path or "config", tuple(overridden))
+    return tables
+
+def load_config(path: str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The config of a TOML file (none: the defaults) under `section.key=value` overrides, whose
+    values are TOML; a bare word is a string. Raises: UserError with one line for each mistake."""
+    over = dict(map(read_override, overrides))
+    return build_config(read_toml(path, over), path or "config", tuple(over))
 
 def read_options(kind: type, arguments: list[str]) -> Any:
     """`key=value` arguments as the dataclass `kind`. Raises: UserError, all mistakes at once."""
@@ -279,12 +285,14 @@ class Runtime(NamedTuple):  # this process among all of the run
     world: int = 1
     device: torch.device = torch.device("cpu")
     log_file: str | None = None
+    quiet: bool = False
 
     def say(self, message: str) -> None:
         """Print on process 0, above the progress bar, and append to the log file."""
         if self.rank == 0:
-            tqdm.write(message)
-            sys.stdout.flush()
+            if not self.quiet:
+                tqdm.write(message)
+                sys.stdout.flush()
             if self.log_file:
                 with open(self.log_file, "a", encoding="utf-8") as f:
                     f.write(f"{time.strftime('%F %T')} {message}\n")
@@ -333,9 +341,9 @@ def start_runtime(cfg: Config) -> Runtime:
     return Runtime(rank, world, device, cfg.output.log_file)
 
 @contextmanager
-def whole_file(path: Path):
+def whole_file(path: Path, tag: str = ""):
     """A temporary path that becomes `path`, whole and on disk, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{tag}.tmp")
     temporary.touch()
     mode = temporary.stat().st_mode  # of this user's umask; safetensors makes files private
     yield temporary
@@ -356,8 +364,8 @@ def check_new(*paths: Path) -> None:
         if not os.access(path.parent, os.W_OK):
             raise UserError(f"{path}: its folder is not there, or cannot be written to")
 
-def write_text(path: Path, text: str) -> None:
-    with whole_file(path) as temporary:
+def write_text(path: Path, text: str, tag: str = "") -> None:
+    with whole_file(path, tag) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 def read_ahead(make: Any, keys: Any, threads: int):
@@ -725,8 +733,11 @@ class Adapter(nn.Module):
         self.register_buffer("std", torch.ones(d_emb))
         self.register_buffer("scale", torch.tensor(scale))
 
+    def standardize(self, embeddings: Tensor) -> Tensor:
+        return (embeddings.float() - self.mean) / self.std.clamp(min=1e-6)
+
     def forward(self, embeddings: Tensor) -> Tensor:
-        x = (embeddings.float() - self.mean) / self.std.clamp(min=1e-6)
+        x = self.standardize(embeddings)
         hidden = F.dropout(F.gelu(self.fc1(x)), self.settings["dropout"], self.training)
         out = self.fc2(hidden).unflatten(-1, (self.settings["tokens"], -1))
         residual = self.settings["residual_scale"] * self.residual(x)[..., None, :]
@@ -826,6 +837,15 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, gradient):
         (of_hidden,) = ctx.saved_tensors
         return (gradient[:, None] * of_hidden).to(of_hidden.dtype), None, None, None
+
+class Probe(NamedTuple):  # from what the LLM says to what it was told: the space that both share
+    matrix: Tensor  # [D, E]
+    center: Tensor  # [D]
+
+    def drift(self, states: Tensor, embeddings: Tensor, target: float) -> Tensor:
+        """max(0, target - cosine) of states [n, D] seen by the probe and embeddings [n, E]: [n]."""
+        seen = (states - self.center) @ self.matrix
+        return F.relu(target - F.cosine_similarity(seen, embeddings, dim=1))
 
 @contextmanager
 def swapped(owner: Any, name: str, value: Any):
@@ -942,9 +962,9 @@ class ELM(nn.Module):
         self.kept |= {prefixes: record} if keep else {}
         return record
 
-    def losses(self, batch: dict, soft: Tensor | None = None) -> Tensor:
-        """What `pack` makes, and soft tokens [n, K, D] unless it is by text -> each response's
-        summed token cross-entropy [n] fp32."""
+    def states(self, batch: dict, soft: Tensor | None = None) -> tuple[Tensor, dict]:
+        """What `pack` makes, and soft tokens [n, K, D] unless it is by text -> the last hidden
+        states [T, D] of the LLM, and what is left of the batch, on the device."""
         device = self.adapter.scale.device
         batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
                  for k, v in batch.items() if k != "embeddings"}
@@ -954,13 +974,20 @@ class ELM(nn.Module):
             embeds = self.llm.get_input_embeddings()(batch["ids"])
         if soft is not None:  # out of place: any id stands there, and its embedding is replaced
             embeds = embeds.index_copy(0, batch["slots"], soft.flatten(0, 1).to(embeds.dtype))
-        hidden = self.body(embeds, batch["positions"], layout).index_select(0, batch["targets"])
+        return self.body(embeds, batch["positions"], layout), batch
+
+    def nll(self, states: Tensor, batch: dict) -> Tensor:
+        """What `states` makes -> each response's summed token cross-entropy [n] fp32."""
+        hidden = states.index_select(0, batch["targets"])
         numbers = len(hidden) * self.llm.config.get_text_config().vocab_size
-        chunks = torch.tensor(math.ceil(numbers / CHUNK_LOGITS[device.type]))
+        chunks = torch.tensor(math.ceil(numbers / CHUNK_LOGITS[hidden.device.type]))
         if self.in_step:  # ZeRO 3 gathers the head for each chunk: as often on every process
             torch.distributed.all_reduce(chunks, torch.distributed.ReduceOp.MAX)
         losses = HeadLoss.apply(hidden, batch["labels"], self.head, int(chunks))
         return losses.new_zeros(len(batch["lengths"])).index_add(0, batch["owner"], losses)
+
+    def losses(self, batch: dict, soft: Tensor | None = None) -> Tensor:
+        return self.nll(*self.states(batch, soft))
 
     @torch.no_grad()
     def prompt_embeds(self, embedding: Tensor, query: str) -> Tensor:
@@ -1017,6 +1044,8 @@ def recompute_layers(llm: Any, count: int) -> None:
     """Recompute the last `count` layers in the backward pass instead of keeping their activations.
     By hand: the layers' own switch needs train mode, in which they would drop out."""
     layers = [m for m in llm.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:  # of an LLM that has been trained through before
+        layer.__dict__.pop("forward", None)
     for layer in layers[len(layers) - count :]:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
                                 context_fn=lambda: (nullcontext(), packed(llm)))
@@ -1236,8 +1265,10 @@ class TrainState:  # what the loop carries on, beside the adapter and its optimi
     best: float = math.inf  # lowest validation loss, of the adapter below
     best_step: int = 0
     best_adapter: dict[str, Tensor] | None = None
-    nll_sum: float = 0.0  # since the last logging step
+    nll_sum: float = 0.0  # since the last logging step, as the next three
+    drift_sum: float = 0.0
     num_labels: int = 0
+    num_rows: int = 0
     wandb_id: str | None = None
 
 def load_checkpoint(path: Path) -> dict:
@@ -1312,13 +1343,16 @@ def control_losses(elm: ELM, split: Split, rt: Runtime, text: bool = False) -> d
         losses["loss_text"] = row_losses(elm, split, rt, BY_TEXT)
     return losses
 
+def sample_rows(split: Split, n: int) -> np.ndarray:
+    return np.sort(np.random.default_rng(0).permutation(len(split.rows))[:n])
+
 def answers(elm: ELM, split: Split, rows: np.ndarray, which: np.ndarray, limit: int, rt: Runtime):
     """Greedy answers of up to `limit` tokens to the queries of `rows` about the vectors `which`.
     The processes share them by whole batches: not a bit depends on how many they are."""
     rank, world = (0, 1) if elm.in_step else (rt.rank, rt.world)  # ZeRO-3: all make all of them
     size, made, parts = 16, {}, [None] * world
     for i in tqdm(range(rank * size, len(rows), world * size), "answers", leave=False,
-                  disable=rt.rank > 0 or None):
+                  disable=rt.rank > 0 or rt.quiet or None):
         vectors = split.vectors[torch.from_numpy(which[i : i + size])]
         queries = [split.raw(row)["query"] for row in rows[i : i + size]]
         made[i] = elm.generate(vectors, queries, limit, size)
@@ -1347,6 +1381,8 @@ def load_scorer(name: str, num_layers: int | None) -> Any:
     tok.model_max_length, scorer._tokenizer = reach(scorer._model, tok), tok
     scorer._model.float()
     return scorer
+
+COMPOSITE = 0.3, 0.3, 0.4  # of BERTScore's precision, recall and F1
 
 def bert_scores(cfg: EvalConfig, texts: list[str], references: list[str], device: Any):
     """(precision, recall and F1 [n, 3] of BERTScore, the library's hash of how they were made).
@@ -1390,8 +1426,7 @@ def score_answers(cfg: Config, texts: dict[str, list[str]], rows: np.ndarray, sp
     for name, some, bert in zip(texts, (ours, shuffled), np.split(by_bert[0], 2), strict=False):
         p, r, f1 = bert.T
         scores |= {f"bertscore_precision{name}": p, f"bertscore_recall{name}": r,
-                   f"bertscore_f1{name}": f1,
-                   f"bertscore_composite{name}": 0.3 * p + 0.3 * r + 0.4 * f1,
+                   f"bertscore_f1{name}": f1, f"bertscore_composite{name}": bert @ COMPOSITE,
                    f"empty_rate{name}": [not t.strip() for t in some],
                    f"repetition{name}": [repetition(t) for t in some]}
     if cfg.eval.embedder:
@@ -1413,6 +1448,13 @@ def loss_measures(elm: ELM, split: Split, rt: Runtime) -> dict[str, np.ndarray]:
         measures["loss_text"] = np.stack([text, responses]) * told
         measures["carried"] = np.stack([shuffled - ours, shuffled - text]) * told
     return measures
+
+def score_now(elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime) -> float:
+    """The bertscore_composite that `report` would find, without all else. One process."""
+    rows = sample_rows(split, cfg.samples)
+    texts = answers(elm, split, rows, split.rows["vector"][rows], cfg.max_new_tokens, rt)
+    references = [split.raw(i)["response"] for i in rows]
+    return float((bert_scores(cfg, texts, references, rt.device)[0] @ COMPOSITE).mean())
 
 def summarize(split: Split, measures: dict, mask: np.ndarray, draws: int = 1000) -> dict[str, Any]:
     """The measures over the rows in `mask`, with bootstrap 95 % intervals, for which vectors are
@@ -1442,8 +1484,7 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, metrics: list, abou
     """Measure the adapter on `split`; process 0 writes predictions.jsonl, eval.json and report.png,
     prints what they say and returns the dict of eval.json, the others {}."""
     measures, folder = loss_measures(elm, split, rt), Path(cfg.output.dir)
-    task, num_rows = split.rows["task"], len(split.rows)
-    rows = np.sort(np.random.default_rng(0).permutation(num_rows)[: cfg.eval.samples])
+    task, rows = split.rows["task"], sample_rows(split, cfg.eval.samples)
     which = {"": split.rows["vector"][rows], "_shuffled": shuffled_vectors(split)[rows]}
     texts = {name: answers(elm, split, rows, vectors, cfg.eval.max_new_tokens, rt)
              for name, vectors in which.items()}
@@ -1459,7 +1500,7 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, metrics: list, abou
         texts["_reference"] = [r["response"] for r in raw]
         scores, about["bertscore_hash"] = score_answers(cfg, texts, rows, split, rt.device)
         for name, values in scores.items():
-            measures[name] = np.zeros((2, num_rows))
+            measures[name] = np.zeros((2, len(task)))
             measures[name][:, rows] = values, np.ones(len(rows))
     result = about | summarize(split, measures, task >= 0)
     result["tasks"] = {TASKS[t]: summarize(split, measures, task == t) for t in np.unique(task)}
@@ -1595,9 +1636,9 @@ def open_data(cfg: Config, names: tuple[str, ...], prompt: Prompt, soft: int, rt
                             f"{embedder.hidden_size}, those of the data have {widths}")
     return data
 
-def build_model(cfg: Config, data: Split, prompt: Prompt, rt: Runtime) -> tuple[ELM, dict]:
+def build_model(cfg: Config, llm: Any, data: Split, prompt: Prompt, rt: Runtime):
     """A fresh adapter on the frozen LLM, and the llm_facts of that."""
-    m, llm = cfg.model, load_llm(cfg.model.llm, rt.device, cfg.model.bf16)
+    m = cfg.model
     reach = getattr(llm.config.get_text_config(), "max_position_embeddings", math.inf)
     if cfg.data.max_seq_length > reach:
         raise UserError(f"data.max_seq_length = {cfg.data.max_seq_length}: {m.llm} reads {reach}")
@@ -1630,34 +1671,98 @@ def check_packing(elm: ELM) -> None:
             raise UserError(f"model.llm: {type(elm.llm).__name__} has more than causal attention "
                             f"between tokens, so that rows cannot be packed ({loss}, not {alone})")
 
-def soft_gradient(elm: ELM, soft: Tensor, micros: list) -> tuple[Tensor, Tensor]:
-    """The loss summed over all of plan_step's micro-batches, fp64, and its gradient at their soft
-    tokens [n, K, D]: all that the adapter needs of the frozen LLM, and all that this makes."""
-    total, gradients = torch.zeros((), dtype=torch.float64, device=soft.device), []
+def response_states(states: Tensor, batch: dict) -> Tensor:
+    """The mean of the states [T, D] at each example's response tokens: [n, D] fp32."""
+    said, owner = states.index_select(0, batch["targets"] + 1).float(), batch["owner"]
+    sums = said.new_zeros(len(batch["lengths"]), said.shape[1]).index_add(0, owner, said)
+    return sums / torch.bincount(owner, minlength=len(sums))[:, None]
+
+@torch.no_grad()
+def fit_probe(elm: ELM, split: Split, rt: Runtime, most: int = 8192) -> Probe:
+    """Ridge regression from the mean state of the LLM that reads a response alone to the vector of
+    its text, over up to `most` rows; those of every tenth vector are held out and tell how good it
+    is. The same on every process."""
+    rows = split.rows[np.random.default_rng(0).permutation(len(split.rows))[:most]]
+    rows["start"] = (rows["start"] + rows["length"])[:, :1] - rows["response"][:, None]
+    rows["length"], rows["slot"] = rows["response"][:, None], 0  # both forms: the response
+    alone = split._replace(rows=rows, reuse=False)
+    micros = cut(rows["response"].astype(np.int64), rt.world, MICRO_TOKENS[rt.device.type])
+    heard = torch.zeros(len(rows), elm.adapter.settings["d_llm"], device=rt.device)
+    for micro in filter(None, micros[rt.rank :: rt.world]):
+        heard[micro] = response_states(*elm.states(pack(alone, micro, BY_TEXT)))
+    heard = rt.sum(heard).double().cpu()
+    which = torch.from_numpy(rows["vector"].copy())
+    y = elm.adapter.standardize(split.vectors[which].to(rt.device)).double().cpu()
+    held = which % 10 == 0
+    center = heard[~held].mean(0)
+    x = heard - center
+    gram = x[~held].T @ x[~held]
+    ridge = gram + 0.01 * gram.diag().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    matrix = torch.linalg.solve(ridge, x[~held].T @ y[~held])
+    if held.any():
+        left = (y - x @ matrix)[held].square().sum() / (y - y[~held].mean(0))[held].square().sum()
+        cosine = F.cosine_similarity(x @ matrix, y, dim=1)[held].mean()
+        rt.say(f"drift probe of {int((~held).sum())} rows; on {int(held.sum())} held-out ones R² "
+               f"{1 - left:.3f}, cosine {cosine:.3f}")
+    parts = (rt.sum(t.float().to(rt.device) * (rt.rank == 0)) for t in (matrix, center))
+    return Probe(*parts)
+
+def soft_gradient(elm: ELM, soft: Tensor, micros: list, probe: Probe | None = None,
+                  target: float = 1.0, scale: float = 0.0) -> tuple[Tensor, Tensor]:
+    """([cross-entropy, drift] fp64, each summed over all of plan_step's micro-batches, the gradient
+    of the first plus `scale` times the second at their soft tokens [n, K, D]): all that the adapter
+    needs of the frozen LLM, and all that this makes."""
+    totals, gradients = torch.zeros(2, dtype=torch.float64, device=soft.device), []
     parts = soft.detach().split([len(batch["lengths"]) for _, batch in micros])
     for (weight, batch), part in zip(micros, parts, strict=True):
-        loss = elm.losses(batch, part.requires_grad_()).sum() * weight
-        gradients += torch.autograd.grad(loss, part)
-        total += loss.detach()
-    return total, torch.cat(gradients)
+        out = elm.states(batch, part.requires_grad_())
+        nll, drift = elm.nll(*out).sum() * weight, soft.new_zeros(())
+        if probe:
+            vectors = elm.adapter.standardize(batch["embeddings"].to(soft.device))
+            drift = probe.drift(response_states(*out), vectors, target).sum() * weight
+        gradients += torch.autograd.grad(nll + scale * drift, part)
+        totals += torch.stack([nll, drift]).detach()
+    return totals, torch.cat(gradients)
 
-def train(cfg: Config) -> dict:
-    """Train an adapter and report on it: returns the dict of eval.json. Raises: UserError for what
-    its user can mend; SystemExit(128 + signal) after a signal, with a checkpoint of the step."""
-    rt, folder = start_runtime(cfg), Path(cfg.output.dir)
+def once(shared: dict, key: Any, make: Any) -> Any:
+    if key not in shared:
+        shared[key] = make()
+    return shared[key]
+
+def open_inputs(cfg: Config, rt: Runtime, shared: dict) -> tuple[Prompt, dict[str, Split], str]:
+    """The prompt, the splits, and which of them the report is on."""
+    llm, final = cfg.model.llm, final_split(cfg)
+    prompt = once(shared, ("prompt", llm), lambda: Prompt.of(
+        load_pretrained(AutoTokenizer, llm, "model.llm")))
+    data = once(shared, ("data", cfg.data, cfg.eval, cfg.model.tokens, llm), lambda: open_data(
+        cfg, ("train", "val", final), prompt, cfg.model.tokens, rt))
+    return prompt, data, final
+
+def num_steps(cfg: TrainConfig, num_rows: int, size: int) -> int:
+    return cfg.max_steps or cfg.epochs * math.ceil(num_rows / size)
+
+def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
+    """Train an adapter and report on it: returns the dict of eval.json. As a `trial` of Optuna it
+    writes no checkpoints, tells Optuna the score at each evaluation, and returns that at the end
+    alone; what does not change between trials stays in `shared`. Raises: UserError for what its
+    user can mend; SystemExit(128 + signal) after a signal, with a checkpoint; TrialPruned."""
+    rt, folder = start_runtime(cfg)._replace(quiet=bool(trial)), Path(cfg.output.dir)
+    shared = {} if shared is None else shared
     saved = find_checkpoint(cfg, rt)
     state = saved["state"] if saved else TrainState()
-    prompt = Prompt.of(load_pretrained(AutoTokenizer, cfg.model.llm, "model.llm"))
-    final = final_split(cfg)  # before the LLM, so that errors of the data come in seconds
-    data = open_data(cfg, ("train", "val", final), prompt, cfg.model.tokens, rt)
+    prompt, data, final = open_inputs(cfg, rt, shared)  # its errors come in seconds
     source, size = data["train"], cfg.train.batch_size * cfg.train.grad_accum * rt.world
-    total = cfg.train.max_steps or cfg.train.epochs * math.ceil(len(source.rows) / size)
+    total = num_steps(cfg.train, len(source.rows), size)
     done = json.loads((folder / "eval.json").read_text()) if (folder / "eval.json").exists() else {}
     same = saved and saved["config"]["model"] == to_tables(cfg)["model"]
     if same and done.get("step") == state.step >= total:
         rt.say(f"{folder} holds a finished run of {state.step} steps; nothing to do")
         return done
-    elm, facts = build_model(cfg, source, prompt, rt)
+    # ZeRO 3 takes an LLM apart.
+    llm = once({} if cfg.deepspeed.zero_stage == 3 else shared,
+               ("llm", cfg.model.llm, cfg.model.bf16),
+               lambda: load_llm(cfg.model.llm, rt.device, cfg.model.bf16))
+    elm, facts = build_model(cfg, llm, source, prompt, rt)
     identity = {k: elm.adapter.settings[k] for k in ("d_emb", "hidden_dim", "d_llm", "tokens")}
     identity["llm"] = facts["fingerprint"]
     for key, value in identity.items() if saved else ():
@@ -1667,6 +1772,12 @@ def train(cfg: Config) -> dict:
     check_packing(elm)
     if saved:
         elm.adapter.load_state_dict(saved["adapter"])
+    probe = None
+    if cfg.loss.drift_weight:
+        fitted = saved and saved.get("probe")
+        probe = Probe(*(t.to(rt.device) for t in fitted)) if fitted else once(
+            shared, ("probe", cfg.data, cfg.model.llm, cfg.model.bf16, cfg.model.standardize),
+            lambda: fit_probe(elm, source, rt))
     elm.in_step = cfg.deepspeed.zero_stage == 3 and rt.world > 1
     budget, recomputed = plan_memory(elm.llm, cfg.model.grad_checkpoint, rt.free_memory())
     recompute_layers(elm.llm, recomputed)
@@ -1698,7 +1809,8 @@ def train(cfg: Config) -> dict:
         save_adapter(f"adapter_step_{state.step}.safetensors", weights, state.step)
         if rt.rank == 0:
             whole = dict(state=dataclasses.asdict(state), adapter=weights, optimizer=moments,
-                         identity=identity, config=to_tables(cfg))
+                         probe=probe and [t.cpu() for t in probe], identity=identity,
+                         config=to_tables(cfg))
             with whole_file(folder / f"checkpoint_{name}.pt") as temporary:
                 torch.save(whole, temporary)
     def evaluate() -> None:
@@ -1706,6 +1818,11 @@ def train(cfg: Config) -> dict:
         responses = int(data["val"].rows["response"].sum())
         val, shuffled = (float(nll.sum()) / responses
                          for nll in control_losses(elm, data["val"], rt).values())
+        if trial and 0 < state.step < total:
+            trial.report(score_now(elm, data["val"], cfg.eval, rt),
+                         state.step // cfg.train.eval_steps)
+            if trial.should_prune():
+                raise need("optuna").TrialPruned
         engine.train()
         record(step=state.step, val_loss=val, val_loss_shuffled=shuffled)
         rt.say(f"step {state.step:6d}  val_loss {val:.4f}  vectors shuffled {shuffled:.4f}")
@@ -1714,7 +1831,8 @@ def train(cfg: Config) -> dict:
             state.best_adapter = gather_state(engine)[0]
             save_adapter("adapter_best.safetensors", state.best_adapter, state.step)
 
-    bar = tqdm(total=total, initial=state.step, unit="step", disable=rt.rank > 0 or None)
+    bar = tqdm(total=total, initial=state.step, unit="step",
+               disable=rt.rank > 0 or rt.quiet or None)
     if state.step == 0:
         evaluate()
     else:
@@ -1725,7 +1843,7 @@ def train(cfg: Config) -> dict:
         plan = partial(plan_step, source, budget, rt)
         return read_ahead(plan, islice(steps, max(0, total - state.step)), cfg.data.num_workers)
     plans, halved = planned(), False
-    sums = torch.tensor([state.nll_sum, 0.0], dtype=torch.float64, device=rt.device)
+    sums = torch.tensor([state.nll_sum, state.drift_sum, 0.0], dtype=torch.float64).to(rt.device)
     unseen, clock, num_tokens = [], time.perf_counter(), 0
     with noticed_signals() as signals:
         while state.step < total:
@@ -1737,7 +1855,8 @@ def train(cfg: Config) -> dict:
                                      for _, batch in micros]))
             exhausted = False
             try:
-                nll, gradient = soft_gradient(elm, soft, micros)
+                losses, gradient = soft_gradient(elm, soft, micros, probe, cfg.loss.drift_target,
+                                                 cfg.loss.drift_weight * labels / len(rows))
             except torch.OutOfMemoryError:
                 if halved or elm.in_step:  # the others wait inside
                     raise
@@ -1755,21 +1874,22 @@ def train(cfg: Config) -> dict:
             engine.backward((soft * gradient).sum() * (rt.world / labels))
             # No look from the host: AdamW makes no update while found_inf is 1, and so it is from
             # the first step on whose loss or gradient is not finite.
-            nll = rt.sum(nll + 0.0 * gradient.sum())
-            engine.adam.found_inf = (~nll.isfinite() | (sums[1] > 0)).float()
-            sums += torch.stack([nll, engine.adam.found_inf.double()])
+            losses = rt.sum(losses + 0.0 * gradient.sum())
+            engine.adam.found_inf = (~losses.isfinite().all() | (sums[2] > 0)).float()
+            sums += torch.cat([losses, engine.adam.found_inf.double()[None]])
             state.step, state.epoch, state.position = state.step + 1, epoch, position
-            state.num_labels, unseen = state.num_labels + labels, [*unseen, rows]
+            state.num_labels, state.num_rows = state.num_labels + labels, state.num_rows + len(rows)
+            unseen.append(rows)
             num_tokens += int(source.rows["length"][rows, BY_VECTOR].sum())
             last = state.step == total
             log = state.step % cfg.train.logging_steps == 0 or last
             norm = take_step(engine, lr, cfg.train.max_grad_norm)
             bar.update()
             check = state.step % cfg.train.eval_steps == 0 or last
-            keep = state.step % cfg.train.save_steps == 0 or stop
-            if not (log or check or keep):
+            keep = not trial and (state.step % cfg.train.save_steps == 0 or stop)
+            if not (log or check or keep or stop):
                 continue
-            state.nll_sum, bad = sums.tolist()  # the one synchronisation with the device
+            state.nll_sum, state.drift_sum, bad = sums.tolist()  # the one wait for the device
             if bad:
                 lines = ",".join(str(n) for n in source.rows["line"][unseen[-int(bad)]][:64])
                 raise UserError(f"step {state.step + 1 - int(bad)}: the loss or its gradient is "
@@ -1777,16 +1897,19 @@ def train(cfg: Config) -> dict:
                                 f"{source.path}:{lines}")
             unseen = []
             if log:
-                loss = state.nll_sum / state.num_labels
+                lm_loss, drift = state.nll_sum / state.num_labels, state.drift_sum / state.num_rows
+                loss = lm_loss + cfg.loss.drift_weight * drift
                 rate = num_tokens / (time.perf_counter() - clock)
-                record(step=state.step, epoch=epoch, loss=loss, lm_loss=loss, lr=lr,
-                       grad_norm=float(norm), tokens_per_second=rate, memory_gib=memory_gib(),
-                       similarity=mean_cosine(soft.detach().flatten(1)))
-                line = f"loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s  {memory_gib():.2f} GiB"
+                record(step=state.step, epoch=epoch, loss=loss, lm_loss=lm_loss, drift_loss=drift,
+                       lr=lr, grad_norm=float(norm), tokens_per_second=rate,
+                       memory_gib=memory_gib(), similarity=mean_cosine(soft.detach().flatten(1)))
+                line = f"loss {loss:.4f}  " + f"drift {drift:.4f}  " * bool(probe) + (
+                    f"lr {lr:.2e}  {rate:,.0f} tokens/s  {memory_gib():.2f} GiB")
                 bar.set_postfix_str(line)
                 rt.say(f"step {state.step:6d}  {line}")
-                state.nll_sum, state.num_labels = 0.0, 0
-                sums[0], clock, num_tokens = 0.0, time.perf_counter(), 0
+                state.nll_sum = state.drift_sum = 0.0
+                state.num_labels = state.num_rows = 0
+                sums[:2], clock, num_tokens = 0.0, time.perf_counter(), 0
             if check:
                 evaluate()
                 clock, num_tokens = time.perf_counter(), 0
@@ -1798,10 +1921,13 @@ def train(cfg: Config) -> dict:
                     attempt(rt, wandb.finish)
                 raise SystemExit(128 + max(signals, default=signal.SIGTERM))
     bar.close()
-    save("final")
+    if not trial:
+        save("final")
     elm.adapter = Adapter(**elm.adapter.settings).to(rt.device)  # the best one, outside of ZeRO
     elm.adapter.load_state_dict(state.best_adapter)
     engine.eval()
+    if trial:
+        return {"bertscore_composite": score_now(elm, data["val"], cfg.eval, rt)}
     metrics = read_metrics(folder / "metrics.jsonl")
     about = dict(split=final, step=state.step, adapter_step=state.best_step)
     result = report(elm, data[final], cfg, rt, metrics, about)
@@ -1901,13 +2027,273 @@ def generate(o: GenerateOptions) -> None:
     bar.close()
 
 # -----------------------------------------------------------------------------
+# Sweep: Optuna over the settings of training, by any number of workers
+
+@table
+class StudyConfig:
+    name: str = "elm-summary-optimization"
+    trials: Annotated[int, "[1, inf)"] = 50  # of all workers together
+    timeout_hours: Annotated[float, "(0, inf)"] = 24.0  # after which this worker begins no other
+    objective: Literal["bertscore_composite"] = "bertscore_composite"  # on the validation split
+    storage: str | None = None  # a URL as Optuna takes it; None: a journal file in output.dir
+    seed: Annotated[int, "[0, 4294967295]"] = 42
+    repeat_best: Annotated[int, "[0, inf)"] = 3  # so many of the best are run with two more seeds
+@table
+class Range:
+    low: float
+    high: float
+    log: bool = False
+
+class Sweep(NamedTuple):
+    source: str
+    study: StudyConfig
+    output: OutputConfig
+    base: dict[str, Any]  # settings by dotted name
+    space: dict[str, dict | list]
+
+    def config(self, params: dict[str, Any]) -> Config:
+        return build_config(read_toml(None, self.base | params), f"{self.source}: base or space")
+
+def flat(tables: dict, name: str = "") -> dict[str, Any]:
+    """Nested tables by dotted name; a range stays whole."""
+    out = {}
+    for key, value in tables.items():
+        nested = isinstance(value, dict) and not {"low", "high"} & set(value)
+        out |= flat(value, f"{name}{key}.") if nested else {name + key: value}
+    return out
+
+def load_sweep(path: str, overrides: list[str]) -> Sweep:
+    """A sweep file; both ends of each range and each choice are checked as settings of a training,
+    before any is begun. Raises: UserError with one line for each mistake."""
+    tables, errors = read_toml(path, dict(map(read_override, overrides))), []
+    kinds, parts = dict(study=StudyConfig, wandb=WandbConfig, output=OutputConfig), {}
+    for name, kind in kinds.items():
+        parts[name], wrong = check_table(kind, tables.pop(name, {}), f"{name}.")
+        errors += wrong
+    base, space = (flat(tables.pop(name, {})) for name in ("base", "space"))
+    errors += [f"{n}: unknown table{nearest(n, [*kinds, 'base', 'space'])}" for n in tables]
+    config = base.pop("config", "train.toml")
+    base = flat(read_toml(config, {})) | base | {f"wandb.{k}": v for k, v in parts["wandb"].items()}
+    sweep = Sweep(path, StudyConfig(), OutputConfig(), base, space)
+    sweep.config({})
+    for key, spec in space.items():
+        ends, wrong = {}, []
+        if isinstance(spec, dict):
+            ends, wrong = check_table(Range, spec, f"space.{key}.")
+            errors += wrong
+        low, high = ends.get("low", 0), ends.get("high", 1)
+        if not wrong and (low >= high or ends.get("log") and low <= 0):
+            errors.append(f"space.{key} = {spec}: must rise from low to high, above 0 if log")
+        nested = isinstance(spec, list) and any(isinstance(v, list | dict) for v in spec)
+        if not isinstance(spec, dict | list) or not spec or nested:
+            errors.append(f"space.{key} = {spec!r}: must be choices in a list, or {{low, high}}")
+            continue
+        for value in spec if isinstance(spec, list) else (low, high) if not wrong else ():
+            try:
+                sweep.config({key: value})
+            except UserError as e:
+                errors += [f"space.{line.split(': ', 2)[2]}" for line in str(e).splitlines()]
+    if not space:
+        errors.append("space: is missing or empty")
+    if not sweep.config({}).eval.samples:
+        errors.append("eval.samples = 0: the objective needs answers")
+    if errors:
+        raise UserError("\n".join(f"{path}: {e}" for e in dict.fromkeys(errors)))
+    return sweep._replace(study=StudyConfig(**parts["study"]),
+                          output=OutputConfig(**parts["output"]))
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine began; None if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return None
+    return fields[19] if fields[0] != "Z" else None
+
+def open_study(sweep: Sweep) -> Any:
+    """The Optuna study of a sweep, made or found. Raises: UserError if it cannot be opened, or is
+    one over other settings."""
+    optuna, url = need("optuna"), sweep.study.storage or f"{sweep.output.dir}/study.log"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("sweep: a worker is one process; start one for each GPU by hand")
+    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages.journal import JournalFileBackend
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    Path(sweep.output.dir).mkdir(parents=True, exist_ok=True)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats are
+    try:
+        storage = (RDBStorage(url, heartbeat_interval=30, grace_period=120) if "://" in url else
+                   JournalStorage(JournalFileBackend(url)))
+        study = optuna.create_study(
+            study_name=sweep.study.name, storage=storage, load_if_exists=True,
+            direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
+    except Exception as e:  # of any database and its driver
+        why = " ".join(str(e).split())[:200]
+        raise UserError(f"study.storage: cannot open {url.split('@')[-1]}: {why}") from None
+    ours = {f"space.{k}": v for k, v in sweep.space.items()}
+    ours |= {f"base.{k}": v for k, v in sweep.base.items() if not k.startswith("wandb.")}
+    theirs = study.user_attrs.get("settings", ours)
+    if differ := [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]:
+        raise UserError(f"study.name: {sweep.study.name} is there already with another "
+                        f"{', '.join(differ)}; choose another name, or go on with its settings")
+    if not study.get_trials(deepcopy=False) and [*Path(sweep.output.dir).glob("trial_*")]:
+        raise UserError(f"output.dir: {sweep.output.dir} holds trials of another study")
+    study.set_user_attr("settings", ours)
+    return study
+
+def suggest(trial: Any, space: dict[str, dict | list]) -> dict[str, Any]:
+    params = {}
+    for key, spec in space.items():
+        if isinstance(spec, list):
+            params[key] = trial.suggest_categorical(key, spec)
+        else:
+            whole = type(spec["low"]) is type(spec["high"]) is int
+            pick = trial.suggest_int if whole else trial.suggest_float
+            params[key] = pick(key, spec["low"], spec["high"], log=spec.get("log", False))
+    return params
+
+def trial_config(sweep: Sweep, params: dict[str, Any], name: str, shared: dict) -> Config:
+    """That of a training: it reports on the validation split, which is what is optimised, and is
+    evaluated four times, so that trials can be compared on the way whatever their batch size."""
+    fixed = {"eval.split": "val", "output.dir": f"{sweep.output.dir}/{name}",
+             "wandb.run_name": name}
+    cfg = sweep.config(params | fixed)
+    rt = start_runtime(cfg)._replace(quiet=True)
+    num_rows = len(open_inputs(cfg, rt, shared)[1]["train"].rows)
+    size = cfg.train.batch_size * cfg.train.grad_accum * rt.world
+    every = math.ceil(num_steps(cfg.train, num_rows, size) / 4)
+    return sweep.config(params | fixed | {"train.eval_steps": every})
+
+def run_trial(sweep: Sweep, trial: Any, params: dict, name: str, shared: dict) -> float:
+    cfg = trial_config(sweep, params, name, shared)
+    try:
+        return train(cfg, trial, shared)[sweep.study.objective]
+    except SystemExit:  # of a signal
+        raise KeyboardInterrupt from None
+    finally:
+        torch.cuda.empty_cache()
+        if cfg.wandb.enabled:
+            attempt(Runtime(), need("wandb").finish)
+
+def count_trials(study: Any) -> tuple[list, bool]:
+    """(the trials made or being made, whether any is still being made). Trials of workers of this
+    machine that were killed are marked as failed; what failed without a reason does not count."""
+    for t in study.get_trials(deepcopy=False):
+        host, pid, start = t.user_attrs.get("worker", (None, 0, None))
+        if host == socket.gethostname() and process_start(pid) != start:
+            study.tell(t.number, state=need("optuna").trial.TrialState.FAIL, skip_if_finished=True)
+    made = [t for t in study.get_trials(deepcopy=False)
+            if t.state.name != "FAIL" or "reason" in t.user_attrs]
+    return made, any(t.state.name == "RUNNING" for t in made)
+
+def run_sweep(sweep: Sweep) -> None:
+    """One worker: trials, until all workers together have made study.trials; the last one to end
+    runs the best again with other seeds. Killed, it is started again."""
+    study, optuna, shared, wanted = open_study(sweep), need("optuna"), {}, sweep.study.trials
+    deadline = time.time() + 3600 * sweep.study.timeout_hours
+    def objective(trial: Any) -> float:
+        # A sampler of its own for each trial: those of workers of one seed would suggest the same.
+        seed, random = (sweep.study.seed + trial.number) % 2**32, min(10, 1 + wanted // 4)
+        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=random)
+        me = [socket.gethostname(), os.getpid(), process_start(os.getpid())]
+        trial.set_user_attr("worker", me)
+        try:
+            if sum(t.number < trial.number for t in count_trials(study)[0]) >= wanted:
+                raise UserError("another worker has begun the last trial")
+            params = suggest(trial, sweep.space)
+            return run_trial(sweep, trial, params, f"trial_{trial.number}", shared)
+        except (UserError, torch.OutOfMemoryError) as e:
+            trial.set_user_attr("reason", str(e).splitlines()[0])
+            raise
+    bar = tqdm(total=wanted, unit="trial")
+    try:
+        while True:
+            made, running = count_trials(study)
+            bar.n = sum(t.state.name != "RUNNING" for t in made)
+            bar.set_postfix_str(write_results(sweep, study, shared))
+            if len(made) >= wanted or time.time() > deadline:
+                break
+            study.optimize(objective, n_trials=1, catch=(UserError, torch.OutOfMemoryError))
+        bar.close()
+        if running:
+            print("other workers are still at it; the last of them runs the best again")
+        else:
+            repeat_best(sweep, study, shared)
+            print(write_results(sweep, study, shared))
+    except KeyboardInterrupt:
+        bar.close()
+        print("stopped; the same command goes on")
+        raise SystemExit(128 + signal.SIGINT) from None
+    finally:
+        draw_sweep(Path(sweep.output.dir, "sweep.png"), study)
+
+def repeat_best(sweep: Sweep, study: Any, shared: dict) -> None:
+    """The best trials with two more seeds each: one value is luck in part."""
+    done = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
+    for t in sorted(done, key=lambda t: -t.value)[: sweep.study.repeat_best]:
+        for more in (1, 2):
+            repeats = study.user_attrs.get("repeats", {})
+            values = repeats.get(str(t.number), [t.value])
+            if len(values) > more:
+                continue
+            seed = (sweep.config(t.params).train.seed + more) % 2**32
+            name = f"trial_{t.number}_seed_{seed}_{os.getpid()}"  # a killed worker left the like
+            value = run_trial(sweep, need("optuna").trial.FixedTrial({}),
+                              t.params | {"train.seed": seed}, name, shared)
+            study.set_user_attr("repeats", repeats | {str(t.number): [*values, value]})
+
+def write_results(sweep: Sweep, study: Any, shared: dict) -> str:
+    """trials.jsonl and best.toml as of now, and a line about the best trial: that of the best mean
+    where some were repeated. Any worker may write them, at any time."""
+    folder, tag = Path(sweep.output.dir), f".{os.getpid()}"
+    trials, repeats = study.get_trials(deepcopy=False), study.user_attrs.get("repeats", {})
+    rows = [dict(number=t.number, state=t.state.name.lower(), value=t.value, params=t.params,
+                 seconds=t.duration and t.duration.total_seconds(),
+                 reason=t.user_attrs.get("reason", "killed" if t.state.name == "FAIL" else None),
+                 seeds=repeats.get(str(t.number))) for t in trials]
+    write_text(folder / "trials.jsonl", "".join(json.dumps(r) + "\n" for r in rows), tag)
+    done = [r for r in rows if r["state"] == "complete"]
+    if not done:
+        return "no trial is complete yet"
+    best = max(done, key=lambda r: (bool(r["seeds"]), np.mean(r["seeds"] or r["value"])))
+    cfg = trial_config(sweep, best["params"], "best", shared)
+    head = (f"# trial {best['number']} of {study.study_name}: {sweep.study.objective} "
+            f"{best['value']!r} on the validation split\n")
+    write_text(folder / "best.toml", head + config_text(cfg), tag)
+    line = f"best {best['value']:.4f} of trial {best['number']}"
+    if best["seeds"]:
+        mean, spread = np.mean(best["seeds"]), np.std(best["seeds"], ddof=1)
+        line += f", {mean:.4f} ± {spread:.4f} over {len(best['seeds'])} seeds"
+    return line
+
+def draw_sweep(path: Path, study: Any) -> None:
+    """sweep.png: history, importances and slices as Optuna draws them, one above the other."""
+    need("matplotlib").use("Agg")
+    plt, plots = need("matplotlib.pyplot"), need("optuna.visualization.matplotlib")
+    images, done = [], [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
+    draw = [plots.plot_optimization_history, plots.plot_slice]
+    if len(done) > 3:  # before, there is nothing to tell
+        draw.insert(1, plots.plot_param_importances)
+    for plot in draw if done else ():
+        figure = np.ravel(plot(study))[0].figure
+        figure.canvas.draw()
+        images.append(np.asarray(figure.canvas.buffer_rgba()))
+        plt.close(figure)
+    width = max((i.shape[1] for i in images), default=0)
+    images = [np.pad(i, ((0, 0), (0, width - i.shape[1]), (0, 0)), constant_values=255)
+              for i in images]
+    if images:
+        with whole_file(path, f".{os.getpid()}") as temporary:
+            plt.imsave(temporary, np.concatenate(images), format="png")
+
+# -----------------------------------------------------------------------------
 # Command line
 
 def start_command(command: str, *rest: str) -> None:
-    places = [a for a in rest if not re.match(r"[\w.]+\s*=", a)]
+    places = [a for a in rest if not re.match(r"[\w.\"]+\s*=", a)]
     options = [a for a in rest if a not in places]
     wanted = dict(eval=["TRAIN.TOML"], generate=[], embed=["TEXTS", "OUT"],
-                  filter=["TRAIN.TOML", "OUT"])
+                  filter=["TRAIN.TOML", "OUT"], sweep=["SWEEP.TOML"])
     if len(places) != len(wanted.get(command, places)):
         raise UserError(f"{command}: takes {' '.join([*wanted[command], 'key=value …'])}, in "
                         f"quotes where it has spaces; given: {' '.join(places) or 'no path'}")
@@ -1923,6 +2309,8 @@ def start_command(command: str, *rest: str) -> None:
         embed_file(read_options(EmbedOptions, options), *map(Path, places))
     elif command == "filter":
         filter_tasks(load_config(places[0], options).data, Path(places[1]))
+    elif command == "sweep":
+        run_sweep(load_sweep(places[0], options))
     elif Path(command).suffix == ".toml" or Path(command).exists():
         train(load_config(command, rest))
     else:

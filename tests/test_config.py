@@ -62,7 +62,7 @@ def test_config_survives_its_own_toml(tmp_path):
         ("deepspeed.train_batch_size=4", ["deepspeed.train_batch_size", "elm computes it"]),
         ("deepspeed.zero_optimization.stage=2", ["deepspeed.zero_optimization", "zero_stage"]),
         ("deepspeed.zero_optimization=3", ["deepspeed.zero_optimization"]),
-        ("loss.drift_weight=0.1", ["loss.drift_weight"]),
+        ("loss.distill_weight=0.1", ["loss.distill_weight", "not built yet"]),
         ("model=3", ["section.key=value"]),
         ("deepspeed.zero_stag=2", ["deepspeed.zero_stag", "did you mean zero_stage?"]),
         ("deepspeed.zero_optmization.x=3", ["did you mean zero_optimization?"]),

@@ -36,7 +36,7 @@ def flat(folder, kind="adapter"):
 def larger(settings, tmp_path):
     """Steps of 80 rows: several micro-batches for each process."""
     make_data(tmp_path / "data", num_rows=90)
-    return [*settings, "train.batch_size=80"]
+    return [*settings, "train.batch_size=80", "loss.drift_weight=0.1"]
 
 
 def test_two_processes_and_zero_stages_agree_with_one_process(larger, tmp_path):

@@ -56,8 +56,10 @@ def test_what_a_run_leaves(settings, tmp_path):
     metrics = read_jsonl(folder / "metrics.jsonl")
     steps = [m for m in metrics if "loss" in m]
     assert [m["step"] for m in steps] == [1, 2, 3, 4, 5, 6]
-    assert set(steps[0]) == {"step", "epoch", "loss", "lm_loss", "lr", "grad_norm",
-                             "tokens_per_second", "memory_gib", "similarity"}  # fmt: skip
+    assert set(steps[0]) == {
+        "step", "epoch", "loss", "lm_loss", "drift_loss", "lr", "grad_norm", "tokens_per_second",
+        "memory_gib", "similarity",
+    }  # fmt: skip
     assert [m["epoch"] for m in steps] == [0, 0, 0, 1, 1, 1]
     assert [m["lr"] for m in steps] == [
         elm.lr_at(n, 6, elm.load_config(None, settings).train) for n in range(6)
@@ -118,7 +120,7 @@ def update(engine, split, rows) -> float:
     *_, labels, micros = elm.plan_step(split, 700, RT, (0, len(rows), rows))
     assert len(micros) > 3 or len(rows) < 20
     soft = engine(torch.cat([batch["embeddings"] for _, batch in micros]))
-    nll, gradient = elm.soft_gradient(engine.module, soft, micros)
+    (nll, _), gradient = elm.soft_gradient(engine.module, soft, micros)
     engine.backward((soft * gradient).sum() / labels)
     elm.take_step(engine, 1e-2, 0.05)
     return nll.item() / labels
