@@ -11,6 +11,7 @@ text that it sees only as a vector. The adapter is all that is trained.
     python elm.py generate adapter=PATH embeddings=FILE query="…"       answers about vectors
     python elm.py embed texts.jsonl out.safetensors   vectors of texts
     python elm.py filter train.toml OUT 'data.tasks=["summary"]'        a data set of some tasks
+    python elm.py sweep sweep.toml                    Optuna; again or elsewhere, one more worker
 
 As a module it needs torch, transformers and safetensors; the others are imported where used.
 Shapes: n examples, N rows of a split, T packed tokens, R response tokens, E embedding width, D
@@ -1512,8 +1513,9 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, metrics: list, abou
 
 def draw(path: Path, result: dict, metrics: list[dict]) -> None:
     """report.png: the losses over the steps, and those at the end for each task."""
-    figure = need("matplotlib.figure").Figure((13, 6), dpi=100, layout="constrained")
+    figure = need("matplotlib.figure").Figure((13, 6), dpi=100)
     left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.05, right=0.98, wspace=0.33)
     for key, label, color in (("val_loss_shuffled", "validation, vectors shuffled", "tab:red"),
                               ("val_loss", "validation, vectors", "tab:blue"),
                               ("loss", "training", "0.6")):
@@ -1693,7 +1695,7 @@ def fit_probe(elm: ELM, split: Split, rt: Runtime, most: int = 8192) -> Probe:
     heard = rt.sum(heard).double().cpu()
     which = torch.from_numpy(rows["vector"].copy())
     y = elm.adapter.standardize(split.vectors[which].to(rt.device)).double().cpu()
-    held = which % 10 == 0
+    held = torch.unique(which, return_inverse=True)[1] % 10 == 9
     center = heard[~held].mean(0)
     x = heard - center
     gram = x[~held].T @ x[~held]

@@ -14,7 +14,9 @@ def test_empty_file_means_the_defaults(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.toml")), ids=lambda p: p.name)
 def test_shipped_files_load(path):
-    if path.name != "pyproject.toml":
+    if path.name == "sweep.toml":
+        assert elm.load_sweep(str(path), [f"base.config={ROOT / 'train.toml'}"]).study.trials == 12
+    elif path.name != "pyproject.toml":
         elm.load_config(str(path))
 
 

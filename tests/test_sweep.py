@@ -85,6 +85,7 @@ def test_what_a_sweep_leaves_and_going_on(sweep_file, tmp_path, capsys):
     assert [{**r, "seeds": 0} for r in more[:4]] == [{**r, "seeds": 0} for r in rows]
 
 
+@pytest.mark.slow
 def test_trials_differ_and_a_seed_repeats_them(sweep_file, tmp_path):
     params = []
     for name in ("a", "b"):
@@ -115,6 +116,7 @@ def test_heavy_things_are_loaded_once(sweep_file, monkeypatch):
     assert elm.load_scorer.cache_info().misses == 1
 
 
+@pytest.mark.slow
 def test_a_trial_in_a_shared_llm_is_that_of_a_fresh_one(sweep_file, tmp_path):
     """Whatever the trials before it did to the LLM they share."""
     more = ['space={"model.grad_checkpoint" = [true, false], "train.lr" = {low=1e-3, high=1e-2}}']
@@ -126,6 +128,7 @@ def test_a_trial_in_a_shared_llm_is_that_of_a_fresh_one(sweep_file, tmp_path):
         assert elm.train(cfg)["bertscore_composite"] == row["value"]
 
 
+@pytest.mark.slow
 def test_a_failed_trial_is_recorded_and_the_sweep_goes_on(sweep_file, tmp_path):
     more = ['space={"train.lr" = [1e-3, 1e38]}', "study.trials=8"]
     assert elm.main(["sweep", str(sweep_file), *more]) == 0
@@ -137,6 +140,7 @@ def test_a_failed_trial_is_recorded_and_the_sweep_goes_on(sweep_file, tmp_path):
     assert elm.load_config(str(tmp_path / "out" / "best.toml")).train.lr == 1e-3
 
 
+@pytest.mark.slow
 def test_poor_trials_are_pruned_by_what_was_measured(sweep_file, tmp_path, monkeypatch):
     """With scores that fall with the rate: who is below the median of those before ends early."""
     rates, train = [], elm.train

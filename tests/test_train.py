@@ -111,7 +111,8 @@ def parts_of(settings, *more):
     rt = elm.start_runtime(cfg)
     prompt = elm.Prompt.of(elm.load_pretrained(elm.AutoTokenizer, cfg.model.llm, "model.llm"))
     data = elm.open_data(cfg, ("train", "val", "test"), prompt, cfg.model.tokens, rt)
-    model, _ = elm.build_model(cfg, data["train"], prompt, rt)
+    llm = elm.load_llm(cfg.model.llm, rt.device, cfg.model.bf16)
+    model, _ = elm.build_model(cfg, llm, data["train"], prompt, rt)
     return cfg, data["train"], model
 
 
