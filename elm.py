@@ -26,6 +26,7 @@ import difflib
 import fcntl
 import hashlib
 import importlib
+import io
 import json
 import logging
 import math
@@ -2269,24 +2270,28 @@ def write_results(sweep: Sweep, study: Any, shared: dict) -> str:
     return line
 
 def draw_sweep(path: Path, study: Any) -> None:
-    """sweep.png: history, importances and slices as Optuna draws them, one above the other."""
+    """sweep.png: history and importances above slices, each as Optuna draws it."""
     need("matplotlib").use("Agg")
     plt, plots = need("matplotlib.pyplot"), need("optuna.visualization.matplotlib")
-    images, done = [], [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
-    draw = [plots.plot_optimization_history, plots.plot_slice]
-    if len(done) > 3:  # before, there is nothing to tell
-        draw.insert(1, plots.plot_param_importances)
-    for plot in draw if done else ():
-        figure = np.ravel(plot(study))[0].figure
-        figure.canvas.draw()
-        images.append(np.asarray(figure.canvas.buffer_rgba()))
+    def image(plot: Any) -> np.ndarray:
+        figure, file = np.ravel(plot(study))[0].figure, io.BytesIO()
+        figure.savefig(file, bbox_inches="tight")
         plt.close(figure)
-    width = max((i.shape[1] for i in images), default=0)
-    images = [np.pad(i, ((0, 0), (0, width - i.shape[1]), (0, 0)), constant_values=255)
-              for i in images]
-    if images:
+        return plt.imread(io.BytesIO(file.getvalue()))
+    def join(axis: int, *images: np.ndarray) -> np.ndarray:  # white where one is smaller
+        most = max(i.shape[1 - axis] for i in images)
+        gaps = [[(0, most - i.shape[a]) if a == 1 - axis else (0, 0) for a in range(3)]
+                for i in images]
+        return np.concatenate([np.pad(i, gap, constant_values=1)
+                               for i, gap in zip(images, gaps, strict=True)], axis)
+    num_done = sum(t.state.name == "COMPLETE" for t in study.get_trials(deepcopy=False))
+    if num_done:
+        above = [image(plots.plot_optimization_history)]
+        if num_done > 3:  # before, there is nothing to tell
+            above.append(image(plots.plot_param_importances))
+        whole = join(0, join(1, *above), image(plots.plot_slice))
         with whole_file(path, f".{os.getpid()}") as temporary:
-            plt.imsave(temporary, np.concatenate(images), format="png")
+            plt.imsave(temporary, whole, format="png")
 
 # -----------------------------------------------------------------------------
 # Command line
