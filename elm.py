@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fcntl
+import gc
 import hashlib
 import importlib
 import io
@@ -44,6 +45,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import islice
@@ -842,12 +844,13 @@ class HeadLoss(torch.autograd.Function):
 
 class Probe(NamedTuple):  # from what the LLM says to what it was told: the space that both share
     matrix: Tensor  # [D, E]
-    center: Tensor  # [D]
+    center: Tensor  # [D], mean of the states
+    mean: Tensor | float = 0.0  # [E], of the vectors
 
     def drift(self, states: Tensor, embeddings: Tensor, target: float) -> Tensor:
         """max(0, target - cosine) of states [n, D] seen by the probe and embeddings [n, E]: [n]."""
         seen = (states - self.center) @ self.matrix
-        return F.relu(target - F.cosine_similarity(seen, embeddings, dim=1))
+        return F.relu(target - F.cosine_similarity(seen, embeddings - self.mean, dim=1))
 
 @contextmanager
 def swapped(owner: Any, name: str, value: Any):
@@ -1697,17 +1700,17 @@ def fit_probe(elm: ELM, split: Split, rt: Runtime, most: int = 8192) -> Probe:
     which = torch.from_numpy(rows["vector"].copy())
     y = elm.adapter.standardize(split.vectors[which].to(rt.device)).double().cpu()
     held = torch.unique(which, return_inverse=True)[1] % 10 == 9
-    center = heard[~held].mean(0)
-    x = heard - center
+    center, mean = heard[~held].mean(0), y[~held].mean(0)
+    x, y = heard - center, y - mean
     gram = x[~held].T @ x[~held]
-    ridge = gram + 0.01 * gram.diag().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    matrix = torch.linalg.solve(ridge, x[~held].T @ y[~held])
+    ridge = 0.01 * gram.diag().mean().clamp(min=1e-9) * torch.eye(len(gram), dtype=gram.dtype)
+    matrix = torch.linalg.solve(gram + ridge, x[~held].T @ y[~held])
     if held.any():
-        left = (y - x @ matrix)[held].square().sum() / (y - y[~held].mean(0))[held].square().sum()
+        left = (y - x @ matrix)[held].square().sum() / y[held].square().sum()
         cosine = F.cosine_similarity(x @ matrix, y, dim=1)[held].mean()
         rt.say(f"drift probe of {int((~held).sum())} rows; on {int(held.sum())} held-out ones R² "
                f"{1 - left:.3f}, cosine {cosine:.3f}")
-    parts = (rt.sum(t.float().to(rt.device) * (rt.rank == 0)) for t in (matrix, center))
+    parts = (rt.sum(t.float().to(rt.device) * (rt.rank == 0)) for t in (matrix, center, mean))
     return Probe(*parts)
 
 def soft_gradient(elm: ELM, soft: Tensor, micros: list, probe: Probe | None = None,
@@ -1779,7 +1782,8 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
     if cfg.loss.drift_weight:
         fitted = saved and saved.get("probe")
         probe = Probe(*(t.to(rt.device) for t in fitted)) if fitted else once(
-            shared, ("probe", cfg.data, cfg.model.llm, cfg.model.bf16, cfg.model.standardize),
+            shared, ("probe", cfg.data, cfg.model.llm, cfg.model.tokens,
+                     cfg.model.bf16, cfg.model.standardize),
             lambda: fit_probe(elm, source, rt))
     elm.in_step = cfg.deepspeed.zero_stage == 3 and rt.world > 1
     budget, recomputed = plan_memory(elm.llm, cfg.model.grad_checkpoint, rt.free_memory())
@@ -1821,14 +1825,18 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
         responses = int(data["val"].rows["response"].sum())
         val, shuffled = (float(nll.sum()) / responses
                          for nll in control_losses(elm, data["val"], rt).values())
+        score = {}
         if trial and 0 < state.step < total:
-            trial.report(score_now(elm, data["val"], cfg.eval, rt),
-                         state.step // cfg.train.eval_steps)
+            score["val_bertscore"] = score_now(elm, data["val"], cfg.eval, rt)
+        engine.train()
+        record(step=state.step, val_loss=val, val_loss_shuffled=shuffled, **score)
+        rt.say(f"step {state.step:6d}  val_loss {val:.4f}  vectors shuffled {shuffled:.4f}")
+        if trial and state.step and signals:  # it came while nobody looked
+            raise SystemExit(128 + max(signals))
+        if score:
+            trial.report(score["val_bertscore"], state.step // cfg.train.eval_steps)
             if trial.should_prune():
                 raise need("optuna").TrialPruned
-        engine.train()
-        record(step=state.step, val_loss=val, val_loss_shuffled=shuffled)
-        rt.say(f"step {state.step:6d}  val_loss {val:.4f}  vectors shuffled {shuffled:.4f}")
         if val < state.best or state.best_adapter is None:
             state.best, state.best_step = val, state.step
             state.best_adapter = gather_state(engine)[0]
@@ -1930,7 +1938,10 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
     elm.adapter.load_state_dict(state.best_adapter)
     engine.eval()
     if trial:
-        return {"bertscore_composite": score_now(elm, data["val"], cfg.eval, rt)}
+        result = {"bertscore_composite": score_now(elm, data["val"], cfg.eval, rt)}
+        if wandb:
+            attempt(rt, lambda: wandb.summary.update(result))
+        return result
     metrics = read_metrics(folder / "metrics.jsonl")
     about = dict(split=final, step=state.step, adapter_step=state.best_step)
     result = report(elm, data[final], cfg, rt, metrics, about)
@@ -2047,6 +2058,8 @@ class Range:
     high: float
     log: bool = False
 
+OF_SWEEP = ("train.eval_steps", "train.resume", "train.seed")  # not to be optimised
+
 class Sweep(NamedTuple):
     source: str
     study: StudyConfig
@@ -2055,7 +2068,11 @@ class Sweep(NamedTuple):
     space: dict[str, dict | list]
 
     def config(self, params: dict[str, Any]) -> Config:
-        return build_config(read_toml(None, self.base | params), f"{self.source}: base or space")
+        return build_config(read_toml(None, self.base | params), self.place)
+
+    @property
+    def place(self) -> str:
+        return f"{self.source}: base or space"
 
 def flat(tables: dict, name: str = "") -> dict[str, Any]:
     """Nested tables by dotted name; a range stays whole."""
@@ -2068,42 +2085,59 @@ def flat(tables: dict, name: str = "") -> dict[str, Any]:
 def load_sweep(path: str, overrides: list[str]) -> Sweep:
     """A sweep file; both ends of each range and each choice are checked as settings of a training,
     before any is begun. Raises: UserError with one line for each mistake."""
-    tables, errors = read_toml(path, dict(map(read_override, overrides))), []
-    kinds, parts = dict(study=StudyConfig, wandb=WandbConfig, output=OutputConfig), {}
+    entries, errors = flat(read_toml(path, {})), []
+    for name, value in map(read_override, overrides):
+        name = name.replace('"', "")
+        entries = {k: v for k, v in entries.items() if not f"{k}.".startswith(f"{name}.")}
+        entries |= flat({name: value})
+    kinds = dict(study=StudyConfig, wandb=WandbConfig, output=OutputConfig, base=None, space=None)
+    parts: dict[str, dict] = {name: {} for name in kinds}
+    for name, value in entries.items():
+        part, dot, key = name.partition(".")
+        if part in kinds and dot:
+            parts[part][key] = value
+        else:
+            errors.append(f"{part}: is not a table of a sweep{nearest(part, kinds)}")
     for name, kind in kinds.items():
-        parts[name], wrong = check_table(kind, tables.pop(name, {}), f"{name}.")
-        errors += wrong
-    base, space = (flat(tables.pop(name, {})) for name in ("base", "space"))
-    errors += [f"{n}: unknown table{nearest(n, [*kinds, 'base', 'space'])}" for n in tables]
+        if kind:
+            parts[name], wrong = check_table(kind, parts[name], f"{name}.")
+            errors += wrong
+    base, space = parts["base"], parts["space"]
     config = base.pop("config", "train.toml")
+    if not isinstance(config, str):
+        errors.append(f"base.config = {config!r}: must be a train TOML")
+    if errors:
+        raise UserError("\n".join(f"{path}: {e}" for e in errors))
     base = flat(read_toml(config, {})) | base | {f"wandb.{k}": v for k, v in parts["wandb"].items()}
-    sweep = Sweep(path, StudyConfig(), OutputConfig(), base, space)
-    sweep.config({})
+    sweep = Sweep(path, StudyConfig(**parts["study"]), OutputConfig(**parts["output"]), base, space)
+    if not sweep.config({}).eval.samples:
+        errors.append("eval.samples = 0: the objective needs answers")
+    if not space:
+        errors.append("space: is missing or empty")
     for key, spec in space.items():
-        ends, wrong = {}, []
+        values, wrong = spec, []
         if isinstance(spec, dict):
             ends, wrong = check_table(Range, spec, f"space.{key}.")
-            errors += wrong
-        low, high = ends.get("low", 0), ends.get("high", 1)
-        if not wrong and (low >= high or ends.get("log") and low <= 0):
-            errors.append(f"space.{key} = {spec}: must rise from low to high, above 0 if log")
-        nested = isinstance(spec, list) and any(isinstance(v, list | dict) for v in spec)
-        if not isinstance(spec, dict | list) or not spec or nested:
-            errors.append(f"space.{key} = {spec!r}: must be choices in a list, or {{low, high}}")
-            continue
-        for value in spec if isinstance(spec, list) else (low, high) if not wrong else ():
+            low, high = values = [ends.get("low", 0), ends.get("high", 1)]
+            if not wrong and (low >= high or ends.get("log") and low <= 0):
+                wrong.append(f"space.{key} = {spec}: must rise from low to high, above 0 if log")
+        elif not isinstance(spec, list) or not spec or any(isinstance(v, list) for v in spec):
+            wrong.append(f"space.{key} = {spec!r}: must be choices in a list, or {{low, high}}")
+        elif key.startswith(("eval.", "output.", "wandb.")) or key in OF_SWEEP:
+            wrong.append(f"space.{key}: is not for a space, as the sweep itself sets it")
+        for value in values if not wrong else ():
             try:
                 sweep.config({key: value})
             except UserError as e:
-                errors += [f"space.{line.split(': ', 2)[2]}" for line in str(e).splitlines()]
-    if not space:
-        errors.append("space: is missing or empty")
-    if not sweep.config({}).eval.samples:
-        errors.append("eval.samples = 0: the objective needs answers")
+                lines = (line.removeprefix(f"{sweep.place}: ") for line in str(e).splitlines())
+                wrong += [f"space.{line}" for line in lines]
+        errors += wrong
     if errors:
         raise UserError("\n".join(f"{path}: {e}" for e in dict.fromkeys(errors)))
-    return sweep._replace(study=StudyConfig(**parts["study"]),
-                          output=OutputConfig(**parts["output"]))
+    return sweep
+
+def this_machine() -> list[str]:  # and its space of process numbers, which containers have apart
+    return [socket.gethostname(), os.readlink("/proc/self/ns/pid")]
 
 def process_start(pid: int) -> str | None:
     """When a process of this machine began; None if it has ended."""
@@ -2126,7 +2160,8 @@ def open_study(sweep: Sweep) -> Any:
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats are
     try:
         storage = (RDBStorage(url, heartbeat_interval=30, grace_period=120) if "://" in url else
-                   JournalStorage(JournalFileBackend(url)))
+                   # Absolute: Optuna's lock dangles on a relative path, and never goes stale.
+                   JournalStorage(JournalFileBackend(str(Path(url).resolve()))))
         study = optuna.create_study(
             study_name=sweep.study.name, storage=storage, load_if_exists=True,
             direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
@@ -2134,7 +2169,8 @@ def open_study(sweep: Sweep) -> Any:
         why = " ".join(str(e).split())[:200]
         raise UserError(f"study.storage: cannot open {url.split('@')[-1]}: {why}") from None
     ours = {f"space.{k}": v for k, v in sweep.space.items()}
-    ours |= {f"base.{k}": v for k, v in sweep.base.items() if not k.startswith("wandb.")}
+    ours |= {f"base.{k}": v for k, v in sweep.base.items()
+             if not k.startswith(("wandb.", "output."))}
     theirs = study.user_attrs.get("settings", ours)
     if differ := [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]:
         raise UserError(f"study.name: {sweep.study.name} is there already with another "
@@ -2150,7 +2186,8 @@ def suggest(trial: Any, space: dict[str, dict | list]) -> dict[str, Any]:
         if isinstance(spec, list):
             params[key] = trial.suggest_categorical(key, spec)
         else:
-            whole = type(spec["low"]) is type(spec["high"]) is int
+            section, _, name = key.partition(".")
+            whole = "int" in SECTIONS[section].__annotations__.get(name, "")
             pick = trial.suggest_int if whole else trial.suggest_float
             params[key] = pick(key, spec["low"], spec["high"], log=spec.get("log", False))
     return params
@@ -2171,42 +2208,51 @@ def run_trial(sweep: Sweep, trial: Any, params: dict, name: str, shared: dict) -
     cfg = trial_config(sweep, params, name, shared)
     try:
         return train(cfg, trial, shared)[sweep.study.objective]
-    except SystemExit:  # of a signal
-        raise KeyboardInterrupt from None
+    except SystemExit as stopped:  # of a signal
+        raise KeyboardInterrupt(stopped.code) from None
     finally:
+        gc.collect()  # an engine refers to itself
         torch.cuda.empty_cache()
         if cfg.wandb.enabled:
-            attempt(Runtime(), need("wandb").finish)
+            attempt(Runtime(), lambda: need("wandb").finish())
 
 def count_trials(study: Any) -> tuple[list, bool]:
-    """(the trials made or being made, whether any is still being made). Trials of workers of this
-    machine that were killed are marked as failed; what failed without a reason does not count."""
-    for t in study.get_trials(deepcopy=False):
+    """(the trials made or being made, whether any is still being made). What killed workers were at
+    is marked as failed: on this machine at once, elsewhere by a database's heartbeat; what failed
+    without a reason does not count."""
+    optuna = need("optuna")
+    optuna.storages.fail_stale_trials(study)
+    for t in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         host, pid, start = t.user_attrs.get("worker", (None, 0, None))
-        if host == socket.gethostname() and process_start(pid) != start:
-            study.tell(t.number, state=need("optuna").trial.TrialState.FAIL, skip_if_finished=True)
+        never = host is None and (datetime.now() - t.datetime_start).total_seconds() > 60
+        if never or host == this_machine() and process_start(pid) != start:
+            study.tell(t.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
     made = [t for t in study.get_trials(deepcopy=False)
             if t.state.name != "FAIL" or "reason" in t.user_attrs]
     return made, any(t.state.name == "RUNNING" for t in made)
 
 def run_sweep(sweep: Sweep) -> None:
     """One worker: trials, until all workers together have made study.trials; the last one to end
-    runs the best again with other seeds. Killed, it is started again."""
-    study, optuna, shared, wanted = open_study(sweep), need("optuna"), {}, sweep.study.trials
-    deadline = time.time() + 3600 * sweep.study.timeout_hours
+    runs the best again with other seeds. Killed, it is started again. Raises: UserError."""
+    optuna, shared, failures = need("optuna"), {}, (UserError, RuntimeError)
+    wanted = sweep.study.trials
+    trial_config(sweep, {}, "best", shared)  # its data must open before there is a study
+    study, deadline = open_study(sweep), time.time() + 3600 * sweep.study.timeout_hours
     def objective(trial: Any) -> float:
         # A sampler of its own for each trial: those of workers of one seed would suggest the same.
         seed, random = (sweep.study.seed + trial.number) % 2**32, min(10, 1 + wanted // 4)
         study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=random)
-        me = [socket.gethostname(), os.getpid(), process_start(os.getpid())]
+        me = [this_machine(), os.getpid(), process_start(os.getpid())]
         trial.set_user_attr("worker", me)
+        if sum(t.number < trial.number for t in count_trials(study)[0]) >= wanted:
+            raise UserError("another worker has begun the last trial")
+        params = suggest(trial, sweep.space)
         try:
-            if sum(t.number < trial.number for t in count_trials(study)[0]) >= wanted:
-                raise UserError("another worker has begun the last trial")
-            params = suggest(trial, sweep.space)
             return run_trial(sweep, trial, params, f"trial_{trial.number}", shared)
-        except (UserError, torch.OutOfMemoryError) as e:
-            trial.set_user_attr("reason", str(e).splitlines()[0])
+        except failures as e:
+            why = str(e).splitlines()[0]
+            trial.set_user_attr("reason", why)
+            tqdm.write(f"trial {trial.number} failed: {why}")
             raise
     bar = tqdm(total=wanted, unit="trial")
     try:
@@ -2216,63 +2262,71 @@ def run_sweep(sweep: Sweep) -> None:
             bar.set_postfix_str(write_results(sweep, study, shared))
             if len(made) >= wanted or time.time() > deadline:
                 break
-            study.optimize(objective, n_trials=1, catch=(UserError, torch.OutOfMemoryError))
+            study.optimize(objective, n_trials=1, catch=failures)
         bar.close()
         if running:
             print("other workers are still at it; the last of them runs the best again")
         else:
-            repeat_best(sweep, study, shared)
-            print(write_results(sweep, study, shared))
-    except KeyboardInterrupt:
+            repeat_best(sweep, study, deadline, shared)
+    except KeyboardInterrupt as stopped:
         bar.close()
         print("stopped; the same command goes on")
-        raise SystemExit(128 + signal.SIGINT) from None
-    finally:
-        draw_sweep(Path(sweep.output.dir, "sweep.png"), study)
+        raise SystemExit(*stopped.args or (128 + signal.SIGINT,)) from None
+    draw_sweep(Path(sweep.output.dir, "sweep.png"), study)
+    if not running and not any(t.state.name == "COMPLETE" for t in made):
+        raise UserError(f"{sweep.source}: no trial was completed")
+    print(write_results(sweep, study, shared))
 
-def repeat_best(sweep: Sweep, study: Any, shared: dict) -> None:
-    """The best trials with two more seeds each: one value is luck in part."""
+def best_trials(sweep: Sweep, study: Any) -> list[tuple[Any, dict[int, float]]]:
+    """The study.repeat_best best trials by value, at least one if there is any, each with its value
+    by seed."""
     done = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
-    for t in sorted(done, key=lambda t: -t.value)[: sweep.study.repeat_best]:
-        for more in (1, 2):
-            repeats = study.user_attrs.get("repeats", {})
-            values = repeats.get(str(t.number), [t.value])
-            if len(values) > more:
-                continue
-            seed = (sweep.config(t.params).train.seed + more) % 2**32
-            name = f"trial_{t.number}_seed_{seed}_{os.getpid()}"  # a killed worker left the like
-            value = run_trial(sweep, need("optuna").trial.FixedTrial({}),
-                              t.params | {"train.seed": seed}, name, shared)
-            study.set_user_attr("repeats", repeats | {str(t.number): [*values, value]})
+    best, first = [], sweep.config({}).train.seed
+    for t in sorted(done, key=lambda t: -t.value)[: max(1, sweep.study.repeat_best)]:
+        again = {(first + k) % 2**32: study.user_attrs.get(f"trial {t.number}, {k}")
+                 for k in (1, 2)}
+        best.append((t, {first: t.value} | again))
+    return best
+
+def repeat_best(sweep: Sweep, study: Any, deadline: float, shared: dict) -> None:
+    """The best trials with two more seeds each: one value is luck in part."""
+    for t, values in best_trials(sweep, study) if sweep.study.repeat_best else ():
+        for k, (seed, value) in enumerate(values.items()):
+            if value is None and time.time() < deadline:
+                name = f"trial_{t.number}_seed_{seed}"
+                shutil.rmtree(Path(sweep.output.dir, name), ignore_errors=True)  # of a killed one
+                params, trial = t.params | {"train.seed": seed}, need("optuna").trial.FixedTrial({})
+                value = run_trial(sweep, trial, params, name, shared)
+                study.set_user_attr(f"trial {t.number}, {k}", value)
 
 def write_results(sweep: Sweep, study: Any, shared: dict) -> str:
     """trials.jsonl and best.toml as of now, and a line about the best trial: that of the best mean
-    where some were repeated. Any worker may write them, at any time."""
+    among those that were or will be repeated. Any worker may write them, at any time."""
     folder, tag = Path(sweep.output.dir), f".{os.getpid()}"
-    trials, repeats = study.get_trials(deepcopy=False), study.user_attrs.get("repeats", {})
+    best = best_trials(sweep, study)
+    seeds = {t.number: [v for v in values.values() if v is not None] for t, values in best}
     rows = [dict(number=t.number, state=t.state.name.lower(), value=t.value, params=t.params,
                  seconds=t.duration and t.duration.total_seconds(),
                  reason=t.user_attrs.get("reason", "killed" if t.state.name == "FAIL" else None),
-                 seeds=repeats.get(str(t.number))) for t in trials]
+                 seeds=seeds.get(t.number)) for t in study.get_trials(deepcopy=False)]
     write_text(folder / "trials.jsonl", "".join(json.dumps(r) + "\n" for r in rows), tag)
-    done = [r for r in rows if r["state"] == "complete"]
-    if not done:
+    if not best:
         return "no trial is complete yet"
-    best = max(done, key=lambda r: (bool(r["seeds"]), np.mean(r["seeds"] or r["value"])))
-    cfg = trial_config(sweep, best["params"], "best", shared)
-    head = (f"# trial {best['number']} of {study.study_name}: {sweep.study.objective} "
-            f"{best['value']!r} on the validation split\n")
+    t = max((t for t, _ in best), key=lambda t: np.mean(seeds[t.number]))
+    cfg, values = trial_config(sweep, t.params, "best", shared), seeds[t.number]
+    head = (f"# trial {t.number} of {study.study_name}: {sweep.study.objective} {t.value!r} on the "
+            "validation split\n")
     write_text(folder / "best.toml", head + config_text(cfg), tag)
-    line = f"best {best['value']:.4f} of trial {best['number']}"
-    if best["seeds"]:
-        mean, spread = np.mean(best["seeds"]), np.std(best["seeds"], ddof=1)
-        line += f", {mean:.4f} ± {spread:.4f} over {len(best['seeds'])} seeds"
+    line = f"best {t.value:.4f} of trial {t.number}"
+    if len(values) > 1:
+        line += f", {np.mean(values):.4f} ± {np.std(values, ddof=1):.4f} over {len(values)} seeds"
     return line
 
 def draw_sweep(path: Path, study: Any) -> None:
     """sweep.png: history and importances above slices, each as Optuna draws it."""
     need("matplotlib").use("Agg")
     plt, plots = need("matplotlib.pyplot"), need("optuna.visualization.matplotlib")
+    warnings.simplefilter("ignore", UserWarning)  # of a single value's limits
     def image(plot: Any) -> np.ndarray:
         figure, file = np.ravel(plot(study))[0].figure, io.BytesIO()
         figure.savefig(file, bbox_inches="tight")

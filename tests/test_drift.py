@@ -53,7 +53,7 @@ def test_loss_and_gradient_are_the_naive_ones(settings, tokens):
     """Width 12 against 32; each loss over its own number: response tokens, examples."""
     cfg, split, model = parts_of(settings, f"model.tokens={tokens}")
     rows, weight, target = np.arange(40), 0.7, 0.9
-    probe = elm.Probe(torch.randn(32, 12), torch.randn(32))
+    probe = elm.Probe(torch.randn(32, 12), torch.randn(32), torch.randn(12))
     examples = token_rows(split, rows, tokens)
     labels = sum(response for _, response, _ in examples)
     llm, adapter = elm.load_llm(cfg.model.llm, RT.device, False), model.adapter
@@ -61,7 +61,7 @@ def test_loss_and_gradient_are_the_naive_ones(settings, tokens):
     vectors = (split.vectors.float() - adapter.mean) / adapter.std
     sources = vectors[torch.tensor([int(split.rows[i]["vector"]) for i in rows])]
     seen = (mean_states(llm, adapter, examples) - probe.center) @ probe.matrix
-    drift = F.relu(target - F.cosine_similarity(seen, sources)).sum()
+    drift = F.relu(target - F.cosine_similarity(seen, sources - probe.mean)).sum()
     parameters = list(adapter.parameters())
     expected = torch.autograd.grad(nll / labels + weight * drift / len(rows), parameters)
     *_, count, micros = elm.plan_step(split, 700, RT, (0, 40, rows))
@@ -75,8 +75,9 @@ def test_loss_and_gradient_are_the_naive_ones(settings, tokens):
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9
 
 
-def test_the_probe_is_a_ridge_regression_on_responses_read_alone(settings, capsys):
-    _, split, model = parts_of(settings)
+@pytest.mark.parametrize("standardize", ["true", "false"])
+def test_the_probe_is_a_ridge_regression_on_responses_read_alone(settings, capsys, standardize):
+    _, split, model = parts_of(settings, f"model.standardize={standardize}")
     probe = elm.fit_probe(model, split, RT)
     states, vectors = [], []
     for row in split.rows:
@@ -90,13 +91,18 @@ def test_the_probe_is_a_ridge_regression_on_responses_read_alone(settings, capsy
     x, y = torch.stack(states).double(), torch.stack(vectors).double()
     fit = x[~held] - x[~held].mean(0)
     gram = fit.T @ fit
-    matrix = torch.linalg.inv(gram + 0.01 * gram.trace() / 32 * torch.eye(32)) @ fit.T @ y[~held]
+    mean = y[~held].mean(0)
+    matrix = torch.linalg.inv(gram + 0.01 * gram.trace() / 32 * torch.eye(32)) @ fit.T
+    matrix = matrix @ (y[~held] - mean)
     assert torch.allclose(probe.center.double(), x[~held].mean(0), atol=1e-5)
+    assert torch.allclose(probe.mean.double(), mean, atol=1e-5)
     assert (probe.matrix - matrix).norm() < 1e-4 * matrix.norm()
     told = capsys.readouterr().out
     assert f"drift probe of {int((~held).sum())} rows; on {int(held.sum())} held-out ones" in told
-    cosine = F.cosine_similarity((x - x[~held].mean(0)) @ matrix, y)[held].mean()
-    assert f"cosine {cosine:.3f}" in told
+    seen = (x - x[~held].mean(0)) @ matrix
+    cosine = F.cosine_similarity(seen, y - mean)[held].mean()
+    r2 = 1 - (y - mean - seen)[held].square().sum() / (y - mean)[held].square().sum()
+    assert f"R² {r2:.3f}, cosine {cosine:.3f}" in told
 
 
 def test_a_planted_map_is_found(settings, capsys):
@@ -116,6 +122,15 @@ def test_a_planted_map_is_found(settings, capsys):
     model.adapter.mean.zero_(), model.adapter.std.fill_(1.0)
     elm.fit_probe(model, split._replace(rows=rows, vectors=planted), RT)
     assert float(capsys.readouterr().out.split("cosine ")[1]) > 0.9
+
+
+@pytest.mark.parametrize("vectors", [[0, 10, 20, 30], [0, 1], [0] * 39 + [7]])
+def test_a_probe_of_few_or_odd_vectors(settings, vectors):
+    _, split, model = parts_of(settings)
+    rows = split.rows.copy()[: len(vectors)]
+    rows["vector"] = vectors
+    wide = split._replace(rows=rows, vectors=split.vectors.repeat(4, 1))
+    assert all(torch.isfinite(t).all() for t in elm.fit_probe(model, wide, RT))
 
 
 def test_what_is_logged(settings):

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -101,6 +102,95 @@ def test_trials_differ_and_a_seed_repeats_them(sweep_file, tmp_path):
         assert type(p["train.batch_size"]) is int and 0 <= p["loss.drift_weight"] <= 0.1
 
 
+def test_overrides_win_over_any_spelling_and_floats_stay_floats(sweep_file):
+    """Keys of the file may be quoted; numbers without a point are floats where the key is one."""
+    more = [
+        'base."train.lr"=0.5',
+        "base.train.lr=0.25",
+        "space.model.residual_scale={low=0, high=2}",
+    ]
+    sweep = elm.load_sweep(str(sweep_file), more)
+    assert sweep.config({}).train.lr == 0.25 and sweep.study.trials == 4
+    picked = []
+
+    class Trial:
+        def __getattr__(self, kind):
+            return lambda key, *rest, **_: picked.append((kind, key)) or 1
+
+    elm.suggest(Trial(), sweep.space)
+    assert ("suggest_float", "model.residual_scale") in picked
+    assert ("suggest_int", "train.batch_size") in picked
+    assert ("suggest_categorical", "model.hidden_dim") in picked
+
+
+def test_a_lock_that_a_killed_worker_left_goes_stale(sweep_file, tmp_path, monkeypatch):
+    """On a relative path too, where Optuna's own link would dangle and hang for ever."""
+    from optuna.storages.journal import JournalFileSymlinkLock
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(JournalFileSymlinkLock.__init__, "__defaults__", (1,))  # seconds of grace
+    (tmp_path / "rel").mkdir()
+    (tmp_path / "rel" / "study.log").touch()
+    (tmp_path / "rel" / "study.log.lock").symlink_to(tmp_path / "rel" / "study.log")
+    start = time.time()
+    elm.open_study(elm.load_sweep(str(sweep_file), ["output.dir=rel"]))
+    assert 0.5 < time.time() - start < 20
+
+
+def test_trials_that_nobody_makes_any_more_are_marked(sweep_file, tmp_path):
+    """Of a worker killed before it could sign; and, by a database's heartbeat, of another host."""
+    out, url = tmp_path / "out", f"sqlite:///{tmp_path / 'study.db'}"
+    out.mkdir()
+    sweep = elm.load_sweep(str(sweep_file), [f"study.storage={url}"])
+    study = elm.open_study(sweep)
+    unsigned, remote, live = (study.ask() for _ in range(3))
+    remote.set_user_attr("worker", [["elsewhere", "pid:[1]"], 7, "1"])
+    live.set_user_attr("worker", [elm.this_machine(), os.getpid(), elm.process_start(os.getpid())])
+    for t in (remote, live):
+        study._storage.record_heartbeat(t._trial_id)
+    with sqlite3.connect(tmp_path / "study.db") as db:
+        db.execute("UPDATE trials SET datetime_start = '2020-01-01' WHERE number = 0")
+        db.execute("UPDATE trial_heartbeats SET heartbeat = '2020-01-01' WHERE trial_id = ?",
+                   (remote._trial_id,))  # fmt: skip
+        db.commit()
+    made, running = elm.count_trials(study)
+    assert [t.number for t in made] == [2] and running
+    assert states(study.trials) == ["FAIL", "FAIL", "RUNNING"]
+
+
+def test_a_sweep_whose_every_trial_fails_says_so(sweep_file, capsys):
+    more = ['space={"train.lr" = [1e38]}', "study.trials=2"]
+    assert elm.main(["sweep", str(sweep_file), *more]) == 2
+    said = capsys.readouterr()
+    assert "no trial was completed" in said.err and "trial 1 failed: step" in said.out + said.err
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_a_signal_while_a_trial_is_scored_is_not_lost(sweep_file, monkeypatch, at):
+    score, calls = elm.score_now, []
+
+    def signalled(*arguments):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(*arguments)
+
+    monkeypatch.setattr(elm, "score_now", signalled)
+    assert elm.main(["sweep", str(sweep_file)]) == 143
+    assert len(calls) == at
+
+
+def test_wandb_has_the_objective_of_each_trial(sweep_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    more = ["wandb.enabled=true", "study.trials=2", "study.repeat_best=0"]
+    assert elm.main(["sweep", str(sweep_file), *more]) == 0
+    runs = sorted(tmp_path.glob("out/trial_*/wandb/offline-run-*/*.wandb"))
+    assert len(runs) == 2
+    for run_file in runs:
+        logged = run_file.read_bytes()
+        assert b"bertscore_composite" in logged and b"val_bertscore" in logged
+
+
 def test_heavy_things_are_loaded_once(sweep_file, monkeypatch):
     calls = []
     for name in ("load_llm", "fit_probe", "open_split"):
@@ -173,7 +263,14 @@ CASES = [
     (["space.data.tasks=[['summary']]"], "space.data.tasks = .*must be choices"),
     (["study.trials=0"], "study.trials = 0: must be int"),
     (["study.objective=loss"], "study.objective = 'loss': must be 'bertscore_composite'"),
-    (["studdy.trials=3"], "studdy: unknown table, did you mean study"),
+    (["studdy.trials=3"], "studdy: is not a table of a sweep, did you mean study"),
+    (["base=3"], "base: is not a table"),
+    (["space=[1]"], "space: is not a table"),
+    (["base.config=3"], "base.config = 3: must be a train TOML"),
+    (["space.train.lr.x=[1, 2]"], "space.train.lr.x: train.lr is not a table|space.train.lr.x: lr"),
+    (["space.eval.samples=[1, 2]"], "space.eval.samples: is not for a space"),
+    (["space.train.resume=['auto']"], "space.train.resume: is not for a space"),
+    (["base.data.dir=/nowhere"], "/nowhere/embeddings/train_embeddings.safetensors: there is no"),
     (["base.config=nowhere.toml"], "nowhere.toml: No such file"),
     (["base.train.lr=fast"], "train.lr = 'fast': must be float"),
     (["base.trian.lr=1.0"], "trian: is not a table .*did you mean train"),
