@@ -2296,8 +2296,11 @@ def repeat_best(sweep: Sweep, study: Any, deadline: float, shared: dict) -> None
                 name = f"trial_{t.number}_seed_{seed}"
                 shutil.rmtree(Path(sweep.output.dir, name), ignore_errors=True)  # of a killed one
                 params, trial = t.params | {"train.seed": seed}, need("optuna").trial.FixedTrial({})
-                value = run_trial(sweep, trial, params, name, shared)
-                study.set_user_attr(f"trial {t.number}, {k}", value)
+                try:
+                    value = run_trial(sweep, trial, params, name, shared)
+                    study.set_user_attr(f"trial {t.number}, {k}", value)
+                except (UserError, RuntimeError) as e:  # begun again with the next worker
+                    tqdm.write(f"{name} failed: {str(e).splitlines()[0]}")
 
 def write_results(sweep: Sweep, study: Any, shared: dict) -> str:
     """trials.jsonl and best.toml as of now, and a line about the best trial: that of the best mean

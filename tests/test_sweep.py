@@ -165,6 +165,24 @@ def test_a_sweep_whose_every_trial_fails_says_so(sweep_file, capsys):
     assert "no trial was completed" in said.err and "trial 1 failed: step" in said.out + said.err
 
 
+@pytest.mark.slow
+def test_repeats_that_fail_are_made_again(sweep_file, tmp_path, monkeypatch):
+    train = elm.train
+
+    def failing(cfg, *rest):
+        if cfg.train.seed == 44:
+            raise RuntimeError("no memory")
+        return train(cfg, *rest)
+
+    monkeypatch.setattr(elm, "train", failing)
+    more = [str(sweep_file), "study.trials=2", "study.repeat_best=1"]
+    for seeds in (2, 3):
+        assert elm.main(["sweep", *more]) == 0
+        rows = read_jsonl(tmp_path / "out" / "trials.jsonl")
+        assert [len(r["seeds"]) for r in rows if r["seeds"]] == [seeds]
+        monkeypatch.setattr(elm, "train", train)
+
+
 @pytest.mark.parametrize("at", [1, 5])
 def test_a_signal_while_a_trial_is_scored_is_not_lost(sweep_file, monkeypatch, at):
     score, calls = elm.score_now, []
