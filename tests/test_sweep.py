@@ -331,9 +331,9 @@ def postgres(tmp_path_factory):
     binaries = [b.resolve().parent for b in binaries if (b.resolve().parent / "postgres").exists()]
     if not binaries:
         pytest.skip("no PostgreSQL on this machine: apt install postgresql")
-    folder, as_user = tmp_path_factory.mktemp("pg"), []
+    folder, as_user = tmp_path_factory.mktemp("pg"), {}
     if os.getuid() == 0:  # it refuses to run as root
-        as_user = ["runuser", "-u", "nobody", "--"]
+        as_user = dict(user="nobody")
         shutil.chown(folder, "nobody")
         for parent in (folder, *folder.parents):
             if parent.owner() == "root" or parent == folder:
@@ -343,8 +343,8 @@ def postgres(tmp_path_factory):
         port = free.getsockname()[1]
 
     def tool(name, *arguments):
-        subprocess.run([*as_user, binaries[0] / name, "-D", folder / "db", *arguments], check=True,
-                       cwd="/", stdout=subprocess.DEVNULL)  # fmt: skip
+        subprocess.run([binaries[0] / name, "-D", folder / "db", *arguments], check=True, cwd="/",
+                       stdout=subprocess.DEVNULL, **as_user)  # fmt: skip
 
     tool("initdb", "-A", "trust", "-U", "elm")
     tool("pg_ctl", "-w", "-l", folder / "log", "-o", f"-p {port} -k {folder} -h 127.0.0.1", "start")

@@ -510,10 +510,10 @@ def test_wandb_offline_one_run_that_goes_on(settings, tmp_path, capsys):
     _, folder = go(settings, *more)
     (first,) = (folder / "wandb").glob("offline-run-*")
     saved = torch.load(folder / "checkpoint_final.pt", weights_only=True)["state"]
-    assert saved["wandb_id"] and first.name.endswith(saved["wandb_id"])
+    assert saved["wandb_id"] and first.name.split("-")[3] == saved["wandb_id"]
     go(settings, *more, "train.max_steps=4", "train.resume=auto")
     runs = list((folder / "wandb").glob("offline-run-*"))
-    assert len({r.name.split("-")[-1] for r in runs}) == 1
+    assert {r.name.split("-")[3] for r in runs} == {saved["wandb_id"]}
     logged = b"".join(r.read_bytes() for run in runs for r in run.glob("*.wandb"))
     for word in (b"val_loss_shuffled", b"adapter_best", b"hidden_dim", b"grad_norm"):
         assert word in logged
