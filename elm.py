@@ -1740,7 +1740,8 @@ def open_inputs(cfg: Config, rt: Runtime, shared: dict) -> tuple[Prompt, dict[st
     llm, final = cfg.model.llm, final_split(cfg)
     prompt = once(shared, ("prompt", llm), lambda: Prompt.of(
         load_pretrained(AutoTokenizer, llm, "model.llm")))
-    data = once(shared, ("data", cfg.data, cfg.eval, cfg.model.tokens, llm), lambda: open_data(
+    key = "data", cfg.data, cfg.eval, cfg.model.tokens, llm, cfg.deepspeed.zero_stage
+    data = once(shared, key, lambda: open_data(
         cfg, ("train", "val", final), prompt, cfg.model.tokens, rt))
     return prompt, data, final
 
