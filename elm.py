@@ -2290,7 +2290,9 @@ def best_trials(sweep: Sweep, study: Any) -> list[tuple[Any, dict[int, float]]]:
     return best
 
 def repeat_best(sweep: Sweep, study: Any, deadline: float, shared: dict) -> None:
-    """The best trials with two more seeds each: one value is luck in part."""
+    """The best trials with two more seeds each: one value is luck in part. One worker at a time."""
+    lock = open(Path(sweep.output.dir, ".repeats.lock"), "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # until the function ends, or its process
     for t, values in best_trials(sweep, study) if sweep.study.repeat_best else ():
         for k, (seed, value) in enumerate(values.items()):
             if value is None and time.time() < deadline:

@@ -373,7 +373,7 @@ def test_two_workers_and_a_kill(sweep_file, tmp_path, request, kind):
     and the sweep ends with as many as were asked for, all of them finished."""
     (tmp_path / "out").mkdir()
     url = request.getfixturevalue("postgres") if kind == "postgres" else ""
-    more = [f"study.storage={url}"] * bool(url) + ["study.trials=6", "base.train.max_steps=40"]
+    more = [f"study.storage={url}"] * bool(url) + ["study.trials=5", "base.train.max_steps=40"]
     storage = url or optuna.storages.JournalStorage(
         optuna.storages.journal.JournalFileBackend(str(tmp_path / "out" / "study.log"))
     )
@@ -393,16 +393,15 @@ def test_two_workers_and_a_kill(sweep_file, tmp_path, request, kind):
     one.kill()
     one.wait()
     killed = [t.number for t in running(one.pid)]
-    three = worker(sweep_file, *more)
+    three = worker(sweep_file, *more, "study.trials=7")  # so that some are left for it
     for each in (two, three):
         said = each.communicate(timeout=200)[0]
         assert each.returncode == 0, said[-3000:]
     ended = trials()
     finished = [t for t in ended if t.state.name in ("COMPLETE", "PRUNED")]
-    assert "RUNNING" not in states(ended) and len(finished) == 6
+    assert "RUNNING" not in states(ended) and len(finished) == 7
     assert all(ended[n].state.name == "FAIL" for n in killed) and len(killed) <= 1
-    workers = {t.user_attrs["worker"][1] for t in finished}
-    assert {two.pid, three.pid} <= workers
+    assert three.pid in {t.user_attrs["worker"][1] for t in finished}
     rows = read_jsonl(tmp_path / "out" / "trials.jsonl")
     assert all(rows[n]["reason"] == "killed" for n in killed)
     assert sum(bool(r["seeds"]) for r in rows) >= 2 and (tmp_path / "out" / "best.toml").exists()
