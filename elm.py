@@ -41,6 +41,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -238,14 +239,14 @@ def read_override(text: str) -> tuple[str, Any]:
         raise UserError(f"{text}: an override has the form section.key=value")
     try:
         return name.strip(), tomllib.loads(f"x = {value}")["x"]
-    except ValueError:
+    except (ValueError, RecursionError):
         return name.strip(), value.strip()
 
 def read_toml(path: str | None, over: dict[str, Any]) -> dict[str, dict]:
     """The tables of a TOML file (none: empty ones) under values by dotted name."""
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    except ValueError as e:  # of TOML or of UTF-8
+        tables = tomllib.loads(Path(path).read_bytes().decode()) if path else {}
+    except (ValueError, RecursionError) as e:  # of TOML, of UTF-8, of nesting
         raise UserError(f"{path}: not valid TOML: {e}") from None
     for name, value in over.items():
         *parents, key = name.split(".")
@@ -276,6 +277,14 @@ def to_tables(cfg: Config) -> dict[str, dict]:  # the inverse of build_config
     return {n: {k: list(v) if isinstance(v, tuple) else v for k, v in t.items() if v is not None}
             for n, t in tables.items()}
 
+def flat(tables: dict, name: str = "") -> dict[str, Any]:
+    """Nested tables by dotted name; a range stays whole."""
+    out = {}
+    for key, value in tables.items():
+        nested = isinstance(value, dict) and not {"low", "high"} & set(value)
+        out |= flat(value, f"{name}{key}.") if nested else {name + key: value}
+    return out
+
 def to_toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(k)} = {to_toml(v)}" for k, v in value.items()) + "}"
@@ -298,7 +307,7 @@ class Runtime(NamedTuple):  # this process among all of the run
                 tqdm.write(message)
                 sys.stdout.flush()
             if self.log_file:
-                with open(self.log_file, "a", encoding="utf-8") as f:
+                with writing(self.log_file), open(self.log_file, "a", encoding="utf-8") as f:
                     f.write(f"{time.strftime('%F %T')} {message}\n")
 
     def sum(self, x: Tensor) -> Tensor:
@@ -345,16 +354,29 @@ def start_runtime(cfg: Config) -> Runtime:
     return Runtime(rank, world, device, cfg.output.log_file)
 
 @contextmanager
+def writing(path: str | Path):
+    """Raises: UserError that names `path` where the disk is full or refuses."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise UserError(f"{path}: cannot be written: {why}; what was there is unharmed") from None
+
+@contextmanager
 def whole_file(path: Path, tag: str = ""):
-    """A temporary path that becomes `path`, whole and on disk, or not at all."""
+    """A temporary path that becomes `path`, whole and on disk, or not at all. Raises: UserError."""
     temporary = path.with_name(f".{path.name}{tag}.tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # of this user's umask; safetensors makes files private
-    yield temporary
-    with open(temporary, "rb+") as f:
-        os.fchmod(f.fileno(), mode)
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # of this user's umask; safetensors makes files private
+            yield temporary
+            with open(temporary, "rb+") as f:
+                os.fchmod(f.fileno(), mode)
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 def check_file(path: str | Path) -> None:
     if not Path(path).is_file():
@@ -471,7 +493,7 @@ def parse_row(line: bytes, num_vectors: int) -> dict:
     """One line of a JSONL file as a checked row. Raises: ValueError that says what is wrong."""
     try:
         row = json.loads(line.decode().strip())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"broken JSON: {e}") from None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
@@ -558,6 +580,11 @@ class Split(NamedTuple):  # of a data set, opened
     soft: int  # K
     prefixes: tuple[tuple[int, ...], ...] | None = None  # all ids ahead of vectors; None: too many
     reuse: bool = True  # read the prefixes apart from the rows, and keep what was read
+
+    def identity(self) -> dict[str, Any]:
+        """Width and norm (the root of its mean square) of the vectors that rows are about."""
+        square = self.statistics["mean"].square() + self.statistics["std"].square()
+        return dict(d_emb=self.vectors.shape[1], norm=round(square.sum().sqrt().item(), 4))
 
     def raw(self, i: int) -> dict:
         """Row i as it stands in the file."""
@@ -718,6 +745,11 @@ def plan_step(split: Split, budget: int, rt: Runtime, step: tuple[int, int, np.n
 # -----------------------------------------------------------------------------
 # Model: the adapter, and the frozen LLM with the vector spliced in
 
+IDENTITY = dict(  # what an adapter belongs to
+    d_emb="the vectors' width", norm="the vectors' norm", hidden_dim="model.hidden_dim",
+    tokens="model.tokens", d_llm="the LLM's width", llm="the hash of the LLM's weights",
+    revision="the LLM's revision")
+
 class Adapter(nn.Module):
     """norm(W2 gelu(W1 x + b1) + b2 + residual), x the standardised embedding: [n, E] -> [n, K, D].
     The residual, times residual_scale, is x itself where E = D and else a linear map of it without
@@ -747,12 +779,18 @@ class Adapter(nn.Module):
         residual = self.settings["residual_scale"] * self.residual(x)[..., None, :]
         return self.norm(out + residual) * self.scale
 
+    @staticmethod
+    def digest(about: str, tensors: dict[str, Tensor]) -> str:
+        parts = [about.encode()] + [row_bytes(t.flatten()) for _, t in sorted(tensors.items())]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
     def save(self, path: str | Path, state: dict | None = None, **metadata: Any) -> None:
-        """Write the adapter (or a `state` of it) as fp32 safetensors, with what rebuilds it."""
+        """Write the adapter (or a `state` of it) as fp32 safetensors, with what rebuilds it and a
+        checksum of all this. Raises: UserError if the disk is full."""
         tensors = {k: v.detach().float().cpu() for k, v in (state or self.state_dict()).items()}
-        about = {"elm": json.dumps({"adapter": self.settings} | metadata)}
+        about = json.dumps({"adapter": self.settings} | metadata)
         with whole_file(Path(path)) as temporary:
-            save_file(tensors, temporary, about)
+            save_file(tensors, temporary, dict(elm=about, sha256=self.digest(about, tensors)))
 
     @staticmethod
     def load(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
@@ -760,15 +798,29 @@ class Adapter(nn.Module):
         check_file(path)
         try:
             with safe_open(path, framework="pt") as f:
-                metadata = json.loads((f.metadata() or {}).get("elm", "{}"))
-                state = {k: f.get_tensor(k) for k in f.keys()}
+                about, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+            if about["sha256"] != Adapter.digest(about["elm"], state):
+                raise ValueError("its checksum is another")
+            metadata = json.loads(about["elm"])
             adapter = Adapter(**metadata["adapter"])
             adapter.load_state_dict(state)
         except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as e:
             raise UserError(f"{path}: not a whole elm adapter: {e}") from None
         return adapter.eval(), metadata
 
-def check_width(vectors: Tensor, adapter: Adapter, place: Any = "vectors") -> None:
+def check_identity(trained: dict[str, Any], now: dict[str, Any], place: Any) -> None:
+    """Raises: UserError that names the first of `now` that was not so in training. The norm of the
+    vectors may differ by half; another revision of the same weights is only told."""
+    for key, value in now.items():
+        was = trained.get(key)
+        same = was / 1.5 < value < was * 1.5 if key == "norm" and was else was == value
+        told = f"{place}: {IDENTITY[key]} was {was} in training and is {value} here"
+        if not same and key != "revision":
+            raise UserError(f"{told}; give it what it was trained with")
+        if not same and was and value and os.environ.get("RANK", "0") == "0":
+            tqdm.write(f"elm: {told}, with the same weights", sys.stderr)
+
+def check_vectors(vectors: Tensor, adapter: Adapter, place: Any = "vectors") -> None:
     if vectors.ndim != 2 or vectors.shape[1] != adapter.settings["d_emb"]:
         raise UserError(f"{place}: {list(vectors.shape)}, but the adapter reads "
                         f"[n, {adapter.settings['d_emb']}]")
@@ -894,15 +946,25 @@ def load_llm(name: str, device: torch.device, bf16: bool, place: str = "model.ll
     return llm.to(device).eval().requires_grad_(False)
 
 @torch.no_grad()
-def llm_facts(llm: Any) -> dict[str, Any]:
-    """Width and root mean square of the token embeddings, and a fingerprint of the LLM, over 16
-    numbers of every parameter in bf16, so that it is the same for any dtype."""
+def fingerprint(llm: Any) -> str:
+    """A hash over up to 16 numbers spread over every parameter, in bf16, so that it is the same for
+    any dtype. Under ZeRO 3 every process must call it."""
+    sample = []
+    for p in llm.parameters():
+        with need("deepspeed").zero.GatheredParameters(p) if hasattr(p, "ds_id") else nullcontext():
+            sample.append(p.flatten()[:: math.ceil(p.numel() / 16)].bfloat16())
+    return hashlib.sha256(torch.cat(sample).float().cpu().numpy().tobytes()).hexdigest()[:16]
+
+def llm_identity(llm: Any) -> dict[str, Any]:
+    return dict(llm=fingerprint(llm), revision=getattr(llm.config, "_commit_hash", None))
+
+@torch.no_grad()
+def embedding_scale(llm: Any) -> tuple[int, float]:
+    """Width and root mean square of the token embeddings."""
     embed = llm.get_input_embeddings()
     ids = torch.linspace(0, embed.num_embeddings - 1, 4096, device=embed.weight.device).long()
     rows = embed(ids).float()
-    sample = torch.cat([p.flatten()[:16].bfloat16() for p in llm.parameters()]).float().cpu()
-    return dict(d_llm=rows.shape[1], scale=rows.square().mean().sqrt().item(),
-                fingerprint=hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16])
+    return rows.shape[1], rows.square().mean().sqrt().item()
 
 class ELM(nn.Module):
     """A frozen LLM and the adapter that lets it read vectors."""
@@ -925,9 +987,7 @@ class ELM(nn.Module):
         name, bf16 = llm or wanted["name"], wanted["bf16"] if bf16 is None else bf16
         prompt = Prompt.of(load_pretrained(AutoTokenizer, name, "llm"))
         model = load_llm(name, torch.device(device), bf16, "llm")
-        if llm_facts(model)["fingerprint"] != wanted["fingerprint"]:
-            raise UserError(f"{path}: the adapter was trained for {wanted['name']}, and {name} has "
-                            "other weights; name the LLM that it was trained for")
+        check_identity(metadata.get("identity", {}), llm_identity(model), f"{path}: {name}")
         return ELM(model, adapter.to(device), prompt).eval()
 
     def forward(self, embeddings: Tensor) -> Tensor:
@@ -997,7 +1057,9 @@ class ELM(nn.Module):
     @torch.no_grad()
     def prompt_embeds(self, embedding: Tensor, query: str) -> Tensor:
         """[E] -> [T, D] in the LLM's dtype: the prompt with the vector in its place."""
-        check_width(embedding[None], self.adapter)
+        check_vectors(embedding[None], self.adapter)
+        if not embedding.isfinite().all():
+            raise UserError("vectors: one has NaN or infinite numbers; embed its text again")
         embed, device = self.llm.get_input_embeddings(), self.adapter.scale.device
         before, after = (embed(torch.tensor(ids, dtype=torch.long, device=device))
                          for ids in self.prompt.ids(self.prompt.parts(query)))
@@ -1009,7 +1071,7 @@ class ELM(nn.Module):
         """[n, E] and one query, or n of them -> n answers; greedy, unless `options` of the LLM's
         own `generate` say otherwise. Raises: UserError if the vectors are of another width, or are
         not as many as the queries."""
-        check_width(embeddings, self.adapter)
+        check_vectors(embeddings, self.adapter)
         queries = [query] * len(embeddings) if isinstance(query, str) else query
         if len(queries) != len(embeddings):
             raise UserError(f"{len(queries)} queries for {len(embeddings)} vectors")
@@ -1142,7 +1204,7 @@ def read_texts(path: Path):
                 text.encode()  # a lone surrogate is a ValueError
             except UnicodeError:
                 raise UserError(f"{path}:{number}: not UTF-8") from None
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise UserError(f'{path}:{number}: not of the form {{"text": "…"}}') from None
             if not text.strip():
                 raise UserError(f"{path}:{number}: the text is empty")
@@ -1280,6 +1342,9 @@ def load_checkpoint(path: Path) -> dict:
     """Runs no code from the file. Raises: UserError if it is not a whole checkpoint."""
     check_file(path)
     try:
+        with zipfile.ZipFile(path) as parts:  # torch.load looks at no checksum
+            if damaged := parts.testzip():
+                raise ValueError(f"the checksum of {damaged} is another")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return saved | {"state": TrainState(**saved["state"])}
     except Exception as e:  # torch.load has no error of its own for a file that is not whole
@@ -1311,9 +1376,16 @@ def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
     return max(found, key=lambda saved: saved["state"].step, default=None)
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl that are whole; none if it is not there."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(x) for x in lines if x.endswith(b"\n")]
+    """The lines of metrics.jsonl but for one that a killed run did not end; none if it is not
+    there. Raises: UserError that names a damaged one."""
+    lines, entries = path.read_bytes().split(b"\n")[:-1] if path.exists() else [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append({"step": 0} | json.loads(line))
+            entries[-1]["step"] + 0
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(f"{path}:{number}: damaged; delete this line") from None
+    return entries
 
 def trim_metrics(path: Path, last_step: int) -> None:
     """Drop what a killed run wrote after its last checkpoint: those steps come again."""
@@ -1643,22 +1715,23 @@ def open_data(cfg: Config, names: tuple[str, ...], prompt: Prompt, soft: int, rt
     return data
 
 def build_model(cfg: Config, llm: Any, data: Split, prompt: Prompt, rt: Runtime):
-    """A fresh adapter on the frozen LLM, and the llm_facts of that."""
+    """A fresh adapter on the frozen LLM, and what it belongs to, by the keys of IDENTITY."""
     m = cfg.model
     reach = getattr(llm.config.get_text_config(), "max_position_embeddings", math.inf)
     if cfg.data.max_seq_length > reach:
         raise UserError(f"data.max_seq_length = {cfg.data.max_seq_length}: {m.llm} reads {reach}")
-    facts = llm_facts(llm)
+    d_llm, scale = embedding_scale(llm)
     torch.manual_seed(cfg.train.seed)
-    adapter = Adapter(data.vectors.shape[1], m.hidden_dim, facts["d_llm"], m.tokens, m.dropout,
-                      m.residual_scale, facts["scale"])
+    adapter = Adapter(data.vectors.shape[1], m.hidden_dim, d_llm, m.tokens, m.dropout,
+                      m.residual_scale, scale)
+    identity = {k: v for k, v in adapter.settings.items() if k in IDENTITY}
     if m.standardize:
         adapter.load_state_dict(data.statistics, strict=False)
     trained, frozen = (sum(p.numel() for p in part.parameters()) for part in (adapter, llm))
     rt.say(f"{rt.world} process(es) on {rt.device.type}, ZeRO {cfg.deepspeed.zero_stage}, LLM in "
            f"{str(llm.dtype)[6:]}\n{trained:,} parameters trained, {frozen:,} frozen; token "
-           f"embeddings of root mean square {facts['scale']:.4f}")
-    return ELM(llm, adapter.to(rt.device), prompt), facts
+           f"embeddings of root mean square {scale:.4f}")
+    return ELM(llm, adapter.to(rt.device), prompt), identity | data.identity() | llm_identity(llm)
 
 @torch.no_grad()
 def check_packing(elm: ELM) -> None:
@@ -1760,7 +1833,10 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
     prompt, data, final = open_inputs(cfg, rt, shared)  # its errors come in seconds
     source, size = data["train"], cfg.train.batch_size * cfg.train.grad_accum * rt.world
     total = num_steps(cfg.train, len(source.rows), size)
-    done = json.loads((folder / "eval.json").read_text()) if (folder / "eval.json").exists() else {}
+    try:
+        done = json.loads((folder / "eval.json").read_bytes())
+    except (OSError, ValueError):  # it is not there, or no more: the report is made again
+        done = {}
     same = saved and saved["config"]["model"] == to_tables(cfg)["model"]
     if same and done.get("step") == state.step >= total:
         rt.say(f"{folder} holds a finished run of {state.step} steps; nothing to do")
@@ -1769,13 +1845,9 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
     llm = once({} if cfg.deepspeed.zero_stage == 3 else shared,
                ("llm", cfg.model.llm, cfg.model.bf16),
                lambda: load_llm(cfg.model.llm, rt.device, cfg.model.bf16))
-    elm, facts = build_model(cfg, llm, source, prompt, rt)
-    identity = {k: elm.adapter.settings[k] for k in ("d_emb", "hidden_dim", "d_llm", "tokens")}
-    identity["llm"] = facts["fingerprint"]
-    for key, value in identity.items() if saved else ():
-        if saved["identity"].get(key) != value:
-            raise UserError(f"train.resume: the checkpoint has {key} = "
-                            f"{saved['identity'].get(key)!r}, this run {value!r}")
+    elm, identity = build_model(cfg, llm, source, prompt, rt)
+    if saved:
+        check_identity(saved["identity"], identity, "train.resume")
     check_packing(elm)
     if saved:
         elm.adapter.load_state_dict(saved["adapter"])
@@ -1792,7 +1864,10 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
     engine = start_engine(cfg, elm)
     if saved:
         restore_moments(engine, saved["optimizer"])
-        rt.say(f"resumed after step {state.step}")
+        was, now = flat(saved["config"]), flat(to_tables(cfg))
+        changed = [f"{k} = {now.get(k)}, was {was.get(k)}" for k in {**was, **now}
+                   if was.get(k) != now.get(k) and k not in ("train.resume", "output.dir")]
+        rt.say(f"resumed after step {state.step}" + "".join(f"\n  {c}" for c in changed))
     rt.say(f"{total} steps of {size} rows, {cfg.train.warmup_steps} of warm-up; "
            f"micro-batches of {budget} tokens, {recomputed} layers recomputed")
     if rt.rank == 0:
@@ -1802,14 +1877,14 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
     wandb = start_wandb(cfg, state, rt)
     def record(**entry: Any) -> None:
         if rt.rank == 0:
-            with open(folder / "metrics.jsonl", "a", encoding="utf-8") as f:
+            with writing(folder / "metrics.jsonl"), open(folder / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(entry) + "\n")
         if wandb:
             attempt(rt, lambda: wandb.log(entry, step=entry["step"]))
     def save_adapter(name: str, weights: dict[str, Tensor], step: int) -> None:
         if rt.rank == 0:
-            origin = dict(name=cfg.model.llm, bf16=cfg.model.bf16, fingerprint=identity["llm"])
-            elm.adapter.save(folder / name, weights, llm=origin, step=step)
+            origin = dict(name=cfg.model.llm, bf16=cfg.model.bf16)
+            elm.adapter.save(folder / name, weights, llm=origin, identity=identity, step=step)
         if wandb:
             attempt(rt, lambda: wandb.log_artifact(str(folder / name), type="adapter"))
     def save(name: str) -> None:  # no generator: a step's rows and dropout depend on seed and step
@@ -1819,8 +1894,9 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
             whole = dict(state=dataclasses.asdict(state), adapter=weights, optimizer=moments,
                          probe=probe and [t.cpu() for t in probe], identity=identity,
                          config=to_tables(cfg))
+            torch.save(whole, content := io.BytesIO())  # of a full disk it says nothing itself
             with whole_file(folder / f"checkpoint_{name}.pt") as temporary:
-                torch.save(whole, temporary)
+                temporary.write_bytes(content.getbuffer())
     def evaluate() -> None:
         engine.eval()
         responses = int(data["val"].rows["response"].sum())
@@ -1933,6 +2009,8 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
                     attempt(rt, wandb.finish)
                 raise SystemExit(128 + max(signals, default=signal.SIGTERM))
     bar.close()
+    if fingerprint(elm.llm) != identity["llm"]:
+        raise RuntimeError(f"the weights of {cfg.model.llm}, which is frozen, have changed")
     if not trial:
         save("final")
     elm.adapter = Adapter(**elm.adapter.settings).to(rt.device)  # the best one, outside of ZeRO
@@ -1960,7 +2038,7 @@ def evaluate(cfg: Config, path: Path) -> dict:
     adapter, about = Adapter.load(path)
     prompt = Prompt.of(load_pretrained(AutoTokenizer, cfg.model.llm, "model.llm"))
     split = open_data(cfg, (final,), prompt, adapter.settings["tokens"], rt)[final]
-    check_width(split.vectors, adapter, f"data.dir: the {final} vectors")
+    check_identity(about.get("identity", {}), split.identity(), f"data.dir: {final}")
     elm = ELM.load(path, cfg.model.llm, cfg.model.bf16)
     check_packing(elm)
     folder.mkdir(parents=True, exist_ok=True)
@@ -2002,7 +2080,8 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
 def generate(o: GenerateOptions) -> None:
     """Answers about the vectors of a file as lines of JSON, as they come. Raises: UserError."""
     vectors, known = open_vectors(Path(o.embeddings)), vars(GenerationConfig())
-    check_width(vectors, Adapter.load(o.adapter)[0], o.embeddings)
+    adapter, about = Adapter.load(o.adapter)
+    check_vectors(vectors, adapter, o.embeddings)
     if o.mix is not None and (len(o.mix) != 3 or not 0 <= o.mix[2] <= 1 or o.rows is not None):
         raise UserError("mix: is [i, j, t], two rows and a number from 0 to 1, in place of rows")
     rows = range(len(vectors)) if o.rows is None else o.rows
@@ -2022,6 +2101,8 @@ def generate(o: GenerateOptions) -> None:
     if o.mix:
         a, b = vectors[[int(i) for i in o.mix[:2]]].float()
         rows, vectors = [0], slerp(a, b, o.mix[2])[None]
+    norm = vectors[list(rows[:1024])].float().square().sum(1).mean().sqrt().item()
+    check_identity(about.get("identity", {}), dict(norm=norm), o.embeddings)
     elm, out = ELM.load(o.adapter, o.llm), None
     torch.manual_seed(o.seed)
     pairs, total = ((row, q) for q in queries for row in rows), len(queries) * len(rows)
@@ -2074,14 +2155,6 @@ class Sweep(NamedTuple):
     @property
     def place(self) -> str:
         return f"{self.source}: base or space"
-
-def flat(tables: dict, name: str = "") -> dict[str, Any]:
-    """Nested tables by dotted name; a range stays whole."""
-    out = {}
-    for key, value in tables.items():
-        nested = isinstance(value, dict) and not {"low", "high"} & set(value)
-        out |= flat(value, f"{name}{key}.") if nested else {name + key: value}
-    return out
 
 def load_sweep(path: str, overrides: list[str]) -> Sweep:
     """A sweep file; both ends of each range and each choice are checked as settings of a training,
@@ -2402,7 +2475,7 @@ def main(arguments: list[str] | None = None) -> int:
                      "512, or on several GPUs deepspeed.zero_stage = 3")
         if os.environ.get("RANK", "0") != "0":  # if process 0 says the same, this one ends here
             time.sleep(5)
-        tqdm.write("\n".join(f"elm: {line}" for line in text.splitlines()), sys.stderr)
+        tqdm.write("\n".join(f"elm: {line[:1000]}" for line in text.splitlines()), sys.stderr)
         return 2
     except SystemExit as stopped:
         return stopped.code

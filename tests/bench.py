@@ -269,7 +269,7 @@ def main() -> None:
         llm = Qwen3ForCausalLM(config).to(torch.bfloat16 if bf16 else torch.float32).eval()
     llm.requires_grad_(False)
     split = make_split(a.rows, shape["vocab_size"], width, a.prefix, a.seed)
-    scale = elm.llm_facts(llm)["scale"]
+    scale = elm.embedding_scale(llm)[1]
     first = elm.Adapter(width, 4096 * width // 2560, width, scale=scale)
     adapters = {}
     for name in ("elm", "naive loop", "HF Trainer"):

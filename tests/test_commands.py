@@ -178,7 +178,7 @@ def test_bad_input_of_generate(trained, tmp_path, capsys):
         (["embeddings=" + str(tmp_path / "narrow.safetensors")],
          r"narrow.safetensors: \[3, 7\], but the adapter reads \[n, 128\]"),
         ([f"adapter={tmp_path / 'nowhere'}"], "nowhere"),
-        ([f"llm={EMBEDDER}"], "the adapter was trained for"),
+        ([f"llm={EMBEDDER}"], "the hash of the LLM's weights was"),
         (["temprature=1"], "temprature: not an option here, did you mean temperature"),
         (["temperature=-1", "do_sample=true"], "generate: .temperature"),
         (["num_beams=0"], "generate: "),

@@ -277,7 +277,8 @@ def test_bad_input_of_eval(settings, tmp_path, capsys):
     config.write_text("")
     (tmp_path / "file").write_text("")
     narrow = elm.Adapter(8, 4, 32)
-    narrow.save(tmp_path / "narrow.safetensors", llm=dict(name="x", bf16=False, fingerprint="y"))
+    narrow.save(tmp_path / "narrow.safetensors", llm=dict(name="x", bf16=False),
+                identity=dict(d_emb=8))  # fmt: skip
     other = make_llm(tmp_path / "llm2", "llama")
     save_file({"x": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     wide = make_embedder(tmp_path / "embedder", width=16)
@@ -293,8 +294,8 @@ def test_bad_input_of_eval(settings, tmp_path, capsys):
         ([out, 'adapter="x"', "adapter=y"], "adapter: is missing"),
         ([out, f"adapter={tmp_path / 'foreign.safetensors'}"], "not a whole elm adapter"),
         ([out, f"adapter={tmp_path / 'narrow.safetensors'}"],
-         r"data.dir: the test vectors: \[10, 12\], but the adapter reads \[n, 8\]"),
-        ([out, f"model.llm={other}"], "the adapter was trained for .*, and .* has other weights"),
+         "data.dir: test: the vectors' width was 8 in training and is 12 here"),
+        ([out, f"model.llm={other}"], "llm2: the hash of the LLM's weights was .* in training"),
         ([out, f"eval.bertscore_model={tmp_path / 'none'}"], "eval.bertscore_model: no folder"),
         ([out, "eval.bertscore_layers=4"], "eval.bertscore_layers = 4: .* has 3"),
         ([out, f"eval.embedder={wide}"], "eval.embedder: .* makes vectors of width 16"),

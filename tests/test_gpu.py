@@ -22,8 +22,8 @@ def test_packed_rows_on_a_gpu_agree_with_the_naive_reference(tmp_path, kind):
     split, rows = elm.open_split(data, "train", prompt, 2, rt), np.arange(12)
     reference = elm.load_llm(str(folder), device, bf16=False)
     torch.manual_seed(1)
-    facts = elm.llm_facts(reference)
-    adapter = elm.Adapter(12, 24, facts["d_llm"], 2, scale=facts["scale"]).to(device)
+    d_llm, scale = elm.embedding_scale(reference)
+    adapter = elm.Adapter(12, 24, d_llm, 2, scale=scale).to(device)
     loss, gradient = naive_step(reference, adapter, [token_rows(split, rows, 2)])
     for bf16, tolerance in ((False, 1e-4), (True, 5e-2)):
         model = elm.ELM(elm.load_llm(str(folder), device, bf16), adapter, prompt)

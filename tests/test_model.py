@@ -31,8 +31,8 @@ def parts(request, tmp_path_factory):
 
 def adapter_for(llm, split, **settings):
     torch.manual_seed(1)
-    facts = elm.llm_facts(llm)
-    adapter = elm.Adapter(12, 24, facts["d_llm"], split.soft, scale=facts["scale"], **settings)
+    d_llm, scale = elm.embedding_scale(llm)
+    adapter = elm.Adapter(12, 24, d_llm, split.soft, scale=scale, **settings)
     adapter.load_state_dict(split.statistics, strict=False)
     return adapter
 
@@ -330,14 +330,14 @@ def test_bad_adapter_files(tmp_path, spoil):
 
 def test_load_refuses_another_llm(tmp_path):
     llm, other = make_llm(tmp_path / "llm"), make_llm(tmp_path / "llama", "llama")
-    facts = elm.llm_facts(elm.load_llm(str(llm), RT.device, bf16=True))
-    origin = dict(name=str(llm), bf16=False, fingerprint=facts["fingerprint"])
-    elm.Adapter(12, 24, 32).save(tmp_path / "a.safetensors", llm=origin)
+    identity = elm.llm_identity(elm.load_llm(str(llm), RT.device, bf16=True))
+    origin = dict(name=str(llm), bf16=False)
+    elm.Adapter(12, 24, 32).save(tmp_path / "a.safetensors", llm=origin, identity=identity)
     model = elm.ELM.load(tmp_path / "a.safetensors")
     assert model.llm.dtype == torch.float32
     assert len(model.generate(torch.randn(2, 12), "What?", max_new_tokens=3)) == 2
     assert elm.ELM.load(tmp_path / "a.safetensors", str(llm), bf16=True).llm.dtype == torch.bfloat16
-    with pytest.raises(elm.UserError, match="other weights"):
+    with pytest.raises(elm.UserError, match="llama: the hash of the LLM's weights was"):
         elm.ELM.load(tmp_path / "a.safetensors", str(other))
     with pytest.raises(elm.UserError, match="no folder"):
         elm.ELM.load(tmp_path / "a.safetensors", "/nowhere/llm")

@@ -102,7 +102,7 @@ def test_adapter_file_of_a_run_speaks(settings):
     assert spoken == [p["prediction"] for p in predictions]
     with safe_open(folder / "adapter_best.safetensors", "pt") as f:
         about = json.loads(f.metadata()["elm"])
-    assert about["adapter"]["d_emb"] == 12 and about["llm"]["fingerprint"] and about["step"] >= 0
+    assert about["adapter"]["d_emb"] == 12 and about["identity"]["llm"] and about["step"] >= 0
 
 
 def parts_of(settings, *more):
@@ -559,11 +559,11 @@ def bad_cases(tmp_path, data_dir, llm_dir, settings):
         "held": ([], f"output.dir: {out} holds a run already"),
         "resume dims": (
             ["train.resume=auto", "model.hidden_dim=16"],
-            "hidden_dim = 24, this run 16",
+            "model.hidden_dim was 24 in training and is 16 here",
         ),
         "resume llm": (
             ["train.resume=auto", "train.max_steps=8", f"model.llm={wide}"],
-            "the checkpoint has llm",
+            "train.resume: the hash of the LLM's weights was",
         ),
         "resume none": (["train.resume=/nowhere/checkpoint_step_2.pt"], "there is no such file"),
         "resume other": ([f"train.resume={path}"], "no whole checkpoint"),

@@ -1,0 +1,475 @@
+"""The long forms of tests/test_trust.py: kills at random moments, all processes and ZeRO stages,
+damaged files.
+
+    python tests/torture.py kills  [--count 50] [--seed 0]
+    python tests/torture.py stages
+    python tests/torture.py bytes  [--count 2000] [--seed 0]
+
+Each says what it did and how often, and stops at the first thing that is wrong.
+"""
+
+import argparse
+import collections
+import contextlib
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import ROOT, deepspeed_launcher, make_data, make_llm, read_jsonl, rows_path
+
+import elm
+
+# ----------------------------------------------------------------------------- kills
+
+CLOCKED = ("tokens_per_second", "memory_gib")
+MOMENTS = ("start", "steps", "write", "log", "evaluation", "report")
+
+
+def start(settings, folder):
+    log = open(folder.with_suffix(".log"), "a")
+    command = [sys.executable, ROOT / "elm.py", *settings, f"output.dir={folder}",
+               "train.resume=auto"]  # fmt: skip
+    return subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT)
+
+
+def until(process, seen, seconds=120):
+    """Waits, looking every millisecond, until seen() or the process has ended."""
+    end = time.time() + seconds
+    while process.poll() is None and not seen():
+        assert time.time() < end, "nothing happens any more"
+        time.sleep(0.001)
+
+
+def wait_for_moment(moment, process, folder, rng, eval_steps):
+    metrics, before = folder / "metrics.jsonl", time.time()
+
+    def logged():
+        return metrics.stat().st_size if metrics.exists() else 0
+
+    def written():  # files on their way
+        return any(p.name.endswith(".tmp") for p in folder.glob(".*"))
+
+    def evaluates():  # the last line is of a step that is evaluated, and its val_loss is not there
+        entry = ([{}] + elm.read_metrics(metrics))[-1]
+        return "loss" in entry and entry["step"] % eval_steps == 0
+
+    def still_for(seconds):
+        end = time.time() + seconds
+        until(process, lambda: time.time() > end)
+
+    if moment == "start":
+        still_for(rng.uniform(0, 6))
+        return
+    until(process, lambda: metrics.exists() and metrics.stat().st_mtime > before)
+    if moment == "report":
+        until(process, lambda: (folder / "checkpoint_final.pt").exists())
+        still_for(rng.uniform(0, 2))
+        return
+    still_for(rng.uniform(0, 3))
+    if moment == "write":
+        until(process, written)
+    elif moment == "log":
+        size = logged()
+        until(process, lambda: logged() != size)
+    elif moment == "evaluation":
+        until(process, evaluates)
+        still_for(rng.uniform(0, 0.3))
+
+
+def without_clock(folder):
+    return [{k: v for k, v in m.items() if k not in CLOCKED}
+            for m in read_jsonl(folder / "metrics.jsonl")]  # fmt: skip
+
+
+def check_same(one, two):
+    """Two runs left the same: adapters, answers and report to the byte, and all steps once."""
+    assert without_clock(one) == without_clock(two), (one, two)
+    names = [p.name for p in one.iterdir() if p.suffix in (".safetensors", ".jsonl", ".json")]
+    assert len(names) > 4 and (one / "checkpoint_final.pt").exists()
+    for name in names:
+        if name != "metrics.jsonl":
+            assert (one / name).read_bytes() == (two / name).read_bytes(), (two, name)
+    a, b = (elm.load_checkpoint(f / "checkpoint_final.pt") for f in (one, two))
+    for part in ("adapter", "optimizer"):
+        assert a[part].keys() == b[part].keys()
+        assert all(torch.equal(v, b[part][k]) for k, v in a[part].items())
+
+
+def kills(settings, folder, count, seed, per_run=10):
+    """`count` times a run is started, and killed at a random moment: SIGKILL, now and then SIGTERM
+    or SIGINT; each run ends as one never killed. Returns {(moment, signal): how often}."""
+    rng, counts, runs = random.Random(seed), collections.Counter(), 0
+    eval_steps = elm.load_config(settings[0], settings[1:]).train.eval_steps
+    whole = folder / "whole"
+    assert start(settings, whole).wait() == 0, whole.with_suffix(".log").read_text()[-3000:]
+    while counts.total() < count:
+        run, left = folder / f"run_{runs}", min(per_run, count - counts.total())
+        runs, code = runs + 1, None
+        while code != 0:
+            process = start(settings, run)
+            if not left:
+                code = process.wait()
+                assert code == 0, run.with_suffix(".log").read_text()[-3000:]
+                break
+            moment = rng.choice(MOMENTS)
+            number = rng.choice([signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT])
+            wait_for_moment(moment, process, run, rng, eval_steps)
+            process.send_signal(number)
+            code = process.wait(60)
+            # A signal's own exit where Python does not run yet, or elm does not watch.
+            known = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130, -2, 1)}
+            assert code in (0, *known[number]), (code, run)
+            if code:
+                counts[moment, number.name] += 1
+                left -= 1
+        check_same(whole, run)
+    said = "".join(p.read_text() for p in folder.glob("run_*.log"))
+    return runs, counts, said.count("passed over")
+
+
+def embedded_default(folder):
+    """Its settings, on a copy of its data without the token cache, with all that a run carries on:
+    dropout, the drift probe, sums between logging steps."""
+    for part in ("embeddings", "synthesis"):
+        shutil.copytree(ROOT / "data" / "tiny" / part, folder / "data" / part)
+    return [ROOT / "train.toml", f"data.dir={folder / 'data'}", "model.dropout=0.1",
+            "loss.drift_weight=0.03", "train.save_steps=15", "train.eval_steps=50",
+            "train.logging_steps=5", "eval.samples=8"]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- stages
+
+GRID = [(processes, stage) for processes in (1, 2) for stage in range(4)]
+
+
+def stages(settings, folder, size=80):
+    """20 steps at every number of processes and ZeRO stage, and from the checkpoint of step 10 of
+    each on at each. Returns the largest relative deviations, of a loss and of an adapter."""
+    more = ["train.max_steps=20", "train.save_steps=10", "train.eval_steps=10",
+            "train.logging_steps=1", "eval.samples=0"]  # fmt: skip
+
+    def launch(processes, jobs):
+        config, todo = folder / "run.toml", folder / "jobs.json"
+        config.write_text("")
+        todo.write_text(json.dumps([
+            [str(config), *settings, *more, f"train.batch_size={size // processes}", *job]
+            for job in jobs]))  # fmt: skip
+        command = [*deepspeed_launcher(processes), Path(__file__), "jobs", todo]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+
+    def place(*names):
+        return folder / "_".join(map(str, names))
+
+    for p in (1, 2):
+        launch(p, [[f"deepspeed.zero_stage={s}", f"output.dir={place(p, s)}"] for s in range(4)])
+    for p in (1, 2):
+        launch(p, [[f"deepspeed.zero_stage={s}", f"output.dir={place(*source, 'to', p, s)}",
+                    f"train.resume={place(*source) / 'checkpoint_step_10.pt'}"]
+                   for source in GRID for s in range(4)])  # fmt: skip
+
+    def losses(run):
+        return {m["step"]: m["loss"] for m in read_jsonl(run / "metrics.jsonl") if "loss" in m}
+
+    def adapter(run):
+        state = elm.load_checkpoint(run / "checkpoint_final.pt")["adapter"]
+        return torch.cat([state[k].flatten() for k in sorted(state)]).double()
+
+    whole, wanted = losses(place(1, 0)), adapter(place(1, 0))
+    assert list(whole) == list(range(1, 21))
+    runs = [place(*g) for g in GRID] + [place(*a, "to", *b) for a in GRID for b in GRID]
+    worst_loss = worst_adapter = 0.0
+    for run in runs:
+        found = losses(run)
+        assert list(found) == list(range(21 - len(found), 21)) and len(found) in (10, 20)
+        off = [abs(x - whole[step]) / whole[step] for step, x in found.items()]
+        worst_loss = max(worst_loss, *off)
+        distance = (adapter(run) - wanted).norm() / wanted.norm()
+        worst_adapter = max(worst_adapter, distance.item())
+    return len(runs), worst_loss, worst_adapter
+
+
+# ----------------------------------------------------------------------------- bytes
+
+WORDS = [b"", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\\ud800", b"NaN", b"-Infinity", b"1e999",
+         b"9" * 5000, b"-1", b"0.5", b"null", b"true", b'"', b"'", b"{}", b"[]", b"[" * 9999,
+         b'{"a":' * 9999, b"\n", b"\r", b"\n\n", b"\xe2\x80\xa8", b"../../../x", b"/x", b"~",
+         b"a" * 9999, b"<EMB>", b"<|im_end|>", b"=", b"#", b"inf", b"1979-05-27"]  # fmt: skip
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """One to three of: bits flipped; bytes set, lost, doubled, exchanged, zeroed; an odd word put
+    in or over what is there; the end lost; nothing left."""
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        at = rng.randrange(len(data) + 1)
+        n = min(len(data) - at, rng.choice([1, 1, 2, 8, 64, 1000]))
+        kind = rng.randrange(10)
+        if kind <= 1 and n:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 2 and n:
+            data[at] = rng.randrange(256)
+        elif kind == 3:
+            del data[at : at + n]
+        elif kind == 4:
+            data[at:at] = data[at : at + n]
+        elif kind == 5:
+            other = rng.randrange(len(data) + 1)
+            data[at : at + n] = data[other : other + n]
+        elif kind == 6:
+            data[at : at + n] = bytes(n)
+        elif kind == 7:
+            data[at:at] = rng.choice(WORDS)
+        elif kind == 8:
+            word = rng.choice(WORDS)
+            data[at : at + len(word)] = word
+        else:
+            del data[at if rng.random() < 0.9 else 0 :]
+    return bytes(data)
+
+
+def told(call):
+    """(whether it went well, what it said on stderr), of a call that has main's exit code; a hang
+    ends after 30 s."""
+
+    def hang(*_):
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(30)
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = call()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert code in (0, 2), code
+    lines = [x for x in err.getvalue().splitlines() if x.startswith("elm: ")]
+    assert bool(lines) == (code == 2), err.getvalue()  # a TOML may have several mistakes
+    assert "Traceback" not in err.getvalue() and all(len(x) < 1100 for x in lines), lines
+    return code == 0, out.getvalue() + err.getvalue()
+
+
+def only(call, *places):
+    """A call as `main` would make it, for functions that no cheap command reaches."""
+    try:
+        call()
+        return 0
+    except (elm.UserError, OSError) as e:
+        print(f"elm: {str(e)[:1000]}", file=sys.stderr)
+        return 2
+
+
+def tree(folder, *without):
+    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")
+            if p.is_file() and not any(w == p or w in p.parents for w in without)}  # fmt: skip
+
+
+def rows_are_right(split, path, prompt):
+    """Every line of the file that is a row stands in the cache with its own tokens."""
+    rows = iter(split.rows)
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        row = json.loads(line) if line.strip() else {"task_type": "compare"}
+        if row["task_type"] in elm.REMOVED_TASKS:
+            continue
+        r = next(rows)
+        assert r["line"] == number and r["vector"] == row["embedding_file_idx"]
+        assert elm.TASKS[r["task"]] == row["task_type"]
+        ids = split.ids[r["start"][0] :][: r["length"][0]].tolist()
+        before, after, answer = prompt.ids([*prompt.parts(row["query"]), row["response"]])
+        whole = before + [0] + after + answer + [prompt.tokenizer.eos_token_id]
+        assert ids == whole[: len(ids)] and len(ids) == min(len(whole), 256)
+    assert next(rows, None) is None
+
+
+def vectors_are_right(split, path):
+    """The table is what its bytes say, read without the library."""
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header.pop("__metadata__", None)
+    ((_, entry),) = header.items()
+    a, b = entry["data_offsets"]
+    kind = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[entry["dtype"]]
+    table = np.frombuffer(raw[8 + size + a : 8 + size + b], kind)
+    if entry["dtype"] == "BF16":
+        table = (table.astype(np.uint32) << 16).view(np.float32)
+    table = table.reshape(entry["shape"]).astype(np.float64)
+    assert np.array_equal(split.vectors.double().numpy(), table)
+    used = table[sorted(set(split.rows["vector"].tolist()))]
+    assert np.allclose(
+        split.statistics["mean"], used.mean(0), rtol=1e-5, atol=1e-6 * abs(used).max()
+    )
+
+
+def same_tree(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_tree(v, b[k]) for k, v in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_tree, a, b))
+    return a == b or a != a
+
+
+def damage(folder, count, seed):
+    """`count` damaged files: rows, vectors, TOML, checkpoint, adapter and others, in turn; each is refused in
+    one line or read as what it says. Every 20th is met by a whole training. Returns how many were
+    read and refused, by kind."""
+    rng, counts = random.Random(seed), collections.Counter()
+    llm, data = make_llm(folder / "llm"), make_data(folder / "data", num_rows=14, num_vectors=5)
+    settings = [f"model.llm={llm}", "model.hidden_dim=8", "model.bf16=false",
+                "data.max_seq_length=256", "train.batch_size=8", "train.grad_accum=1",
+                "train.save_steps=1", "eval.samples=0", f"data.dir={data}"]  # fmt: skip
+    config, run = folder / "run.toml", folder / "run"
+    config.write_text("")
+    assert told(lambda: elm.main([str(config), *settings, f"output.dir={run}",
+                                  "train.max_steps=2"]))[0]  # fmt: skip
+    prompt = elm.Prompt.of(elm.AutoTokenizer.from_pretrained(llm))
+    vectors_path, rows_file = elm.split_paths(elm.DataConfig(dir=str(data)), "train")
+    toml = folder / "mutated.toml"
+    toml.write_text((ROOT / "train.toml").read_text())
+    checkpoint, adapter = run / "checkpoint_step_2.pt", run / "adapter_best.safetensors"
+    (run / "checkpoint_final.pt").unlink()
+    (run / "eval.json").unlink()
+    texts, metrics = folder / "texts.jsonl", run / "metrics.jsonl"
+    texts.write_text("".join(json.dumps({"text": r["text"]}) + "\n" for r in read_jsonl(rows_file)))
+    files = dict(rows=rows_file, vectors=vectors_path, toml=toml, checkpoint=checkpoint,
+                 adapter=adapter, texts=texts, metrics=metrics)  # fmt: skip
+    originals = {kind: path.read_bytes() for kind, path in files.items()}
+    saved, loaded = elm.load_checkpoint(checkpoint), elm.Adapter.load(adapter)
+    header = 8 + int.from_bytes(originals["vectors"][:8], "little")
+    out, cache = folder / "out", data / ".cache"
+
+    for number in range(count):
+        kind, whole = list(files)[number % len(files)], number // len(files) % 20 == 0
+        original = originals[kind]
+        if kind in ("vectors", "adapter") and rng.random() < 0.6:  # the header is small
+            size = header if kind == "vectors" else 8 + int.from_bytes(original[:8], "little")
+            damaged = mutate(original[:size], rng) + original[size:]
+        else:
+            damaged = mutate(original, rng)
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(cache, ignore_errors=True)
+        files[kind].write_bytes(damaged)
+        before = tree(folder, out, cache)
+        try:
+            if kind in ("rows", "vectors"):
+                split = []
+                call = (lambda: elm.main([str(config), *settings, f"output.dir={out}",
+                                          "train.max_steps=1"])) if whole else (  # fmt: skip
+                    lambda: only(lambda: split.append(elm.open_split(
+                        elm.DataConfig(dir=str(data), max_seq_length=256), "train", prompt, 1,
+                        elm.Runtime()))))  # fmt: skip
+                well, _ = told(call)
+                if split:
+                    rows_are_right(split[0], rows_file, prompt)
+                    vectors_are_right(split[0], vectors_path)
+            elif kind == "toml":
+                well, _ = told(lambda: elm.main(["filter", str(toml), str(out),
+                                                 f"data.dir={data}"]))  # fmt: skip
+                if well:
+                    tables = elm.to_tables(elm.load_config(str(toml)))
+                    for name, table in elm.tomllib.loads(damaged.decode()).items():
+                        assert all(tables[name][k] == v for k, v in table.items())
+            elif kind == "checkpoint" and whole:
+                copy = out
+                shutil.copytree(run, copy)
+                well, said = told(lambda: elm.main([
+                    str(config), *settings, f"output.dir={out}", "train.max_steps=2",
+                    "train.resume=auto"]))  # fmt: skip
+                assert well and ("passed over" in said) == bool(only(
+                    lambda: elm.load_checkpoint(checkpoint))), said  # fmt: skip
+                end = elm.load_checkpoint(out / "checkpoint_final.pt")
+                assert same_tree(end["adapter"], saved["adapter"])
+            elif kind == "checkpoint":
+                found = []
+                well, _ = told(lambda: only(lambda: found.append(elm.load_checkpoint(checkpoint))))
+                assert not found or same_tree(
+                    {**found[0], "state": vars(found[0]["state"])},
+                    {**saved, "state": vars(saved["state"])})  # fmt: skip
+            elif kind == "texts":
+                found = []
+                well, _ = told(lambda: only(lambda: found.extend(elm.read_texts(texts))))
+                lines = damaged.split(b"\n")[: -1 if damaged.endswith(b"\n") else None]
+                assert not well or found == [json.loads(x)["text"] for x in lines]
+            elif kind == "metrics":
+                found = []
+                well, _ = told(lambda: only(lambda: found.extend(elm.read_metrics(metrics))))
+                assert not well or len(found) == damaged.count(b"\n")
+            else:
+                found = []
+                well, _ = told(lambda: only(lambda: found.append(elm.Adapter.load(adapter))))
+                if found:
+                    assert found[0][1] == loaded[1]
+                    assert same_tree(found[0][0].state_dict(), loaded[0].state_dict())
+            assert tree(folder, out, cache) == before, "something was written elsewhere"
+        except BaseException:
+            kept = Path(tempfile.gettempdir()) / f"damaged_{kind}_{seed}_{number}"
+            kept.write_bytes(damaged)
+            print(f"case {number} of seed {seed}, {kind}, kept as {kept}", file=sys.stderr)
+            raise
+        finally:
+            files[kind].write_bytes(original)
+        counts[kind, "read" if well else "refused"] += 1
+    return counts
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("form", choices=["kills", "stages", "bytes", "jobs"])
+    p.add_argument("jobs", nargs="?", help=argparse.SUPPRESS)
+    p.add_argument("--count", type=int)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--local_rank", help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.form == "jobs":  # of `stages`, under the launcher
+        for job in json.loads(Path(a.jobs).read_text()):
+            elm.train(elm.load_config(job[0], job[1:]))
+        print(end="", flush=True)
+        os._exit(0)
+    begin = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if a.form == "kills":
+            runs, counts, over = kills(embedded_default(folder), folder, a.count or 50, a.seed)
+            print(f"{counts.total()} kills over {runs} runs, each the same as one never killed; "
+                  f"{over} damaged checkpoints passed over")  # fmt: skip
+            for (moment, kind), n in sorted(counts.items()):
+                print(f"  {moment:10} {kind:8} {n}")
+        elif a.form == "stages":
+            settings = small_settings(folder)
+            n, loss, adapter = stages(settings, folder)
+            print(f"{n} runs of 1 and 2 processes at ZeRO 0 to 3: losses within {loss:.1e}, "
+                  f"adapters within {adapter:.1e}")  # fmt: skip
+        else:
+            counts = damage(folder, a.count or 2000, a.seed)
+            print(f"{counts.total()} damaged files, none of them trusted wrongly")
+            for (kind, end), n in sorted(counts.items()):
+                print(f"  {kind:10} {end:8} {n}")
+    print(f"{time.time() - begin:.0f} s")
+
+
+def small_settings(folder):
+    """Of runs of steps of 80 rows, several micro-batches each, with drift."""
+    return [f"model.llm={make_llm(folder / 'llm')}", "model.hidden_dim=24", "model.bf16=false",
+            f"data.dir={make_data(folder / 'data', num_rows=90)}", "data.max_seq_length=256",
+            "data.num_workers=1", "train.grad_accum=1", "train.lr=1e-2", "train.warmup_steps=2",
+            "loss.drift_weight=0.1",
+            f"eval.bertscore_model={ROOT / 'data/tiny/scorer'}"]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
