@@ -780,17 +780,18 @@ class Adapter(nn.Module):
         return self.norm(out + residual) * self.scale
 
     @staticmethod
-    def digest(about: str, tensors: dict[str, Tensor]) -> str:
-        parts = [about.encode()] + [row_bytes(t.flatten()) for _, t in sorted(tensors.items())]
+    def digest(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+        parts = [json.dumps(metadata).encode()] + [row_bytes(t.flatten()) for _, t in sorted(tensors.items())]
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def save(self, path: str | Path, state: dict | None = None, **metadata: Any) -> None:
         """Write the adapter (or a `state` of it) as fp32 safetensors, with what rebuilds it and a
         checksum of all this. Raises: UserError if the disk is full."""
         tensors = {k: v.detach().float().cpu() for k, v in (state or self.state_dict()).items()}
-        about = json.dumps({"adapter": self.settings} | metadata)
-        with whole_file(Path(path)) as temporary:
-            save_file(tensors, temporary, dict(elm=about, sha256=self.digest(about, tensors)))
+        metadata = {"adapter": self.settings} | metadata
+        metadata["sha256"] = self.digest(metadata, tensors)
+        with whole_file(Path(path)) as temporary:  # one entry: safetensors keeps no order of them
+            save_file(tensors, temporary, {"elm": json.dumps(metadata)})
 
     @staticmethod
     def load(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
@@ -798,13 +799,14 @@ class Adapter(nn.Module):
         check_file(path)
         try:
             with safe_open(path, framework="pt") as f:
-                about, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-            if about["sha256"] != Adapter.digest(about["elm"], state):
+                metadata = json.loads((f.metadata() or {}).get("elm", "{}"))
+                state = {k: f.get_tensor(k) for k in f.keys()}
+            if metadata.pop("sha256", None) != Adapter.digest(metadata, state):
                 raise ValueError("its checksum is another")
-            metadata = json.loads(about["elm"])
             adapter = Adapter(**metadata["adapter"])
             adapter.load_state_dict(state)
-        except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as e:
+        except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError,
+                RecursionError) as e:
             raise UserError(f"{path}: not a whole elm adapter: {e}") from None
         return adapter.eval(), metadata
 
