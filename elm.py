@@ -73,6 +73,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import cached_file
 
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
@@ -287,8 +288,8 @@ def flat(tables: dict, name: str = "") -> dict[str, Any]:
 
 def to_toml(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {to_toml(v)}" for k, v in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=False)
+        return "{" + ", ".join(f"{to_toml(k)} = {to_toml(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 # -----------------------------------------------------------------------------
 # Runtime: processes, device, messages, files
@@ -781,8 +782,8 @@ class Adapter(nn.Module):
 
     @staticmethod
     def digest(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-        parts = [json.dumps(metadata).encode()] + [row_bytes(t.flatten()) for _, t in sorted(tensors.items())]
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        numbers = [row_bytes(tensors[name].flatten()) for name in sorted(tensors)]
+        return hashlib.sha256(json.dumps(metadata).encode() + b"".join(numbers)).hexdigest()
 
     def save(self, path: str | Path, state: dict | None = None, **metadata: Any) -> None:
         """Write the adapter (or a `state` of it) as fp32 safetensors, with what rebuilds it and a
@@ -790,7 +791,7 @@ class Adapter(nn.Module):
         tensors = {k: v.detach().float().cpu() for k, v in (state or self.state_dict()).items()}
         metadata = {"adapter": self.settings} | metadata
         metadata["sha256"] = self.digest(metadata, tensors)
-        with whole_file(Path(path)) as temporary:  # one entry: safetensors keeps no order of them
+        with whole_file(Path(path)) as temporary:  # of several entries it would keep no order
             save_file(tensors, temporary, {"elm": json.dumps(metadata)})
 
     @staticmethod
@@ -805,8 +806,7 @@ class Adapter(nn.Module):
                 raise ValueError("its checksum is another")
             adapter = Adapter(**metadata["adapter"])
             adapter.load_state_dict(state)
-        except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError,
-                RecursionError) as e:
+        except Exception as e:  # damaged files lead anywhere
             raise UserError(f"{path}: not a whole elm adapter: {e}") from None
         return adapter.eval(), metadata
 
@@ -925,7 +925,9 @@ def loading(name: str, place: str):
         raise UserError(f"{place}: no folder {name}, nor is that the name of a model on the hub")
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as e:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # of transformers, jinja, safetensors, torch.load, ...
         raise UserError(f"{place}: cannot load {name}: {' '.join(str(e).split())[:300]}") from None
 
 @contextmanager
@@ -958,7 +960,9 @@ def fingerprint(llm: Any) -> str:
     return hashlib.sha256(torch.cat(sample).float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 def llm_identity(llm: Any) -> dict[str, Any]:
-    return dict(llm=fingerprint(llm), revision=getattr(llm.config, "_commit_hash", None))
+    snapshot = Path(cached_file(llm.name_or_path, "config.json")).parent  # of the hub's cache?
+    revision = snapshot.name if snapshot.parent.name == "snapshots" else None
+    return dict(llm=fingerprint(llm), revision=revision)
 
 @torch.no_grad()
 def embedding_scale(llm: Any) -> tuple[int, float]:
@@ -2015,6 +2019,8 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
         raise RuntimeError(f"the weights of {cfg.model.llm}, which is frozen, have changed")
     if not trial:
         save("final")
+    if signals:  # they came in the last step
+        raise SystemExit(128 + max(signals))
     elm.adapter = Adapter(**elm.adapter.settings).to(rt.device)  # the best one, outside of ZeRO
     elm.adapter.load_state_dict(state.best_adapter)
     engine.eval()

@@ -1,11 +1,12 @@
-"""How a run starts on a large data set: seconds to the end of its first step, and its memory.
+"""How a run starts and resumes on a large data set: seconds to the end of a step, and its memory.
 
     python tests/scale.py [--rows 1000000] [--vectors 500000]
 
 Writes random fp16 vectors of width 2560 and short rows into a temporary folder, starts elm twice on
-the embedded default's LLM (the first start makes the token cache), twice more on 1,000 rows, and
-prints for each the seconds from the start of the process to the end of step 1 and the peak of its
-anonymous memory (RssAnon), which the memory-mapped files are not part of. About 4 GB of disk.
+the embedded default's LLM (the first start makes the token cache), resumes it in the middle of the
+epoch, does the same on 1,000 rows, and prints for each the seconds from the start of the process to
+the end of its first step, and the peak of its anonymous memory (RssAnon), which the memory-mapped
+files are not part of. About 4 GB of disk.
 """
 
 import argparse
@@ -45,10 +46,12 @@ def write(folder: Path, num_rows: int, num_vectors: int) -> None:
                 f.write(json.dumps(row) + "\n")
 
 
-def start(data: Path, out: Path) -> tuple[float, float]:
-    """(seconds to the end of the first step, peak GiB of anonymous memory)."""
+def start(data: Path, out: Path, step: int = 1) -> tuple[float, float]:
+    """(seconds to the end of `step`, the first after a start or resume; peak GiB of anonymous
+    memory)."""
     command = [sys.executable, ROOT / "elm.py", ROOT / "train.toml", f"data.dir={data}",
-               f"output.dir={out}", "train.max_steps=1", "train.logging_steps=1",
+               f"output.dir={out}", f"train.max_steps={step}", "train.logging_steps=1",
+               "train.resume=auto", "train.epochs=1", "train.batch_size=16",
                "eval.samples=0", "eval.split=val", "data.max_seq_length=512"]  # fmt: skip
     begin, peak, first = time.time(), 0, None
     with open(out.with_suffix(".log"), "w") as log:
@@ -58,7 +61,8 @@ def start(data: Path, out: Path) -> tuple[float, float]:
             if "RssAnon" in status:
                 peak = max(peak, int(status.split("RssAnon:")[1].split()[0]))
             metrics = out / "metrics.jsonl"
-            if first is None and metrics.exists() and '"loss"' in metrics.read_text():
+            logged = metrics.exists() and metrics.read_text().count('"loss"')
+            if first is None and logged == step:
                 first = time.time() - begin
             time.sleep(0.02)
     assert process.returncode == 0, out.with_suffix(".log").read_text()[-2000:]
@@ -80,6 +84,9 @@ def main() -> None:
                 seconds, gib = start(folder / data, folder / f"{data} {cache}")
                 print(f"{data}, {cache} its token cache: {seconds:.1f} s to the end of step 1, "
                       f"{gib:.2f} GiB anonymous", flush=True)  # fmt: skip
+            seconds, gib = start(folder / data, folder / f"{data} with", step=2)
+            print(f"{data}, resumed after step 1: {seconds:.1f} s to the end of step 2, "
+                  f"{gib:.2f} GiB anonymous", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """Real launches by DeepSpeed's own launcher, and real kills. Ratios are of fp32 numbers."""
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -39,37 +37,6 @@ def larger(settings, tmp_path):
     return [*settings, "train.batch_size=80", "loss.drift_weight=0.1"]
 
 
-def test_two_processes_and_zero_stages_agree_with_one_process(larger, tmp_path):
-    """One python process at stage 0, and two launched ones at stage 0, 2 and 3: same losses, same
-    adapter; a checkpoint of two processes at stage 3 resumes on one at stage 0 and back."""
-    one = tmp_path / "one"
-    launch(larger, one, processes=0)
-    for stage in (0, 2, 3):
-        two = tmp_path / f"two{stage}"
-        launch([*larger, "train.batch_size=40", f"deepspeed.zero_stage={stage}"], two, processes=2)
-        assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-        for kind in ("adapter", "optimizer"):
-            a, b = flat(one, kind), flat(two, kind)
-            assert (a - b).norm() / a.norm() < 1e-4
-        report = [json.loads((f / "eval.json").read_text()) for f in (one, two)]
-        assert report[1]["loss"] == pytest.approx(report[0]["loss"], rel=1e-5)
-        keys = ("query", "response")
-        pairs = [
-            [{k: p[k] for k in keys} for p in read_jsonl(f / "predictions.jsonl")]
-            for f in (one, two)
-        ]
-        assert pairs[0] == pairs[1]
-    from_three, from_one = tmp_path / "from_three", tmp_path / "from_one"
-    start = tmp_path / "two3" / "checkpoint_step_4.pt"
-    launch(larger, from_three, f"train.resume={start}", processes=0)
-    start = one / "checkpoint_step_4.pt"
-    more = ["train.batch_size=40", "deepspeed.zero_stage=3"]
-    launch([*larger, *more], from_one, f"train.resume={start}", processes=2)
-    for folder in (from_three, from_one):
-        assert (flat(folder) - flat(one)).norm() / flat(one).norm() < 1e-4
-        assert losses(folder)[-1] == pytest.approx(losses(one)[-1], rel=1e-5)
-
-
 def test_processes_stay_in_step_where_one_has_more_logits(larger, tmp_path):
     """ZeRO 3 gathers the head for every chunk of logits: as many on each process, or they hang."""
     script = tmp_path / "small_chunks.py"
@@ -95,12 +62,6 @@ def test_processes_stay_in_step_where_one_has_more_logits(larger, tmp_path):
     assert (flat(two) - flat(one)).norm() / flat(one).norm() < 1e-4
 
 
-def test_stage_one_by_the_launcher(settings, tmp_path):
-    launch(settings, tmp_path / "z1", "deepspeed.zero_stage=1", processes=1)
-    launch(settings, tmp_path / "z0", processes=0)
-    assert losses(tmp_path / "z1") == pytest.approx(losses(tmp_path / "z0"), rel=1e-6)
-
-
 def test_bad_input_under_the_launcher_is_told_once(settings, tmp_path):
     config = tmp_path / "run.toml"
     config.write_text("")
@@ -108,43 +69,6 @@ def test_bad_input_under_the_launcher_is_told_once(settings, tmp_path):
     assert done.returncode == 2
     assert (done.stdout + done.stderr).count("model.llm: no folder /nowhere/llm") == 1
     assert "Traceback" not in done.stdout + done.stderr
-
-
-def start_run(settings, tmp_path, folder):
-    config = tmp_path / "run.toml"
-    config.write_text("")
-    command = [sys.executable, ROOT / "elm.py", config, *settings, f"output.dir={folder}"]
-    return subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def wait_for(path, process):
-    end = time.time() + 120
-    while time.time() < end and not path.exists() and process.poll() is None:
-        time.sleep(0.002)
-    assert path.exists()
-
-
-def test_killed_run_ends_with_the_same_bytes(settings, tmp_path):
-    """SIGKILL as soon as the checkpoint of step 40 is there, somewhere in the sixteenth epoch; one
-    more run is stopped by SIGINT; both resumed. With dropout."""
-    more = ["model.dropout=0.2", "train.max_steps=60", "train.save_steps=20", "train.eval_steps=10"]
-    settings = [*settings, *more]
-    launch(settings, tmp_path / "whole", processes=0)
-    for kind, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
-        folder = tmp_path / kind.name
-        process = start_run(settings, tmp_path, folder)
-        wait_for(folder / "checkpoint_step_40.pt", process)
-        process.send_signal(kind)
-        assert process.wait(60) == code
-        assert not (folder / "checkpoint_final.pt").exists()
-        launch(settings, folder, "train.resume=auto", processes=0)
-        for part in ("adapter", "optimizer"):
-            assert torch.equal(flat(folder, part), flat(tmp_path / "whole", part))
-        assert losses(folder) == losses(tmp_path / "whole")
-        best = [(f / "adapter_best.safetensors").read_bytes() for f in (folder, tmp_path / "whole")]
-        assert best[0] == best[1]
 
 
 def test_ctrl_c_under_the_launcher_saves_and_resumes(settings, tmp_path):

@@ -152,51 +152,65 @@ def embedded_default(folder):
 GRID = [(processes, stage) for processes in (1, 2) for stage in range(4)]
 
 
-def stages(settings, folder, size=80):
+def stages(settings, folder, everything=True, size=80):
     """20 steps at every number of processes and ZeRO stage, and from the checkpoint of step 10 of
-    each on at each. Returns the largest relative deviations, of a loss and of an adapter."""
+    each on at each (or, not everything, at one other). Returns the number of runs, and the largest
+    relative deviations: of a loss, of the adapter, of Adam's moments."""
     more = ["train.max_steps=20", "train.save_steps=10", "train.eval_steps=10",
             "train.logging_steps=1", "eval.samples=0"]  # fmt: skip
-
-    def launch(processes, jobs):
-        config, todo = folder / "run.toml", folder / "jobs.json"
-        config.write_text("")
-        todo.write_text(json.dumps([
-            [str(config), *settings, *more, f"train.batch_size={size // processes}", *job]
-            for job in jobs]))  # fmt: skip
-        words = [*deepspeed_launcher(processes), Path(__file__), "jobs", todo]
-        done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    turns = range(8) if everything else [3]
+    pairs = [(GRID[i], GRID[(i + turn) % 8]) for turn in turns for i in range(8)]
 
     def place(*names):
         return folder / "_".join(map(str, names))
 
-    for p in (1, 2):
-        launch(p, [[f"deepspeed.zero_stage={s}", f"output.dir={place(p, s)}"] for s in range(4)])
-    for p in (1, 2):
-        launch(p, [[f"deepspeed.zero_stage={s}", f"output.dir={place(*source, 'to', p, s)}",
-                    f"train.resume={place(*source) / 'checkpoint_step_10.pt'}"]
-                   for source in GRID for s in range(4)])  # fmt: skip
+    def launch(jobs):
+        """Those of one process and those of two, side by side."""
+        config, logs = folder / "run.toml", []
+        config.write_text("")
+        for p in (1, 2):
+            words = [[str(config), *settings, *more, f"train.batch_size={size // p}",
+                      f"deepspeed.zero_stage={stage}", f"output.dir={out}", *resume]
+                     for processes, stage, out, *resume in jobs if processes == p]  # fmt: skip
+            todo, log = folder / f"jobs_{p}.json", folder / f"jobs_{p}.log"
+            todo.write_text(json.dumps(words))
+            with open(log, "w") as f:
+                words = [*deepspeed_launcher(p), Path(__file__), "jobs", todo]
+                logs.append((subprocess.Popen(list(map(str, words)), stdout=f, stderr=f), log))
+        for process, log in logs:
+            assert process.wait(900) == 0, log.read_text()[-5000:]
+
+    launch([(p, s, place(p, s)) for p, s in GRID])
+    launch([(p, s, place(*source, "to", p, s),
+             f"train.resume={place(*source) / 'checkpoint_step_10.pt'}")
+            for source, (p, s) in pairs])  # fmt: skip
 
     def losses(run):
-        return {m["step"]: m["loss"] for m in read_jsonl(run / "metrics.jsonl") if "loss" in m}
+        return {
+            (m["step"], k): m[k]
+            for m in read_jsonl(run / "metrics.jsonl")
+            for k in ("loss", "drift_loss", "val_loss")
+            if k in m
+        } | {  # fmt: skip
+            (21, "report"): json.loads((run / "eval.json").read_text())["loss"]
+        }
 
-    def adapter(run):
-        state = elm.load_checkpoint(run / "checkpoint_final.pt")["adapter"]
-        return torch.cat([state[k].flatten() for k in sorted(state)]).double()
+    def state(run, part):
+        numbers = elm.load_checkpoint(run / "checkpoint_final.pt")[part]
+        return torch.cat([numbers[k].flatten() for k in sorted(numbers)]).double()
 
-    whole, wanted = losses(place(1, 0)), adapter(place(1, 0))
-    assert list(whole) == list(range(1, 21))
-    runs = [place(*g) for g in GRID] + [place(*a, "to", *b) for a in GRID for b in GRID]
-    worst_loss = worst_adapter = 0.0
+    runs = [place(*g) for g in GRID] + [place(*a, "to", *b) for a, b in pairs]
+    whole = losses(runs[0])
+    assert {step for step, _ in whole} == set(range(22))
+    worst = [0.0, 0.0, 0.0]
     for run in runs:
         found = losses(run)
-        assert list(found) == list(range(21 - len(found), 21)) and len(found) in (10, 20)
-        off = [abs(x - whole[step]) / whole[step] for step, x in found.items()]
-        worst_loss = max(worst_loss, *off)
-        distance = (adapter(run) - wanted).norm() / wanted.norm()
-        worst_adapter = max(worst_adapter, distance.item())
-    return len(runs), worst_loss, worst_adapter
+        assert found.keys() == {k for k in whole if k[0] > (10 if "to" in run.name else -1)}
+        worst[0] = max(worst[0], *(abs(x - whole[k]) / whole[k] for k, x in found.items()))
+        for i, part in enumerate(("adapter", "optimizer"), 1):
+            wanted = state(runs[0], part)
+            worst[i] = max(worst[i], ((state(run, part) - wanted).norm() / wanted.norm()).item())
+    return len(runs), *worst
 
 
 # ----------------------------------------------------------------------------- bytes
@@ -455,9 +469,9 @@ def main():
                 print(f"  {moment:10} {kind:8} {n}")
         elif a.form == "stages":
             settings = small_settings(folder)
-            n, loss, adapter = stages(settings, folder)
+            n, loss, adapter, moments = stages(settings, folder)
             print(f"{n} runs of 1 and 2 processes at ZeRO 0 to 3: losses within {loss:.1e}, "
-                  f"adapters within {adapter:.1e}")  # fmt: skip
+                  f"adapters {adapter:.1e}, moments {moments:.1e}")  # fmt: skip
         else:
             counts = damage(folder, a.count or 2000, a.seed)
             print(f"{a.count or 2000} damaged files, each refused or read as what it says")

@@ -1,0 +1,419 @@
+"""Kills, processes and stages, damaged files, strangers' files, and numbers that cannot lie.
+The long forms are in torture.py."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torture
+from conftest import ROOT, deepspeed_launcher, make_data, make_llm, read_jsonl, rows_path, run
+from safetensors.torch import load_file, save_file
+from test_train import final_state, go, same, snapshot
+
+import elm
+
+
+def spoken(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        list(map(str, arguments)), capture_output=True, text=True, timeout=200, **options
+    )
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("")
+    return path
+
+
+# ------------------------------------------------------------------ kills and full disks
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_end_as_one_never_killed(settings, config, tmp_path):
+    settings = [config, *settings[:-1], "model.dropout=0.2", "loss.drift_weight=0.1",
+                "train.max_steps=60", "train.save_steps=5", "train.logging_steps=2"]  # fmt: skip
+    runs, counts, _ = torture.kills(settings, tmp_path, count=4, seed=int(time.time()))
+    print(runs, counts)
+    assert counts.total() >= 3
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 300 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = spoken("mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder)
+    if made.returncode:
+        pytest.skip(f"cannot mount a small file system: {made.stderr.strip()}")
+    yield folder
+    spoken("umount", folder)
+
+
+@pytest.mark.parametrize("grain", ["checkpoint", "line"])
+def test_a_full_disk_leaves_what_was_there(settings, config, small_disk, tmp_path, capsys, grain):
+    """Full at a checkpoint, or at a line of metrics.jsonl: one line, code 2, and the checkpoints
+    before stay whole; with room again the run ends as one that never met it."""
+    out, more = small_disk / "out", ["train.max_steps=8", "train.save_steps=1"]
+    if grain == "line":
+        more = ["train.max_steps=3000", "train.save_steps=2000", "train.eval_steps=3000"]
+        (small_disk / "ballast").write_bytes(bytes(270_000))
+    settings = [*settings, *more, f"output.dir={out}"]
+    assert elm.main([str(config), *settings]) == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("elm: ")]
+    assert len(lines) == 1 and "No space left on device; what was there is unharmed" in lines[0]
+    assert str(out) in lines[0] and not list(out.glob(".*"))
+    if grain == "line":
+        assert "metrics.jsonl" in lines[0]
+        return
+    steps = [elm.load_checkpoint(p)["state"].step for p in out.glob("checkpoint_step_*.pt")]
+    assert steps and max(steps) < 8
+    shutil.copytree(out, tmp_path / "moved")
+    go(settings, f"output.dir={tmp_path / 'moved'}", "train.resume=auto")
+    go(settings, f"output.dir={tmp_path / 'whole'}")
+    assert same(final_state(tmp_path / "moved"), final_state(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_a_flipped_bit_in_the_newest_checkpoint(settings, place, capsys):
+    """torch.load itself would not see it."""
+    _, folder = go(settings)
+    wanted = final_state(folder)
+    for name in ("checkpoint_final.pt", "checkpoint_step_6.pt"):
+        data = bytearray((folder / name).read_bytes())
+        with open(folder / name, "rb") as f:  # within the numbers of some tensor
+            weights = torch.load(f, weights_only=True)["adapter"]["fc1.weight"]
+        at = data.index(weights.numpy().tobytes()) + int(place * weights.nbytes)
+        data[at] ^= 4
+        (folder / name).write_bytes(data)
+        assert torch.load(folder / name, weights_only=True)["state"]["step"] == 6
+    (folder / "eval.json").unlink()
+    go(settings, "train.resume=auto")
+    out = capsys.readouterr().out
+    assert out.count("passed over") == 2 and "checksum" in out and "resumed after step 4" in out
+    assert same(final_state(folder), wanted)
+
+
+def test_a_flipped_bit_in_an_adapter(settings):
+    _, folder = go(settings, "train.max_steps=1")
+    path = folder / "adapter_best.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    assert load_file(path)  # safetensors itself does not see it
+    with pytest.raises(elm.UserError, match="adapter_best.safetensors: .* checksum is another"):
+        elm.Adapter.load(path)
+
+
+def test_damaged_files(tmp_path):
+    """Of rows, vectors, TOML, checkpoints and more, other ones each time."""
+    counts = torture.damage(tmp_path, 280, seed=int(time.time()))
+    print(counts)
+    assert sum(n for (_, end), n in counts.items() if end in ("read", "refused")) == 280
+
+
+# ------------------------------------------------------------------ processes
+
+
+@pytest.mark.slow
+def test_all_processes_and_stages_agree_and_resume_each_other(tmp_path):
+    """Losses of 20 steps, adapters, Adam's moments and the report; 8 of the 64 resumes."""
+    n, *worst = torture.stages(torture.small_settings(tmp_path), tmp_path, everything=False)
+    print(n, worst)
+    assert n == 16 and max(worst) < 1e-5
+
+
+@pytest.mark.slow
+def test_answers_of_unequal_length_under_zero_3(tmp_path):
+    """Two processes that share the LLM out; one that ends earlier must not leave the other."""
+    settings = [
+        ROOT / "train.toml",
+        "train.max_steps=1",
+        'data.tasks=["keywords", "summary", "category"]',
+        "eval.samples=6",
+        "train.save_steps=9",
+        "eval.split=val",
+        "deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
+    ]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(*settings, f"output.dir={one}").returncode == 0
+    done = run(*settings, f"output.dir={two}", "deepspeed.zero_stage=3", "train.batch_size=16",
+               launcher=deepspeed_launcher(2))  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [[p["prediction"] for p in read_jsonl(f / "predictions.jsonl")] for f in (one, two)]
+    assert said[0] == said[1] and len({len(x.split()) for x in said[0]}) > 2
+
+
+@pytest.mark.slow
+def test_two_hosts_by_a_hostfile(settings, config, tmp_path):
+    """As the README has it, a launcher on each, here both on this machine."""
+    (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    port = deepspeed_launcher(1)[-1].split("=")[1]
+    nodes = []
+    for rank in (0, 1):
+        words = [deepspeed_launcher(1)[0], "--hostfile", tmp_path / "hosts", "--no_ssh",
+                 "--node_rank", rank, "--master_addr", "127.0.0.1", "--master_port", port,
+                 ROOT / "elm.py", config, *settings, "train.batch_size=8"]  # fmt: skip
+        nodes.append(subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL))
+    assert [node.wait(200) for node in nodes] == [0, 0]
+    alone = tmp_path / "alone"
+    go(settings, f"output.dir={alone}")
+    losses = [[m.get("loss", m.get("val_loss")) for m in read_jsonl(f / "metrics.jsonl")]
+              for f in (tmp_path / "out", alone)]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "raises"])
+def test_one_process_that_dies_ends_the_job(settings, config, tmp_path, how):
+    """Within a minute, its own error before any other's, and no process is left."""
+    script = tmp_path / "dies.py"
+    script.write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import elm\n"
+        "def broken(*_): raise ArithmeticError('only process 1 has this')\n"
+        f"if os.environ['RANK'] == '1' and {how == 'raises'}: elm.soft_gradient = broken\n"
+        "elm.run()"
+    )
+    words = [*deepspeed_launcher(2), script, config, *settings, "train.max_steps=9999",
+             "train.eval_steps=9999", "train.save_steps=9999"]  # fmt: skip
+    with open(tmp_path / "log", "w") as log:
+        job = subprocess.Popen(list(map(str, words)), stdout=log, stderr=log)
+    children = []
+    if how == "killed":
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        torture.until(job, lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 3)
+        children = [p for p in psutil.Process(job.pid).children(recursive=True)
+                    if "--local_rank=1" in p.cmdline()]  # fmt: skip
+        children[0].send_signal(signal.SIGKILL)
+    begin = time.time()
+    assert job.wait(120) != 0
+    assert how == "raises" or time.time() - begin < 60
+    said = (tmp_path / "log").read_text()
+    if how == "raises":
+        first = said.index("Traceback")
+        assert said.index("only process 1 has this", first) < said.find("[rank0]: Traceback") % 1e9
+    time.sleep(1)
+    assert not [p for p in psutil.process_iter(["cmdline"])
+                if str(script) in (p.info["cmdline"] or [])]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_all_processes(settings, config, tmp_path):
+    done = run(
+        config,
+        *settings,
+        "train.batch_size=8",
+        "train.lr=1e30",
+        "train.warmup_steps=0",
+        "train.max_steps=40",
+        "train.save_steps=40",
+        launcher=deepspeed_launcher(2),
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said[-3000:]
+    assert said.count("elm: step ") == 1 and "is not finite, and nothing was updated" in said
+    assert "train_synthesis.jsonl:" in said and "Traceback" not in said
+    assert not list((tmp_path / "out").glob("checkpoint*"))
+
+
+# ------------------------------------------------------------------ strangers' files, secrets
+
+
+class Evil:
+    """Unpickled by a careless reader, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_malicious_checkpoint_runs_nothing(settings, config, tmp_path, capsys):
+    _, folder = go(settings)
+    owned = tmp_path / "owned"
+    saved = torch.load(folder / "checkpoint_step_4.pt", weights_only=True)
+    evil = dict(saved, state=saved["state"] | {"step": Evil(owned)}, more=Evil(owned))
+    torch.save(evil, folder / "checkpoint_step_9.pt")
+    torch.save(evil, tmp_path / "old_format.pt", _use_new_zipfile_serialization=False)
+    for name in ("checkpoint_final.pt", "eval.json"):
+        (folder / name).unlink()
+    capsys.readouterr()
+    for path in (folder / "checkpoint_step_9.pt", tmp_path / "old_format.pt"):
+        more = [f"train.resume={path}", f"output.dir={tmp_path / 'new'}"]
+        assert elm.main([str(config), *settings, *more]) == 2
+        assert f"elm: train.resume: {path}: no whole checkpoint" in capsys.readouterr().err
+    go(settings, "train.resume=auto")
+    assert "checkpoint_step_9.pt: no whole checkpoint" in capsys.readouterr().out
+    assert not owned.exists()
+    torch.load(tmp_path / "old_format.pt", weights_only=False)
+    assert owned.exists()  # it would have
+
+
+def test_a_malicious_llm_runs_nothing(settings, config, tmp_path, capsys):
+    """Neither by pickled weights nor by code of its own."""
+    owned = tmp_path / "owned"
+    pickled, remote = make_llm(tmp_path / "pickled"), make_llm(tmp_path / "remote")
+    (pickled / "model.safetensors").unlink()
+    torch.save({"x": Evil(owned)}, pickled / "pytorch_model.bin")
+    about = json.loads((remote / "config.json").read_text())
+    about |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"},
+    }
+    (remote / "config.json").write_text(json.dumps(about))
+    (remote / "own.py").write_text(f"open({str(owned)!r}, 'w')")
+    for llm in (pickled, remote):
+        assert elm.main([str(config), *settings, f"model.llm={llm}"]) == 2
+        err = capsys.readouterr().err
+        assert f"elm: model.llm: cannot load {llm}" in err and "Traceback" not in err
+        assert not owned.exists()
+
+
+def test_rows_are_text_and_never_paths(settings, data_dir, tmp_path):
+    """What stands in rows and tables makes no file, whatever it looks like."""
+    rows = read_jsonl(rows_path(data_dir))
+    for i, row in enumerate(rows):
+        row |= {"query": "../../escaped", "response": f"/tmp/{i} ../x", "text": "~/.ssh/id_rsa"}
+    rows_path(data_dir).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    path = elm.split_paths(elm.DataConfig(dir=str(data_dir)), "train")[0]
+    save_file({"../../escaped": elm.open_vectors(path).clone()}, path, {"x": "../../escaped"})
+    before = set(tmp_path.rglob("*"))
+    go(settings)
+    elm.filter_tasks(elm.DataConfig(dir=str(data_dir)), tmp_path / "filtered")
+    mine = (tmp_path / "out", tmp_path / "filtered", data_dir / ".cache")
+    made = set(tmp_path.rglob("*")) - before
+    assert made and all(any(m in (p, *p.parents) for m in mine) for p in made)
+
+
+def test_the_hub_offline_and_another_revision(settings, config, tmp_path):
+    """A model of the hub's cache, without a network; then another revision of the same weights is
+    told, and of other weights refused."""
+    cache = tmp_path / "hub" / "hub" / "models--some--llm"
+    for name, kind in (("a" * 40, "qwen3"), ("b" * 40, "qwen3"), ("c" * 40, "llama")):
+        make_llm(cache / "snapshots" / name, kind)
+    (cache / "refs").mkdir()
+    offline = dict(HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+
+    def trained(revision, *more):
+        (cache / "refs" / "main").write_text(revision * 40)
+        return run(config, *settings, "model.llm=some/llm", "eval.samples=0", *more, **offline)
+
+    done = trained("a")
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = trained("b", "train.resume=auto", "train.max_steps=8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = f"the LLM's revision was {'a' * 40} in training and is {'b' * 40} here, with the same"
+    assert told in done.stderr
+    done = trained("c", "train.resume=auto", "train.max_steps=9")
+    assert done.returncode == 2 and "the hash of the LLM's weights was" in done.stderr
+    done = run(config, *settings, "model.llm=no/such", f"output.dir={tmp_path / 'n'}", **offline)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and "model.llm: cannot load no/such" in lines[0]
+
+
+def test_secrets_of_the_environment_are_written_nowhere(settings, config, tmp_path):
+    pytest.importorskip("wandb")
+    key, other = "0123456789abcdef" * 2 + "deadbeef", "another-secret-of-mine"
+    secrets = dict(WANDB_API_KEY=key, HF_TOKEN=f"hf_{other}", SOME_PASSWORD=other)
+    done = run(config, *settings, "wandb.enabled=true", f"output.log_file={tmp_path / 'log.txt'}",
+               WANDB_MODE="offline", **secrets)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list((tmp_path / "out" / "wandb").glob("offline-run-*"))
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(written) > 20
+    for secret in (key, other):
+        assert secret not in done.stdout + done.stderr
+        for path in written:
+            assert secret.encode() not in path.read_bytes(), path
+
+
+# ------------------------------------------------------------------ numbers that cannot lie
+
+
+def test_the_llm_is_the_same_after_training(settings):
+    """Whole, to the byte; elm itself looks at a sample."""
+    shared = {}
+    cfg = elm.load_config(None, [*settings, "train.lr=1"])
+    elm.train(cfg, shared=shared)
+    (llm,) = (v for k, v in shared.items() if k[0] == "llm")
+    fresh = elm.load_llm(cfg.model.llm, torch.device("cpu"), False).state_dict()
+    assert same(llm.state_dict(), fresh)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_whose_llm_has_changed_says_so(settings, monkeypatch, stage):
+    """At the end, and writes no final checkpoint."""
+    import deepspeed
+
+    take_step = elm.take_step
+
+    def spoiling(engine, *rest):
+        p = dict(engine.module.llm.named_parameters())["model.layers.1.mlp.up_proj.weight"]
+        with deepspeed.zero.GatheredParameters(p, modifier_rank=0, enabled=stage == 3):
+            p.data += 1e-2
+        return take_step(engine, *rest)
+
+    monkeypatch.setattr(elm, "take_step", spoiling)
+    with pytest.raises(RuntimeError, match="which is frozen, have changed"):
+        go(settings, f"deepspeed.zero_stage={stage}")
+    folder = Path(elm.load_config(None, settings).output.dir)
+    assert not (folder / "checkpoint_final.pt").exists() and not (folder / "eval.json").exists()
+
+
+def scaled(data_dir, factor):
+    for split in ("train", "val", "test"):
+        path = elm.split_paths(elm.DataConfig(dir=str(data_dir)), split)[0]
+        save_file({"x": elm.open_vectors(path) * factor}, path)
+
+
+def test_vectors_of_another_norm_or_width(settings, config, data_dir, tmp_path, capsys):
+    """At resume, at eval and by generate the field is named, and nothing is written."""
+    _, folder = go(settings)
+    before, ours = snapshot(folder), folder / "adapter_best.safetensors"
+    narrow = make_data(tmp_path / "narrow", width=9)
+    scaled(data_dir, 3.0)
+    table = elm.split_paths(elm.DataConfig(dir=str(data_dir)), "test")[0]
+    new = f"output.dir={tmp_path / 'new'}"
+    resume, evaluate = [config, *settings, "train.resume=auto", "train.max_steps=9"], [
+        "eval", config, f"adapter={ours}", *settings, new]  # fmt: skip
+    generate = ["generate", f"adapter={ours}", f"embeddings={table}", "query=What?"]
+    norm, width = "the vectors' norm was 3.", "the vectors' width was 12 in training and is 9 here"
+    for words, wanted in (
+        (resume, norm), (evaluate, norm), (generate, norm),
+        ([*resume, f"data.dir={narrow}"], width), ([*evaluate, f"data.dir={narrow}"], width),
+    ):  # fmt: skip
+        capsys.readouterr()
+        assert elm.main(list(map(str, words))) == 2
+        said = capsys.readouterr().err
+        assert wanted in said and said.count("elm: ") == 1, said
+        assert snapshot(folder) == before and not (tmp_path / "new" / "eval.json").exists()
+
+
+def test_a_resume_tells_what_is_set_otherwise(settings, capsys):
+    go(settings)
+    capsys.readouterr()
+    go(settings, "train.resume=auto", "train.max_steps=8", "train.lr=1e-3")
+    out = capsys.readouterr().out
+    assert "train.lr = 0.001, was 0.01" in out and "train.max_steps = 8, was 6" in out
+    assert "train.seed" not in out
+
+
+def test_a_nan_in_a_vector_is_not_spoken_about(settings, config, tmp_path, capsys):
+    _, folder = go(settings, "train.max_steps=1")
+    table = torch.randn(2000, 12)
+    table[1900, 3] = torch.nan
+    save_file({"x": table}, tmp_path / "x.safetensors")
+    words = ["generate", f"adapter={folder / 'adapter_best.safetensors'}", "query=What?",
+             f"embeddings={tmp_path / 'x.safetensors'}", "max_new_tokens=2"]  # fmt: skip
+    assert elm.main([*words, "rows=[1, 1900]"]) == 2
+    assert "the vectors' norm was" in capsys.readouterr().err
+    assert elm.main([*words, f"rows={[*range(1030), 1900]}", "batch_size=16"]) == 2
+    assert "generate: vectors: one has NaN" in capsys.readouterr().err
