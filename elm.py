@@ -564,8 +564,12 @@ def build_cache(folder: Path, path: Path, num_vectors: int, prompt: Prompt, data
                 ids += forms[0] + forms[1]
                 start += sum(lengths)
             counts["rows"] += len(chunk)
-            rows_file.write(np.array(records, ROW).tobytes())
-            ids_file.write(np.array(ids, np.int32).tobytes())
+            with writing(folder):
+                rows_file.write(np.array(records, ROW).tobytes())
+                ids_file.write(np.array(ids, np.int32).tobytes())
+        for file in (rows_file, ids_file):
+            file.flush()
+            os.fsync(file.fileno())
     if not counts["rows"]:
         raise UserError(f"{path}: no row of data.tasks = {list(data.tasks)}")
     few = max(len(prefixes), sum(map(len, prefixes))) <= PREFIX_TOKENS
@@ -2019,7 +2023,8 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
         raise RuntimeError(f"the weights of {cfg.model.llm}, which is frozen, have changed")
     if not trial:
         save("final")
-    if signals:  # they came in the last step
+    if signals and not trial:  # they came in the last step
+        rt.say(f"stopped after step {state.step}; train.resume=auto makes the report")
         raise SystemExit(128 + max(signals))
     elm.adapter = Adapter(**elm.adapter.settings).to(rt.device)  # the best one, outside of ZeRO
     elm.adapter.load_state_dict(state.best_adapter)

@@ -51,7 +51,8 @@ def start(data: Path, out: Path, step: int = 1) -> tuple[float, float]:
     memory)."""
     command = [sys.executable, ROOT / "elm.py", ROOT / "train.toml", f"data.dir={data}",
                f"output.dir={out}", f"train.max_steps={step}", "train.logging_steps=1",
-               "train.resume=auto", "eval.samples=0", "eval.split=val", "data.max_seq_length=512"]  # fmt: skip
+               "train.resume=auto", "eval.samples=0", "eval.split=val",
+               "data.max_seq_length=512"]  # fmt: skip
     begin, peak, first = time.time(), 0, None
     with open(out.with_suffix(".log"), "w") as log:
         process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT)
