@@ -614,6 +614,9 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runt
     if rt.rank == 0 and not cache.exists():
         work = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
         work.mkdir(parents=True, exist_ok=True)
+        for old in cache.parent.glob("*.tmp"):  # left by killed runs
+            if time.time() - old.stat().st_mtime > 86400:
+                shutil.rmtree(old, ignore_errors=True)
         try:
             meta = build_cache(work, paths[1], len(vectors), prompt, data, soft)
             used = np.zeros(len(vectors), bool)
@@ -955,12 +958,12 @@ def load_llm(name: str, device: torch.device, bf16: bool, place: str = "model.ll
 
 @torch.no_grad()
 def fingerprint(llm: Any) -> str:
-    """A hash over up to 16 numbers spread over every parameter, in bf16, so that it is the same for
+    """A hash over 16 to 31 numbers spread over every parameter, in bf16, so that it is the same for
     any dtype. Under ZeRO 3 every process must call it."""
     sample = []
     for p in llm.parameters():
         with need("deepspeed").zero.GatheredParameters(p) if hasattr(p, "ds_id") else nullcontext():
-            sample.append(p.flatten()[:: math.ceil(p.numel() / 16)].bfloat16())
+            sample.append(p.flatten()[:: max(1, p.numel() // 16)].bfloat16())
     return hashlib.sha256(torch.cat(sample).float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 def llm_identity(llm: Any) -> dict[str, Any]:
@@ -1828,9 +1831,6 @@ def open_inputs(cfg: Config, rt: Runtime, shared: dict) -> tuple[Prompt, dict[st
         cfg, ("train", "val", final), prompt, cfg.model.tokens, rt))
     return prompt, data, final
 
-def num_steps(cfg: TrainConfig, num_rows: int, size: int) -> int:
-    return cfg.max_steps or cfg.epochs * math.ceil(num_rows / size)
-
 def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
     """Train an adapter and report on it: returns the dict of eval.json. As a `trial` of Optuna it
     writes no checkpoints, tells Optuna the score at each evaluation, and returns that at the end
@@ -1842,7 +1842,11 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
     state = saved["state"] if saved else TrainState()
     prompt, data, final = open_inputs(cfg, rt, shared)  # its errors come in seconds
     source, size = data["train"], cfg.train.batch_size * cfg.train.grad_accum * rt.world
-    total = num_steps(cfg.train, len(source.rows), size)
+    total = cfg.train.max_steps or cfg.train.epochs * math.ceil(len(source.rows) / size)
+    # Trials can be compared on the way whatever their batch size: at each quarter.
+    eval_steps = math.ceil(total / 4) if trial else cfg.train.eval_steps
+    if trial:
+        trial.set_user_attr("eval_steps", eval_steps)
     try:
         done = json.loads((folder / "eval.json").read_bytes())
     except (OSError, ValueError):  # it is not there, or no more: the report is made again
@@ -1921,7 +1925,7 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
         if trial and state.step and signals:  # it came while nobody looked
             raise SystemExit(128 + max(signals))
         if score:
-            trial.report(score["val_bertscore"], state.step // cfg.train.eval_steps)
+            trial.report(score["val_bertscore"], state.step // eval_steps)
             if trial.should_prune():
                 raise need("optuna").TrialPruned
         if val < state.best or state.best_adapter is None:
@@ -1983,7 +1987,7 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
             log = state.step % cfg.train.logging_steps == 0 or last
             norm = take_step(engine, lr, cfg.train.max_grad_norm)
             bar.update()
-            check = state.step % cfg.train.eval_steps == 0 or last
+            check = state.step % eval_steps == 0 or last
             keep = not trial and (state.step % cfg.train.save_steps == 0 or stop)
             if not (log or check or keep or stop):
                 continue
@@ -2279,20 +2283,13 @@ def suggest(trial: Any, space: dict[str, dict | list]) -> dict[str, Any]:
             params[key] = pick(key, spec["low"], spec["high"], log=spec.get("log", False))
     return params
 
-def trial_config(sweep: Sweep, params: dict[str, Any], name: str, shared: dict) -> Config:
-    """That of a training: it reports on the validation split, which is what is optimised, and is
-    evaluated four times, so that trials can be compared on the way whatever their batch size."""
-    fixed = {"eval.split": "val", "output.dir": f"{sweep.output.dir}/{name}",
-             "wandb.run_name": name}
-    cfg = sweep.config(params | fixed)
-    rt = start_runtime(cfg)._replace(quiet=True)
-    num_rows = len(open_inputs(cfg, rt, shared)[1]["train"].rows)
-    size = cfg.train.batch_size * cfg.train.grad_accum * rt.world
-    every = math.ceil(num_steps(cfg.train, num_rows, size) / 4)
-    return sweep.config(params | fixed | {"train.eval_steps": every})
+def trial_config(sweep: Sweep, params: dict[str, Any], name: str) -> Config:
+    """That of a training: it reports on the validation split, which is what is optimised."""
+    return sweep.config(params | {"eval.split": "val", "output.dir": f"{sweep.output.dir}/{name}",
+                                  "wandb.run_name": name})
 
 def run_trial(sweep: Sweep, trial: Any, params: dict, name: str, shared: dict) -> float:
-    cfg = trial_config(sweep, params, name, shared)
+    cfg = trial_config(sweep, params, name)
     try:
         return train(cfg, trial, shared)[sweep.study.objective]
     except SystemExit as stopped:  # of a signal
@@ -2323,7 +2320,8 @@ def run_sweep(sweep: Sweep) -> None:
     runs the best again with other seeds. Killed, it is started again. Raises: UserError."""
     optuna, shared, failures = need("optuna"), {}, (UserError, RuntimeError)
     wanted = sweep.study.trials
-    trial_config(sweep, {}, "best", shared)  # its data must open before there is a study
+    cfg = trial_config(sweep, {}, "best")
+    open_inputs(cfg, start_runtime(cfg)._replace(quiet=True), shared)  # or there is no study
     study, deadline = open_study(sweep), time.time() + 3600 * sweep.study.timeout_hours
     def objective(trial: Any) -> float:
         # A sampler of its own for each trial: those of workers of one seed would suggest the same.
@@ -2346,7 +2344,7 @@ def run_sweep(sweep: Sweep) -> None:
         while True:
             made, running = count_trials(study)
             bar.n = sum(t.state.name != "RUNNING" for t in made)
-            bar.set_postfix_str(write_results(sweep, study, shared))
+            bar.set_postfix_str(write_results(sweep, study))
             if len(made) >= wanted or time.time() > deadline:
                 break
             study.optimize(objective, n_trials=1, catch=failures)
@@ -2362,7 +2360,7 @@ def run_sweep(sweep: Sweep) -> None:
     draw_sweep(Path(sweep.output.dir, "sweep.png"), study)
     if not running and not any(t.state.name == "COMPLETE" for t in made):
         raise UserError(f"{sweep.source}: no trial was completed")
-    print(write_results(sweep, study, shared))
+    print(write_results(sweep, study))
 
 def best_trials(sweep: Sweep, study: Any) -> list[tuple[Any, dict[int, float]]]:
     """The study.repeat_best best trials by value, at least one if there is any, each with its value
@@ -2391,7 +2389,7 @@ def repeat_best(sweep: Sweep, study: Any, deadline: float, shared: dict) -> None
                 except (UserError, RuntimeError) as e:  # begun again with the next worker
                     tqdm.write(f"{name} failed: {str(e).splitlines()[0]}")
 
-def write_results(sweep: Sweep, study: Any, shared: dict) -> str:
+def write_results(sweep: Sweep, study: Any) -> str:
     """trials.jsonl and best.toml as of now, and a line about the best trial: that of the best mean
     among those that were or will be repeated. Any worker may write them, at any time."""
     folder, tag = Path(sweep.output.dir), f".{os.getpid()}"
@@ -2405,7 +2403,8 @@ def write_results(sweep: Sweep, study: Any, shared: dict) -> str:
     if not best:
         return "no trial is complete yet"
     t = max((t for t, _ in best), key=lambda t: np.mean(seeds[t.number]))
-    cfg, values = trial_config(sweep, t.params, "best", shared), seeds[t.number]
+    params = t.params | {"train.eval_steps": t.user_attrs["eval_steps"]}
+    cfg, values = trial_config(sweep, params, "best"), seeds[t.number]
     head = (f"# trial {t.number} of {study.study_name}: {sweep.study.objective} {t.value!r} on the "
             "validation split\n")
     write_text(folder / "best.toml", head + config_text(cfg), tag)

@@ -1,4 +1,6 @@
 import json
+import os
+import time
 from itertools import islice
 
 import numpy as np
@@ -236,6 +238,16 @@ def test_cache_is_used_and_renewed(data_dir):
     rows = read_jsonl(rows_path(data_dir))
     write_rows(data_dir, "train", rows[:-1])
     assert len(open_train(data_dir).rows) == len(first.rows) - 1
+
+
+def test_half_made_caches_of_killed_runs_go_after_a_day(data_dir):
+    for name, age in (("old", 90_000), ("new", 1_000)):
+        folder = data_dir / ".cache" / f"train-0123.{name}.tmp"
+        folder.mkdir(parents=True)
+        (folder / "ids.bin").write_bytes(b"half")
+        os.utime(folder, (time.time() - age,) * 2)
+    open_train(data_dir)
+    assert [p.name for p in (data_dir / ".cache").glob("*.tmp")] == ["train-0123.new.tmp"]
 
 
 def test_shuffled_control_gives_every_row_another_vector(data_dir):

@@ -109,12 +109,13 @@ def kills(settings, folder, count, seed, per_run=10):
     """`count` times a run is started, and killed at a random moment: SIGKILL, now and then SIGTERM
     or SIGINT; each run ends as one never killed. Returns {(moment, signal): how often}."""
     rng, counts, runs = random.Random(seed), collections.Counter(), 0
-    eval_steps = elm.load_config(settings[0], settings[1:]).train.eval_steps
+    cfg = elm.load_config(settings[0], settings[1:])
     whole = folder / "whole"
     assert start(settings, whole).wait() == 0, whole.with_suffix(".log").read_text()[-3000:]
     while counts.total() < count:
         run, left = folder / f"run_{runs}", min(per_run, count - counts.total())
         runs, code = runs + 1, None
+        shutil.rmtree(Path(cfg.data.dir, ".cache"))  # to be made again, and killed at that
         while code != 0:
             process = start(settings, run)
             if not left:
@@ -123,7 +124,7 @@ def kills(settings, folder, count, seed, per_run=10):
                 break
             moment = rng.choice(MOMENTS)
             number = rng.choice([signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT])
-            wait_for_moment(moment, process, run, rng, eval_steps)
+            wait_for_moment(moment, process, run, rng, cfg.train.eval_steps)
             process.send_signal(number)
             code = process.wait(60)
             # A signal's own exit where Python does not run yet, or elm does not watch.
