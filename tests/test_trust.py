@@ -1,6 +1,7 @@
 """Kills, processes and stages, damaged files, strangers' files, and numbers that cannot lie.
 The long forms are in torture.py."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -99,6 +100,21 @@ def test_a_flipped_bit_in_the_newest_checkpoint(settings, place, capsys):
     out = capsys.readouterr().out
     assert out.count("passed over") == 2 and "checksum" in out and "resumed after step 4" in out
     assert same(final_state(folder), wanted)
+
+
+def test_a_flipped_bit_beside_the_numbers_of_a_checkpoint(settings):
+    """One of the zip's directory makes a folder of a tensor: torch.load then gives what memory
+    happens to hold, and the CRC of the tensor itself is right."""
+    _, folder = go(settings)
+    path = folder / "checkpoint_step_6.pt"
+    data = bytearray(path.read_bytes())
+    at = data.index(b"data/3", data.index(b"PK\x01\x02")) - len("archive/") - 46
+    assert data[at : at + 4] == b"PK\x01\x02"
+    data[at + 38] ^= 0x10  # of the external attributes: a folder
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)
+    with pytest.raises(elm.UserError, match="checksum is another"):
+        elm.load_checkpoint(path)
 
 
 def test_a_flipped_bit_in_an_adapter(settings):
@@ -237,23 +253,27 @@ class Evil:
 
 
 def test_a_malicious_checkpoint_runs_nothing(settings, config, tmp_path, capsys):
+    """Not even one with the right checksum."""
     _, folder = go(settings)
     owned = tmp_path / "owned"
     saved = torch.load(folder / "checkpoint_step_4.pt", weights_only=True)
     evil = dict(saved, state=saved["state"] | {"step": Evil(owned)}, more=Evil(owned))
-    torch.save(evil, folder / "checkpoint_step_9.pt")
-    torch.save(evil, tmp_path / "old_format.pt", _use_new_zipfile_serialization=False)
+    zipped, plain = folder / "checkpoint_step_9.pt", tmp_path / "old_format.pt"
+    for path in (zipped, plain):
+        torch.save(evil, path, _use_new_zipfile_serialization=path == zipped)
+        path.write_bytes(path.read_bytes() + hashlib.sha256(path.read_bytes()).digest())
     for name in ("checkpoint_final.pt", "eval.json"):
         (folder / name).unlink()
     capsys.readouterr()
-    for path in (folder / "checkpoint_step_9.pt", tmp_path / "old_format.pt"):
+    for path in (zipped, plain):
         more = [f"train.resume={path}", f"output.dir={tmp_path / 'new'}"]
         assert elm.main([str(config), *settings, *more]) == 2
-        assert f"elm: train.resume: {path}: no whole checkpoint" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert f"elm: train.resume: {path}: no whole checkpoint: UnpicklingError" in said
     go(settings, "train.resume=auto")
     assert "checkpoint_step_9.pt: no whole checkpoint" in capsys.readouterr().out
     assert not owned.exists()
-    torch.load(tmp_path / "old_format.pt", weights_only=False)
+    torch.load(zipped, weights_only=False)
     assert owned.exists()  # it would have
 
 
