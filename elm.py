@@ -299,6 +299,7 @@ class Runtime(NamedTuple):  # this process among all of the run
     device: torch.device = torch.device("cpu")
     log_file: str | None = None
     quiet: bool = False
+    held: Any = None  # the lock of output.dir
 
     def say(self, message: str) -> None:
         """Print on process 0, above the progress bar, and append to the log file."""
@@ -377,6 +378,18 @@ def whole_file(path: Path, tag: str = ""):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+def lock(path: Path, wait: bool = False) -> Any:
+    """`path`, opened to append and kept from other processes until it is closed, or this process
+    ends. Raises: UserError if one has it, unless to `wait` is wanted."""
+    file = open(path, "ab")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{path}: another process is at it") from None
+    except OSError:  # a file system that has no locks
+        pass
+    return file
 
 def check_file(path: str | Path) -> None:
     if not Path(path).is_file():
@@ -1238,11 +1251,7 @@ def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> No
                       [(p.name, p.stat().st_mtime_ns) for p in files]))
     key, cuts = hashlib.sha256(made_from.encode()).hexdigest()[:12], 0
     growing = out.with_name(f".{out.name}.{key}.tmp")
-    with open(growing, "ab") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another process is at it") from None
+    with writing(out), lock(growing) as f:
         check_new(out)  # or has just ended
         done = max(0, f.tell() - len(head)) // (4 * width * block) * block
         f.truncate(len(head) + 4 * width * done if done else 0)
@@ -1885,6 +1894,7 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
            f"micro-batches of {budget} tokens, {recomputed} layers recomputed")
     if rt.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        rt = rt._replace(held=lock(folder / ".lock"))
         trim_metrics(folder / "metrics.jsonl", state.step if saved else -1)
         write_text(folder / "config.toml", config_text(cfg))
     wandb = start_wandb(cfg, state, rt)
@@ -2375,8 +2385,7 @@ def best_trials(sweep: Sweep, study: Any) -> list[tuple[Any, dict[int, float]]]:
 
 def repeat_best(sweep: Sweep, study: Any, deadline: float, shared: dict) -> None:
     """The best trials with two more seeds each: one value is luck in part. One worker at a time."""
-    lock = open(Path(sweep.output.dir, ".repeats.lock"), "w")
-    fcntl.flock(lock, fcntl.LOCK_EX)  # until the function ends, or its process
+    held = lock(Path(sweep.output.dir, ".lock"), wait=True)
     for t, values in best_trials(sweep, study) if sweep.study.repeat_best else ():
         for k, (seed, value) in enumerate(values.items()):
             if value is None and time.time() < deadline:
@@ -2388,6 +2397,7 @@ def repeat_best(sweep: Sweep, study: Any, deadline: float, shared: dict) -> None
                     study.set_user_attr(f"trial {t.number}, {k}", value)
                 except (UserError, RuntimeError) as e:  # begun again with the next worker
                     tqdm.write(f"{name} failed: {str(e).splitlines()[0]}")
+    held.close()
 
 def write_results(sweep: Sweep, study: Any) -> str:
     """trials.jsonl and best.toml as of now, and a line about the best trial: that of the best mean

@@ -344,8 +344,10 @@ def test_two_processes_do_not_write_one_file(texts, tmp_path, capsys):
     def spied(embedder, lines):
         blocks.append(len(lines))
         if len(blocks) == 2:
-            with pytest.raises(elm.UserError, match="another process is at it"):
-                elm.embed_file(options, some, out, block=8)
+            (half,) = tmp_path.glob(".out.safetensors.*.tmp")
+            code = f"import elm, pathlib; elm.lock(pathlib.Path({str(half)!r}))"
+            other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+            assert b".tmp: another process is at it" in other.stderr
             raise KeyboardInterrupt
         return embed(embedder, lines)
 

@@ -48,7 +48,14 @@ def snapshot(folder: Path) -> dict:
 
 def test_what_a_run_leaves(settings, tmp_path):
     result, folder = go(settings, f"output.log_file={tmp_path / 'log.txt'}")
-    names = ["config.toml", "metrics.jsonl", "eval.json", "predictions.jsonl", "report.png"]
+    names = [
+        ".lock",
+        "config.toml",
+        "metrics.jsonl",
+        "eval.json",
+        "predictions.jsonl",
+        "report.png",
+    ]
     names += ["adapter_best.safetensors", "checkpoint_final.pt"]
     names += [f"adapter_step_{n}.safetensors" for n in (2, 4, 6)]
     names += [f"checkpoint_step_{n}.pt" for n in (2, 4, 6)]

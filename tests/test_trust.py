@@ -70,7 +70,7 @@ def test_a_full_disk_leaves_what_was_there(settings, config, small_disk, tmp_pat
     assert elm.main([str(config), *settings]) == 2
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("elm: ")]
     assert len(lines) == 1 and "No space left on device; what was there is unharmed" in lines[0]
-    assert str(out) in lines[0] and not list(out.glob(".*"))
+    assert str(out) in lines[0] and not list(out.glob(".*.tmp"))
     if grain == "line":
         assert "metrics.jsonl" in lines[0]
         return
@@ -80,6 +80,22 @@ def test_a_full_disk_leaves_what_was_there(settings, config, small_disk, tmp_pat
     go(settings, f"output.dir={tmp_path / 'moved'}", "train.resume=auto")
     go(settings, f"output.dir={tmp_path / 'whole'}")
     assert same(final_state(tmp_path / "moved"), final_state(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_in_one_folder(settings, config, tmp_path):
+    """As a scheduler that starts a job again too early: the second leaves, and harms nothing."""
+    words = [config, *settings, "train.max_steps=4000", "train.eval_steps=4000"]
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    first = torture.start(words, tmp_path / "out")
+    torture.until(first, lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 9)
+    second = run(*words, "train.resume=auto")
+    assert second.returncode == 2 and "elm: " in second.stderr
+    assert "out/.lock: another process is at it" in second.stderr
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 143
+    steps = [m["step"] for m in read_jsonl(metrics) if "loss" in m]
+    assert steps == list(range(1, steps[-1] + 1))
 
 
 @pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
