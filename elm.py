@@ -384,9 +384,12 @@ def lock(path: Path, wait: bool = False) -> Any:
     ends. Raises: UserError if one has it, unless to `wait` is wanted."""
     file = open(path, "ab")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise UserError(f"{path}: another process is at it") from None
+        if not wait:
+            raise UserError(f"{path}: another process is at it") from None
+        print(f"{path}: waits for another process")
+        fcntl.lockf(file, fcntl.LOCK_EX)
     except OSError:  # a file system that has no locks
         pass
     return file
@@ -579,13 +582,18 @@ def build_cache(folder: Path, path: Path, num_vectors: int, prompt: Prompt, data
             with writing(folder):
                 rows_file.write(np.array(records, ROW).tobytes())
                 ids_file.write(np.array(ids, np.int32).tobytes())
-        for file in (rows_file, ids_file):
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(folder):
+            for file in (rows_file, ids_file):
+                file.flush()
+                os.fsync(file.fileno())
     if not counts["rows"]:
         raise UserError(f"{path}: no row of data.tasks = {list(data.tasks)}")
     few = max(len(prefixes), sum(map(len, prefixes))) <= PREFIX_TOKENS
     return dict(counts=counts, prefixes=sorted(prefixes) if few else None)
+
+def cache_facts(cache: Path) -> dict[str, Any]:  # by which a damaged one is known
+    rows = np.memmap(cache / "rows.bin", np.uint8, "r")
+    return dict(sha256=hashlib.sha256(rows).hexdigest(), ids=(cache / "ids.bin").stat().st_size)
 
 class Split(NamedTuple):  # of a data set, opened
     path: Path  # of its rows
@@ -601,7 +609,7 @@ class Split(NamedTuple):  # of a data set, opened
     def identity(self) -> dict[str, Any]:
         """Width and norm (the root of its mean square) of the vectors that rows are about."""
         square = self.statistics["mean"].square() + self.statistics["std"].square()
-        return dict(d_emb=self.vectors.shape[1], norm=round(square.sum().sqrt().item(), 4))
+        return dict(d_emb=self.vectors.shape[1], norm=square.sum().sqrt().item())
 
     def raw(self, i: int) -> dict:
         """Row i as it stands in the file."""
@@ -621,20 +629,25 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runt
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     words = tok.backend_tokenizer.to_str() if tok.is_fast else sorted(tok.get_vocab().items())
     made_from = (files, words, tok.eos_token_id, prompt[1:], soft, data.tasks, data.max_seq_length)
-    key = hashlib.sha256(repr((4, ROW, made_from)).encode()).hexdigest()[:16]  # 4: of the format
+    key = hashlib.sha256(repr((5, ROW, made_from)).encode()).hexdigest()[:16]  # 5: of the format
     cache = Path(data.dir, ".cache", f"{split}-{key}")
+    if rt.rank == 0 and cache.exists():
+        try:
+            whole = json.loads((cache / "meta.json").read_text())["facts"] == cache_facts(cache)
+        except (OSError, ValueError, LookupError, TypeError):
+            whole = False
+        if not whole:
+            rt.say(f"{cache}: damaged; it is made again")
+            shutil.rmtree(cache)
     if rt.rank == 0 and not cache.exists():
         work = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
         work.mkdir(parents=True, exist_ok=True)
-        for old in cache.parent.glob("*.tmp"):  # left by killed runs
-            if time.time() - old.stat().st_mtime > 86400:
-                shutil.rmtree(old, ignore_errors=True)
         try:
             meta = build_cache(work, paths[1], len(vectors), prompt, data, soft)
             used = np.zeros(len(vectors), bool)
             used[np.memmap(work / "rows.bin", ROW, "r")["vector"]] = True
             statistics = vector_statistics(vectors, torch.from_numpy(used), paths[0])
-            meta |= {k: v.tolist() for k, v in statistics.items()}
+            meta |= {k: v.tolist() for k, v in statistics.items()} | {"facts": cache_facts(work)}
             write_text(work / "meta.json", json.dumps(meta))
             os.replace(work, cache)
         except (UserError, OSError) as e:  # kept, so that all processes leave; or another run won
@@ -669,10 +682,10 @@ def filter_tasks(data: DataConfig, folder: Path) -> None:
                 raise UserError(f"{source[1]}: no row of data.tasks = {list(data.tasks)}")
             for path in target:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            with open(target[0], "wb") as f:
+            with writing(folder), open(target[0], "wb") as f:
                 f.write(table_head((len(kept), vectors.shape[1]), vectors.dtype))
                 f.writelines(row_bytes(vectors[chunk]) for chunk in kept.split(8192))
-            with open(target[1], "w", encoding="utf-8") as f:
+            with writing(folder), open(target[1], "w", encoding="utf-8") as f:
                 for *_, row in read_rows(source[1], data.tasks, len(vectors), counts):
                     row["embedding_file_idx"] = int(place[row["embedding_file_idx"]])
                     f.write(json.dumps(row) + "\n")
@@ -801,8 +814,10 @@ class Adapter(nn.Module):
 
     @staticmethod
     def digest(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-        numbers = [row_bytes(tensors[name].flatten()) for name in sorted(tensors)]
-        return hashlib.sha256(json.dumps(metadata).encode() + b"".join(numbers)).hexdigest()
+        digest = hashlib.sha256(json.dumps(metadata).encode())
+        for name, t in sorted(tensors.items()):
+            digest.update(f"{name} {t.dtype} {t.shape}".encode() + row_bytes(t.flatten()))
+        return digest.hexdigest()
 
     def save(self, path: str | Path, state: dict | None = None, **metadata: Any) -> None:
         """Write the adapter (or a `state` of it) as fp32 safetensors, with what rebuilds it and a
@@ -833,9 +848,12 @@ def check_identity(trained: dict[str, Any], now: dict[str, Any], place: Any) -> 
     """Raises: UserError that names the first of `now` that was not so in training. The norm of the
     vectors may differ by half; another revision of the same weights is only told."""
     for key, value in now.items():
-        was = trained.get(key)
-        same = was / 1.5 < value < was * 1.5 if key == "norm" and was else was == value
-        told = f"{place}: {IDENTITY[key]} was {was} in training and is {value} here"
+        if key not in trained:
+            raise UserError(f"{place}: the adapter does not say what it was trained with")
+        was = trained[key]
+        same = was / 1.5 < value < was * 1.5 if key == "norm" else was == value
+        told = "{}: {} was {} in training and is {} here".format(place, IDENTITY[key], *(
+            f"{x:.4g}" if isinstance(x, float) else x for x in (was, value)))
         if not same and key != "revision":
             raise UserError(f"{told}; give it what it was trained with")
         if not same and was and value and os.environ.get("RANK", "0") == "0":
@@ -975,11 +993,11 @@ def fingerprint(llm: Any) -> str:
     sample = []
     for p in llm.parameters():
         with need("deepspeed").zero.GatheredParameters(p) if hasattr(p, "ds_id") else nullcontext():
-            sample.append(p.flatten()[:: max(1, p.numel() // 16)].bfloat16())
-    return hashlib.sha256(torch.cat(sample).float().cpu().numpy().tobytes()).hexdigest()[:16]
+            sample.append(p.flatten()[:: max(1, p.numel() // 16)].bfloat16().float())  # no view
+    return hashlib.sha256(torch.cat(sample).cpu().numpy().tobytes()).hexdigest()[:16]
 
 def llm_identity(llm: Any) -> dict[str, Any]:
-    snapshot = Path(cached_file(llm.name_or_path, "config.json")).parent  # of the hub's cache?
+    snapshot = Path(cached_file(llm.name_or_path, "config.json", local_files_only=True)).parent
     revision = snapshot.name if snapshot.parent.name == "snapshots" else None
     return dict(llm=fingerprint(llm), revision=revision)
 
@@ -1367,7 +1385,14 @@ def load_checkpoint(path: Path) -> dict:
         if hashlib.sha256(data[:-32]).digest() != data[-32:]:
             raise ValueError("its checksum is another")
         saved = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-        return saved | {"state": TrainState(**saved["state"])}
+        state = TrainState(**saved["state"])
+        parts = saved["adapter"], state.best_adapter, saved["optimizer"]
+        sizes, best, moments = ({k: v.shape for k, v in part.items() if k != "step"}
+                                for part in parts)
+        if (best != sizes or any(v != sizes[k.rpartition(".")[0]] for k, v in moments.items())
+                or None in (saved["identity"], saved["config"], saved["rows"]) or state.step < 0):
+            raise ValueError("its parts do not fit together")
+        return saved | {"state": state}
     except Exception as e:  # torch.load has no error of its own for a file that is not whole
         why = repr(e).splitlines()[0][:200]
         raise UserError(f"train.resume: {path}: no whole checkpoint: {why}") from None
@@ -1378,23 +1403,33 @@ def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
     folder, resume, found = Path(cfg.output.dir), cfg.train.resume, []
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output.dir: {folder} is not a folder")
-    steps = sorted(folder.glob("checkpoint_step_*.pt"), key=lambda p: int(p.stem.split("_")[2]))
+    steps = [p for p in folder.glob("checkpoint_step_*.pt") if p.stem.split("_")[2].isdecimal()]
+    steps.sort(key=lambda p: int(p.stem.split("_")[2]))
     if resume != "auto":
         other = resume is None or Path(resume).resolve().parent != folder.resolve()
         if other and (steps or (folder / "metrics.jsonl").exists()):
             raise UserError(f"output.dir: {folder} holds a run already; go on with it by "
                             "train.resume=auto, or choose another folder")
         return load_checkpoint(Path(resume)) if resume else None
-    for path in [folder / "checkpoint_final.pt", *steps[::-1]]:
+    there = [p for p in (folder / "checkpoint_final.pt", *steps[::-1]) if p.exists()]
+    for path in there:
         try:
-            found += [load_checkpoint(path)] if path.exists() else []
+            found.append(load_checkpoint(path))
         except UserError as e:
             rt.say(f"passed over: {e}")
         if found and path in steps:
             break
+    newest = max(found, key=lambda saved: saved["state"].step, default=None)
+    seen = torch.zeros(rt.world, device=rt.device)
+    seen[rt.rank] = newest["state"].step if newest else -1
+    if len(set(rt.sum(seen).tolist())) > 1:
+        raise UserError(f"train.resume: the processes find checkpoints of other steps in {folder}: "
+                        f"{seen.tolist()}; do all hosts see the same files?")
+    if there and not found:
+        raise UserError(f"train.resume: no checkpoint in {folder} is whole; choose another folder")
     if not found:
         rt.say(f"train.resume: {folder} holds no checkpoint; this is a new run")
-    return max(found, key=lambda saved: saved["state"].step, default=None)
+    return newest
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of metrics.jsonl but for one that a killed run did not end; none if it is not
@@ -1402,16 +1437,12 @@ def read_metrics(path: Path) -> list[dict]:
     lines, entries = path.read_bytes().split(b"\n")[:-1] if path.exists() else [], []
     for number, line in enumerate(lines, 1):
         try:
-            entries.append({"step": 0} | json.loads(line))
-            entries[-1]["step"] + 0
-        except (ValueError, TypeError, RecursionError):
+            entries.append(json.loads(line))
+            if {type(v) for v in entries[-1].values()} - {int, float} or "step" not in entries[-1]:
+                raise ValueError
+        except (ValueError, AttributeError, RecursionError):
             raise UserError(f"{path}:{number}: damaged; delete this line") from None
     return entries
-
-def trim_metrics(path: Path, last_step: int) -> None:
-    """Drop what a killed run wrote after its last checkpoint: those steps come again."""
-    kept = [m for m in read_metrics(path) if m["step"] <= last_step]
-    write_text(path, "".join(json.dumps(m) + "\n" for m in kept))
 
 # -----------------------------------------------------------------------------
 # Evaluation: losses by vector, by another's vector and by text; answers
@@ -1856,8 +1887,8 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
     if trial:
         trial.set_user_attr("eval_steps", eval_steps)
     try:
-        done = json.loads((folder / "eval.json").read_bytes())
-    except (OSError, ValueError):  # it is not there, or no more: the report is made again
+        done = dict(json.loads((folder / "eval.json").read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):  # the report is made again
         done = {}
     same = saved and saved["config"]["model"] == to_tables(cfg)["model"]
     if same and done.get("step") == state.step >= total:
@@ -1868,6 +1899,7 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
                ("llm", cfg.model.llm, cfg.model.bf16),
                lambda: load_llm(cfg.model.llm, rt.device, cfg.model.bf16))
     elm, identity = build_model(cfg, llm, source, prompt, rt)
+    count = {"rows of the training split": len(source.rows)}
     if saved:
         check_identity(saved["identity"], identity, "train.resume")
     check_packing(elm)
@@ -1886,7 +1918,7 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
     engine = start_engine(cfg, elm)
     if saved:
         restore_moments(engine, saved["optimizer"])
-        was, now = flat(saved["config"]), flat(to_tables(cfg))
+        was, now = flat(saved["config"] | saved["rows"]), flat(to_tables(cfg) | count)
         changed = [f"{k} = {now.get(k)}, was {was.get(k)}" for k in {**was, **now}
                    if was.get(k) != now.get(k) and k not in ("train.resume", "output.dir")]
         rt.say(f"resumed after step {state.step}" + "".join(f"\n  {c}" for c in changed))
@@ -1895,7 +1927,9 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
     if rt.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         rt = rt._replace(held=lock(folder / ".lock"))
-        trim_metrics(folder / "metrics.jsonl", state.step if saved else -1)
+        kept = [json.dumps(m) + "\n" for m in read_metrics(folder / "metrics.jsonl")
+                if saved and m["step"] <= state.step]  # what a killed run did after comes again
+        write_text(folder / "metrics.jsonl", "".join(kept))
         write_text(folder / "config.toml", config_text(cfg))
     wandb = start_wandb(cfg, state, rt)
     def record(**entry: Any) -> None:
@@ -1916,12 +1950,12 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
         if rt.rank == 0:
             whole = dict(state=dataclasses.asdict(state), adapter=weights, optimizer=moments,
                          probe=probe and [t.cpu() for t in probe], identity=identity,
-                         config=to_tables(cfg))
+                         config=to_tables(cfg), rows=count)
             torch.save(whole, content := io.BytesIO())  # of a full disk it says nothing itself
             with whole_file(folder / f"checkpoint_{name}.pt") as path, open(path, "wb") as f:
                 f.write(content.getbuffer())
                 f.write(hashlib.sha256(content.getbuffer()).digest())
-    def evaluate() -> None:
+    def validate() -> None:
         engine.eval()
         responses = int(data["val"].rows["response"].sum())
         val, shuffled = (float(nll.sum()) / responses
@@ -1946,7 +1980,7 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
     bar = tqdm(total=total, initial=state.step, unit="step",
                disable=rt.rank > 0 or rt.quiet or None)
     if state.step == 0:
-        evaluate()
+        validate()
     else:
         save_adapter("adapter_best.safetensors", state.best_adapter, state.best_step)
     engine.train()
@@ -1954,6 +1988,11 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
         steps = step_rows(len(source.rows), cfg.train.seed, size, state.epoch, state.position)
         plan = partial(plan_step, source, budget, rt)
         return read_ahead(plan, islice(steps, max(0, total - state.step)), cfg.data.num_workers)
+    def leave() -> None:
+        rt.say(f"stopped after step {state.step}; train.resume=auto goes on from there")
+        if wandb:
+            attempt(rt, wandb.finish)
+        raise SystemExit(128 + max(signals, default=signal.SIGTERM))
     plans, halved = planned(), False
     sums = torch.tensor([state.nll_sum, state.drift_sum, 0.0], dtype=torch.float64).to(rt.device)
     unseen, clock, num_tokens = [], time.perf_counter(), 0
@@ -2023,23 +2062,20 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
                 state.num_labels = state.num_rows = 0
                 sums[:2], clock, num_tokens = 0.0, time.perf_counter(), 0
             if check:
-                evaluate()
+                validate()
                 clock, num_tokens = time.perf_counter(), 0
             if keep:
                 save(f"step_{state.step}")
             if stop:
-                rt.say(f"stopped after step {state.step}; train.resume=auto goes on from there")
-                if wandb:
-                    attempt(rt, wandb.finish)
-                raise SystemExit(128 + max(signals, default=signal.SIGTERM))
+                leave()
     bar.close()
     if fingerprint(elm.llm) != identity["llm"]:
+        shared.clear()  # no other trial may use it
         raise RuntimeError(f"the weights of {cfg.model.llm}, which is frozen, have changed")
     if not trial:
         save("final")
-    if signals and not trial:  # they came in the last step
-        rt.say(f"stopped after step {state.step}; train.resume=auto makes the report")
-        raise SystemExit(128 + max(signals))
+    if not trial and rt.sum(torch.tensor(float(bool(signals)))).item():  # in the last step
+        leave()
     elm.adapter = Adapter(**elm.adapter.settings).to(rt.device)  # the best one, outside of ZeRO
     elm.adapter.load_state_dict(state.best_adapter)
     engine.eval()
@@ -2258,6 +2294,8 @@ def open_study(sweep: Sweep) -> Any:
     from optuna.storages.journal import JournalFileBackend
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     Path(sweep.output.dir).mkdir(parents=True, exist_ok=True)
+    if "://" not in url and Path(url).exists() and not f"\n{Path(url).read_text()}".endswith("\n"):
+        raise UserError(f"{url}: its last line was cut off; delete that line")
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats are
     try:
         storage = (RDBStorage(url, heartbeat_interval=30, grace_period=120) if "://" in url else

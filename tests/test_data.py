@@ -1,6 +1,4 @@
 import json
-import os
-import time
 from itertools import islice
 
 import numpy as np
@@ -240,14 +238,25 @@ def test_cache_is_used_and_renewed(data_dir):
     assert len(open_train(data_dir).rows) == len(first.rows) - 1
 
 
-def test_half_made_caches_of_killed_runs_go_after_a_day(data_dir):
-    for name, age in (("old", 90_000), ("new", 1_000)):
-        folder = data_dir / ".cache" / f"train-0123.{name}.tmp"
-        folder.mkdir(parents=True)
-        (folder / "ids.bin").write_bytes(b"half")
-        os.utime(folder, (time.time() - age,) * 2)
-    open_train(data_dir)
-    assert [p.name for p in (data_dir / ".cache").glob("*.tmp")] == ["train-0123.new.tmp"]
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: (c / "meta.json").write_text("{"),
+        lambda c: (c / "meta.json").unlink(),
+        lambda c: (c / "rows.bin").write_bytes(b""),
+        lambda c: (c / "rows.bin").write_bytes((c / "rows.bin").read_bytes()[: -elm.ROW.itemsize]),
+        lambda c: (c / "rows.bin").write_bytes(b"\x07" + (c / "rows.bin").read_bytes()[1:]),
+        lambda c: (c / "ids.bin").write_bytes((c / "ids.bin").read_bytes()[:-4]),
+    ],
+)
+def test_a_damaged_cache_is_made_again(data_dir, capsys, damage):
+    first = open_train(data_dir)
+    rows, ids = first.rows.copy(), first.ids.copy()
+    (cache,) = (data_dir / ".cache").iterdir()
+    damage(cache)
+    again = open_train(data_dir)
+    assert (again.rows == rows).all() and (again.ids == ids).all()
+    assert f"{cache}: damaged" in capsys.readouterr().out
 
 
 def test_shuffled_control_gives_every_row_another_vector(data_dir):

@@ -211,6 +211,7 @@ def stages(settings, folder, everything=True, size=80):
         for i, part in enumerate(("adapter", "optimizer"), 1):
             wanted = state(runs[0], part)
             worst[i] = max(worst[i], ((state(run, part) - wanted).norm() / wanted.norm()).item())
+    assert max(worst) < 1e-5, worst
     return len(runs), *worst
 
 
@@ -400,7 +401,8 @@ def damage(folder, count, seed):
         elif kind == "texts":
             assert value == [json.loads(x)["text"] for x in raw.removesuffix(b"\n").split(b"\n")]
         elif kind == "metrics":
-            assert [{"step": 0} | json.loads(x) for x in raw.split(b"\n")[:-1]] == value
+            assert [json.loads(x) for x in raw.split(b"\n")[:-1]] == value
+            assert all(type(m["step"]) is int for m in value)
         elif kind == "checkpoint":
             assert same_tree(value, saved)
         else:
