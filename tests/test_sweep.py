@@ -432,3 +432,11 @@ def test_the_shipped_sweep(tmp_path):
     assert again.returncode == 0, again.stderr[-3000:]
     best = max(r["value"] for r in read_jsonl(tmp_path / "out" / "trials.jsonl"))
     assert json.loads((folder / "eval.json").read_text())["bertscore_composite"] == best
+
+
+def test_a_journal_whose_last_line_was_cut_off_is_named(sweep_file, tmp_path, capsys):
+    """As by a full disk; Optuna itself would fail at it for ever."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "study.log").write_text('{"op_code": 0, "wor')
+    assert elm.main(["sweep", str(sweep_file)]) == 2
+    assert "study.log: its last line was cut off; delete that line" in capsys.readouterr().err
