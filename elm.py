@@ -174,7 +174,7 @@ def fits(value: Any, hint: Any) -> bool:  # an integer serves as a float, a bool
         return isinstance(value, list) and all(fits(v, args[0]) for v in value)
     if hint is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return type(value) is hint
+    return type(value) is hint and "\0" not in str(value)  # which no path may have
 
 def describe(annotation: str) -> str:  # as "float in (0, inf)", "bool or 'auto'"
     text = re.sub(r"Annotated\[(\w+), '(.*?)'\]", r"\1 in \2", annotation.replace(" | None", ""))
@@ -212,7 +212,8 @@ def build_config(tables: dict, source: str = "config", overridden: tuple[str, ..
     errors, values = [], {}
     for name, entries in tables.items():
         if name not in SECTIONS or not isinstance(entries, dict):
-            errors.append(f"{name}: is not a table of section.key=value{nearest(name, SECTIONS)}")
+            like = "" if name in SECTIONS else nearest(name, SECTIONS)
+            errors.append(f"{name}: is not a table of section.key=value{like}")
             continue
         values[name], wrong = check_table(SECTIONS[name], entries, f"{name}.")
         errors += wrong
@@ -475,7 +476,8 @@ def open_vectors(path: Path) -> Tensor:
     floats = (torch.float32, torch.float16, torch.bfloat16)
     if [t.ndim * (t.numel() > 0) for t in tensors] != [2] or tensors[0].dtype not in floats:
         found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors[:3])
-        raise UserError(f"{path}: holds {found or 'nothing'}, not one float tensor [N, E]")
+        raise UserError(f"{path}: holds {found or 'nothing'}, not one table "
+                        "[N, E] in fp32, fp16 or bf16")
     return tensors[0]
 
 def table_head(shape: tuple[int, int], dtype: torch.dtype, **about: str) -> bytes:
@@ -1101,8 +1103,8 @@ class ELM(nn.Module):
     def prompt_embeds(self, embedding: Tensor, query: str) -> Tensor:
         """[E] -> [T, D] in the LLM's dtype: the prompt with the vector in its place."""
         check_vectors(embedding[None], self.adapter)
-        if not embedding.isfinite().all():
-            raise UserError("vectors: one has NaN or infinite numbers; embed its text again")
+        if not embedding.isfinite().all() or not embedding.any():
+            raise UserError("vectors: one is zero, NaN or infinite; embed its text again")
         embed, device = self.llm.get_input_embeddings(), self.adapter.scale.device
         before, after = (embed(torch.tensor(ids, dtype=torch.long, device=device))
                          for ids in self.prompt.ids(self.prompt.parts(query)))
@@ -1394,7 +1396,7 @@ def load_checkpoint(path: Path) -> dict:
             raise ValueError("its parts do not fit together")
         return saved | {"state": state}
     except Exception as e:  # torch.load has no error of its own for a file that is not whole
-        why = repr(e).splitlines()[0][:200]
+        why = (str(e) if type(e) is ValueError else repr(e)).splitlines()[0][:200]
         raise UserError(f"train.resume: {path}: no whole checkpoint: {why}") from None
 
 def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
@@ -1410,7 +1412,14 @@ def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
         if other and (steps or (folder / "metrics.jsonl").exists()):
             raise UserError(f"output.dir: {folder} holds a run already; go on with it by "
                             "train.resume=auto, or choose another folder")
-        return load_checkpoint(Path(resume)) if resume else None
+        if resume is None:
+            return None
+        saved = load_checkpoint(Path(resume))
+        last = max([int(p.stem.split("_")[2]) for p in folder.glob("adapter_step_*")], default=0)
+        if last > saved["state"].step:
+            raise UserError(f"output.dir: {folder} has gone on to step {last}; go on from there by "
+                            f"train.resume=auto, or from {resume} in another folder")
+        return saved
     there = [p for p in (folder / "checkpoint_final.pt", *steps[::-1]) if p.exists()]
     for path in there:
         try:
@@ -1891,15 +1900,19 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
     except (OSError, ValueError, TypeError, RecursionError):  # the report is made again
         done = {}
     same = saved and saved["config"]["model"] == to_tables(cfg)["model"]
+    count, changed = {"rows of the training split": len(source.rows)}, ""
+    if saved:
+        was, now = flat(saved["config"] | saved["rows"]), flat(to_tables(cfg) | count)
+        changed = "".join(f"\n  {k} = {now.get(k)}, was {was.get(k)}" for k in {**was, **now}
+                          if was.get(k) != now.get(k) and k not in ("train.resume", "output.dir"))
     if same and done.get("step") == state.step >= total:
-        rt.say(f"{folder} holds a finished run of {state.step} steps; nothing to do")
+        rt.say(f"{folder} holds a finished run of {state.step} steps; nothing to do{changed}")
         return done
     # ZeRO 3 takes an LLM apart.
     llm = once({} if cfg.deepspeed.zero_stage == 3 else shared,
                ("llm", cfg.model.llm, cfg.model.bf16),
                lambda: load_llm(cfg.model.llm, rt.device, cfg.model.bf16))
     elm, identity = build_model(cfg, llm, source, prompt, rt)
-    count = {"rows of the training split": len(source.rows)}
     if saved:
         check_identity(saved["identity"], identity, "train.resume")
     check_packing(elm)
@@ -1918,10 +1931,7 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
     engine = start_engine(cfg, elm)
     if saved:
         restore_moments(engine, saved["optimizer"])
-        was, now = flat(saved["config"] | saved["rows"]), flat(to_tables(cfg) | count)
-        changed = [f"{k} = {now.get(k)}, was {was.get(k)}" for k in {**was, **now}
-                   if was.get(k) != now.get(k) and k not in ("train.resume", "output.dir")]
-        rt.say(f"resumed after step {state.step}" + "".join(f"\n  {c}" for c in changed))
+        rt.say(f"resumed after step {state.step}{changed}")
     rt.say(f"{total} steps of {size} rows, {cfg.train.warmup_steps} of warm-up; "
            f"micro-batches of {budget} tokens, {recomputed} layers recomputed")
     if rt.rank == 0:
@@ -2164,7 +2174,11 @@ def generate(o: GenerateOptions) -> None:
     if o.mix:
         a, b = vectors[[int(i) for i in o.mix[:2]]].float()
         rows, vectors = [0], slerp(a, b, o.mix[2])[None]
-    norm = vectors[list(rows[:1024])].float().square().sum(1).mean().sqrt().item()
+    squares = vectors[list(rows[:1024])].float().square().sum(1)
+    for row, square in zip(rows, squares.tolist(), strict=False):
+        if not 0 < square < math.inf:
+            raise UserError(f"{o.embeddings}: row {row} is zero, NaN or infinite; embed it again")
+    norm = squares.mean().sqrt().item()
     check_identity(about.get("identity", {}), dict(norm=norm), o.embeddings)
     elm, out = ELM.load(o.adapter, o.llm), None
     torch.manual_seed(o.seed)
@@ -2514,12 +2528,13 @@ def start_command(command: str, *rest: str) -> None:
     elif Path(command).suffix == ".toml" or Path(command).exists():
         train(load_config(command, rest))
     else:
-        raise UserError(f"{command}: no command{nearest(command, wanted)}, and no TOML file")
+        raise UserError(f"{command}: no command{nearest(command, wanted)}; nor a TOML file to "
+                        "train by: elm.py TRAIN.TOML")
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 only if the job is done, 2 after an error its user can mend."""
     given = sys.argv[1:] if arguments is None else arguments
-    given = [a for a in given if not a.startswith("--local_rank")]  # of the deepspeed launcher
+    given = [a for a in given if not re.fullmatch(r"--local_rank=\d+", a)]  # of the launcher
     if not given or given[0] in ("-h", "--help"):
         print(__doc__)
         for name, kind in dict(generate=GenerateOptions, embed=EmbedOptions).items():

@@ -209,6 +209,7 @@ def test_wandb_has_the_objective_of_each_trial(sweep_file, tmp_path, monkeypatch
         assert b"bertscore_composite" in logged and b"val_bertscore" in logged
 
 
+@pytest.mark.slow
 def test_heavy_things_are_loaded_once(sweep_file, monkeypatch):
     calls = []
     for name in ("load_llm", "fit_probe", "open_split"):

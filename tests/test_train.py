@@ -593,6 +593,7 @@ def test_bad_input_is_one_line_and_exit_code_2(settings, bad_cases, tmp_path, ca
         assert snapshot(tmp_path / "out") == before, case
 
 
+@pytest.mark.slow
 def test_command_line_of_its_own_process(settings, tmp_path, capsys):
     assert elm.main([]) == 2 and "deepspeed elm.py train.toml" in capsys.readouterr().out
     assert elm.main(["--help"]) == 0

@@ -183,6 +183,17 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(settings, config, ca
     assert snapshot(folder) == before
 
 
+def test_a_resume_from_before_the_end_of_a_folder_is_refused(settings, config, tmp_path, capsys):
+    """Or files of two runs would stand beside each other there."""
+    _, folder = go(settings)
+    before = snapshot(folder)
+    words = [str(config), *settings, f"train.resume={folder / 'checkpoint_step_4.pt'}"]
+    assert elm.main([*words, "train.lr=1"]) == 2
+    assert f"output.dir: {folder} has gone on to step 6" in capsys.readouterr().err
+    assert snapshot(folder) == before
+    assert elm.main([*words, f"output.dir={tmp_path / 'other'}"]) == 0
+
+
 @pytest.mark.parametrize("report", ["[]", "null", "5", "{", "[" * 99999, "[[1, 2]]"])
 def test_a_damaged_report_is_made_again(settings, report):
     _, folder = go(settings)
@@ -443,6 +454,7 @@ def test_rows_are_text_and_never_paths(settings, data_dir, tmp_path):
     assert made and all(any(m in (p, *p.parents) for m in mine) for p in made)
 
 
+@pytest.mark.slow
 def test_the_hub_offline_and_another_revision(settings, config, tmp_path):
     """A model of the hub's cache, without a network; then another revision of the same weights is
     told, and of other weights refused."""
@@ -469,6 +481,7 @@ def test_the_hub_offline_and_another_revision(settings, config, tmp_path):
     assert done.returncode == 2 and len(lines) == 1 and "model.llm: cannot load no/such" in lines[0]
 
 
+@pytest.mark.slow
 def test_secrets_of_the_environment_are_written_nowhere(settings, config, tmp_path):
     pytest.importorskip("wandb")
     key, other = "0123456789abcdef" * 2 + "deadbeef", "another-secret-of-mine"
@@ -556,6 +569,9 @@ def test_a_resume_tells_what_is_set_otherwise(settings, capsys):
     out = capsys.readouterr().out
     assert "train.lr = 0.001, was 0.01" in out and "train.max_steps = 8, was 6" in out
     assert "train.seed" not in out
+    go(settings, "train.resume=auto", "train.max_steps=8", "train.seed=7")
+    out = capsys.readouterr().out
+    assert "nothing to do" in out and "train.seed = 7, was 42" in out
 
 
 def test_a_nan_in_a_vector_is_not_spoken_about(settings, config, tmp_path, capsys):
@@ -566,6 +582,6 @@ def test_a_nan_in_a_vector_is_not_spoken_about(settings, config, tmp_path, capsy
     words = ["generate", f"adapter={folder / 'adapter_best.safetensors'}", "query=What?",
              f"embeddings={tmp_path / 'x.safetensors'}", "max_new_tokens=2"]  # fmt: skip
     assert elm.main([*words, "rows=[1, 1900]"]) == 2
-    assert "the vectors' norm was" in capsys.readouterr().err
+    assert "x.safetensors: row 1900 is zero, NaN or infinite" in capsys.readouterr().err
     assert elm.main([*words, f"rows={[*range(1030), 1900]}", "batch_size=16"]) == 2
-    assert "generate: vectors: one has NaN" in capsys.readouterr().err
+    assert "generate: vectors: one is zero, NaN or infinite" in capsys.readouterr().err
