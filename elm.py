@@ -593,9 +593,11 @@ def build_cache(folder: Path, path: Path, num_vectors: int, prompt: Prompt, data
     few = max(len(prefixes), sum(map(len, prefixes))) <= PREFIX_TOKENS
     return dict(counts=counts, prefixes=sorted(prefixes) if few else None)
 
-def cache_facts(cache: Path) -> dict[str, Any]:  # by which a damaged one is known
-    rows = np.memmap(cache / "rows.bin", np.uint8, "r")
-    return dict(sha256=hashlib.sha256(rows).hexdigest(), ids=(cache / "ids.bin").stat().st_size)
+def cache_digest(cache: Path, meta: dict) -> str:  # by which a damaged one is known
+    about = json.dumps([meta, (cache / "ids.bin").stat().st_size]).encode()
+    digest = hashlib.sha256(np.memmap(cache / "rows.bin", np.uint8, "r"))
+    digest.update(about)
+    return digest.hexdigest()
 
 class Split(NamedTuple):  # of a data set, opened
     path: Path  # of its rows
@@ -635,8 +637,9 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runt
     cache = Path(data.dir, ".cache", f"{split}-{key}")
     if rt.rank == 0 and cache.exists():
         try:
-            whole = json.loads((cache / "meta.json").read_text())["facts"] == cache_facts(cache)
-        except (OSError, ValueError, LookupError, TypeError):
+            meta = json.loads((cache / "meta.json").read_text())
+            whole = meta.pop("sha256") == cache_digest(cache, meta)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             whole = False
         if not whole:
             rt.say(f"{cache}: damaged; it is made again")
@@ -649,7 +652,8 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, soft: int, rt: Runt
             used = np.zeros(len(vectors), bool)
             used[np.memmap(work / "rows.bin", ROW, "r")["vector"]] = True
             statistics = vector_statistics(vectors, torch.from_numpy(used), paths[0])
-            meta |= {k: v.tolist() for k, v in statistics.items()} | {"facts": cache_facts(work)}
+            meta |= {k: v.tolist() for k, v in statistics.items()}
+            meta["sha256"] = cache_digest(work, meta)
             write_text(work / "meta.json", json.dumps(meta))
             os.replace(work, cache)
         except (UserError, OSError) as e:  # kept, so that all processes leave; or another run won
@@ -1399,14 +1403,17 @@ def load_checkpoint(path: Path) -> dict:
         why = (str(e) if type(e) is ValueError else repr(e)).splitlines()[0][:200]
         raise UserError(f"train.resume: {path}: no whole checkpoint: {why}") from None
 
+def by_step(folder: Path, pattern: str) -> list[tuple[int, Path]]:
+    numbers = ((p.stem.rpartition("_")[2], p) for p in folder.glob(pattern))
+    return sorted((int(n), p) for n, p in numbers if n.isdecimal())
+
 def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
     """The checkpoint that train.resume names; "auto": the whole one of the most steps, if any.
     Raises: UserError, also if the folder holds another run."""
     folder, resume, found = Path(cfg.output.dir), cfg.train.resume, []
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output.dir: {folder} is not a folder")
-    steps = [p for p in folder.glob("checkpoint_step_*.pt") if p.stem.split("_")[2].isdecimal()]
-    steps.sort(key=lambda p: int(p.stem.split("_")[2]))
+    steps = [p for _, p in by_step(folder, "checkpoint_step_*.pt")]
     if resume != "auto":
         other = resume is None or Path(resume).resolve().parent != folder.resolve()
         if other and (steps or (folder / "metrics.jsonl").exists()):
@@ -1415,7 +1422,7 @@ def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
         if resume is None:
             return None
         saved = load_checkpoint(Path(resume))
-        last = max([int(p.stem.split("_")[2]) for p in folder.glob("adapter_step_*")], default=0)
+        last = max([n for n, _ in by_step(folder, "adapter_step_*.safetensors")], default=0)
         if last > saved["state"].step:
             raise UserError(f"output.dir: {folder} has gone on to step {last}; go on from there by "
                             f"train.resume=auto, or from {resume} in another folder")

@@ -242,6 +242,8 @@ def test_cache_is_used_and_renewed(data_dir):
     "damage",
     [
         lambda c: (c / "meta.json").write_text("{"),
+        lambda c: (c / "meta.json").write_text("[]"),
+        lambda c: (c / "meta.json").write_text((c / "meta.json").read_text().replace("0.", "1.")),
         lambda c: (c / "meta.json").unlink(),
         lambda c: (c / "rows.bin").write_bytes(b""),
         lambda c: (c / "rows.bin").write_bytes((c / "rows.bin").read_bytes()[: -elm.ROW.itemsize]),

@@ -175,7 +175,8 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(settings, config, ca
     _, folder = go(settings)
     for path in folder.glob("checkpoint_*.pt"):
         path.write_bytes(path.read_bytes()[:-1])
-    (folder / "checkpoint_step_4 (copy).pt").write_bytes(b"no number")
+    for name in ("checkpoint_step_4 (copy).pt", "adapter_step_old.safetensors"):
+        (folder / name).write_bytes(b"no number")
     before = snapshot(folder)
     assert elm.main([str(config), *settings, "train.resume=auto"]) == 2
     said = capsys.readouterr()
