@@ -46,8 +46,8 @@ def test_benchmark_compares_the_same_losses(tmp_path):
 
 @pytest.mark.slow
 def test_memory_of_a_start_does_not_grow_with_the_data():
-    """100 times the rows: less than 32 MB of anonymous memory more once the cache is there."""
-    lines = script("scale.py", "--rows=100000", "--vectors=20000").splitlines()
+    """50 times the rows: less than 32 MB of anonymous memory more once the cache is there."""
+    lines = script("scale.py", "--rows=50000", "--vectors=10000").splitlines()
     gib = {x.split(":")[0]: float(x.split(", ")[-1].split()[0]) for x in lines}
     assert len(gib) == 6
     for start in ("with its token cache", "resumed after step 1"):

@@ -334,6 +334,7 @@ def test_embed_killed_and_started_again_ends_with_the_same_bytes(texts, tmp_path
     assert not list(tmp_path.glob(".o.st.*"))
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_write_one_file(texts, tmp_path, capsys):
     """The second is refused; what the first was cut off at counts from there."""
     some, out = tmp_path / "some.txt", tmp_path / "out.safetensors"

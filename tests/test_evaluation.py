@@ -36,6 +36,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 def test_bertscore_is_that_of_the_librarys_command(tmp_path):
     """Pair by pair, to the six digits that it prints; with -b 1, because in batches the padding of
     the others counts as a similarity of 0, by which the last of these pairs is off by 0.001."""

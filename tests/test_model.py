@@ -386,6 +386,7 @@ def test_mean_cosine_is_that_of_all_pairs():
     assert elm.mean_cosine(x[:1]) == pytest.approx(0.0)
 
 
+@pytest.mark.slow
 def test_import_needs_torch_transformers_and_safetensors_alone():
     """As a copied file: with the other packages hidden, elm still imports and builds an adapter."""
     hide = (

@@ -53,6 +53,7 @@ def states(trials) -> list[str]:
     return [t.state.name for t in trials]
 
 
+@pytest.mark.slow
 def test_what_a_sweep_leaves_and_going_on(sweep_file, tmp_path, capsys):
     out = tmp_path / "out"
     assert elm.main(["sweep", str(sweep_file)]) == 0
@@ -198,6 +199,7 @@ def test_a_signal_while_a_trial_is_scored_is_not_lost(sweep_file, monkeypatch, a
     assert len(calls) == at
 
 
+@pytest.mark.slow
 def test_wandb_has_the_objective_of_each_trial(sweep_file, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     more = ["wandb.enabled=true", "study.trials=2", "study.repeat_best=0"]

@@ -460,6 +460,7 @@ def small_memory(monkeypatch, limit: int, from_pass: int = 0):
     monkeypatch.setattr(Qwen3MLP, "forward", limited)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_out_of_memory_halves_the_micro_batches_once(
     settings, tmp_path, monkeypatch, capsys, stage

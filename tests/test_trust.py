@@ -144,6 +144,7 @@ def resave(path, change):
     path.write_bytes(path.read_bytes() + hashlib.sha256(path.read_bytes()).digest())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -195,6 +196,7 @@ def test_a_resume_from_before_the_end_of_a_folder_is_refused(settings, config, t
     assert elm.main([*words, f"output.dir={tmp_path / 'other'}"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("report", ["[]", "null", "5", "{", "[" * 99999, "[[1, 2]]"])
 def test_a_damaged_report_is_made_again(settings, report):
     _, folder = go(settings)
