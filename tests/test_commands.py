@@ -480,3 +480,9 @@ def test_embedder_of_two_kinds(tmp_path):
     for folder, pooling in ((make_embedder(tmp_path / "q", 16), "last"), (TINY / "scorer", "mean")):
         load = elm.Embedder.load(elm.EmbedOptions(model=str(folder)), "x", "cpu")
         assert load.pooling == pooling and load.model.dtype == torch.bfloat16
+
+
+def test_a_text_nested_without_end_is_named(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n' + "[" * 99999 + "\n")
+    with pytest.raises(elm.UserError, match="t.jsonl:2: not of the form"):
+        list(elm.read_texts(tmp_path / "t.jsonl"))

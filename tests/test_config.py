@@ -127,3 +127,24 @@ def test_every_key_of_the_contract():
         eval.bertscore_model eval.bertscore_layers deepspeed.zero_stage deepspeed.extra
         wandb.enabled wandb.project wandb.run_name output.dir output.log_file""".split()
     )
+
+
+@pytest.mark.parametrize(
+    "text", [b"# a note\rtrain.lr = 1.0\n", b"train.lr = " + b"[" * 9999, b"train.lr = \xff"]
+)
+def test_bytes_that_are_no_toml(tmp_path, text):
+    """A carriage return alone ends no comment; nesting without end is no crash."""
+    path = tmp_path / "bad.toml"
+    path.write_bytes(text)
+    with pytest.raises(elm.UserError, match="bad.toml: not valid TOML"):
+        elm.load_config(str(path))
+
+
+def test_an_override_nested_without_end():
+    with pytest.raises(elm.UserError, match="train.lr"):
+        elm.load_config(None, ["train.lr=" + "[" * 9999])
+
+
+def test_any_character_survives_config_toml():
+    value = {"\U0001f600 \x7f": "\x7f\u2028\U0001f600"}
+    assert elm.tomllib.loads(f"x = {elm.to_toml(value)}")["x"] == value

@@ -144,6 +144,7 @@ ZERO[2] = 0
     [
         (bad_rows(lambda r: "{broken"), r"train_synthesis.jsonl:5: broken JSON"),
         (bad_rows(lambda r: "[1]"), r":5: not a JSON object"),
+        (bad_rows(lambda r: "[" * 99999), r":5: broken JSON"),
         (bad_rows(lambda r: r | {"response": "a \ud83d b"}), r":5: .*surrogates not allowed"),
         (bad_rows(lambda r: {k: r[k] for k in r if k != "query"}), r":5: field 'query' is missing"),
         (bad_rows(lambda r: r | {"response": 3}), r":5: field 'response' is 3, not of type str"),

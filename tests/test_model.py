@@ -397,3 +397,12 @@ def test_import_needs_torch_transformers_and_safetensors_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "deepspeed is not installed: pip install deepspeed", done.stderr
+
+
+def test_the_fingerprint_keeps_no_weights(llm_dir, monkeypatch):
+    """Under ZeRO 3 each is gathered for a moment: what is kept of it must be a copy."""
+    llm, kept, cat = elm.load_llm(str(llm_dir), RT.device, bf16=True), [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda parts: kept.extend(parts) or cat(parts))
+    elm.fingerprint(llm)
+    assert len(kept) == len(list(llm.parameters()))
+    assert all(k.untyped_storage().nbytes() == 4 * k.numel() <= 4 * 31 for k in kept)
