@@ -492,15 +492,18 @@ def table_head(shape: tuple[int, int], dtype: torch.dtype, **about: str) -> byte
 def row_bytes(rows: Tensor) -> bytes:
     return rows.contiguous().view(torch.uint8).numpy().tobytes()
 
+def unusable(rows: Tensor) -> Tensor:
+    """[n, E] -> [n] bool: which rows are zero, or have a NaN or infinite number."""
+    return ~(rows.isfinite().all(1) & rows.any(1))
+
 def vector_statistics(vectors: Tensor, used: Tensor, path: Path) -> dict[str, Tensor]:
     """Mean and deviation [E] fp32 of the rows that are `used`, [N] bool: what no row of the split
     speaks about does not count. Raises: UserError at any NaN, infinite or zero row."""
     total = torch.zeros(2, vectors.shape[1], dtype=torch.float64)
     for start in range(0, len(vectors), 8192):
         rows = vectors[start : start + 8192].double()
-        good = rows.isfinite().all(1) & rows.any(1)
-        if not good.all():
-            i = start + int((~good).nonzero()[0])
+        if len(bad := unusable(rows).nonzero()):
+            i = start + int(bad[0])
             raise UserError(f"{path}: vector {i} is zero, NaN or infinite; embed its text again")
         rows = rows[used[start : start + 8192]]
         total += torch.stack([rows.sum(0), rows.square().sum(0)])
@@ -1107,7 +1110,7 @@ class ELM(nn.Module):
     def prompt_embeds(self, embedding: Tensor, query: str) -> Tensor:
         """[E] -> [T, D] in the LLM's dtype: the prompt with the vector in its place."""
         check_vectors(embedding[None], self.adapter)
-        if not embedding.isfinite().all() or not embedding.any():
+        if unusable(embedding[None]).any():
             raise UserError("vectors: one is zero, NaN or infinite; embed its text again")
         embed, device = self.llm.get_input_embeddings(), self.adapter.scale.device
         before, after = (embed(torch.tensor(ids, dtype=torch.long, device=device))
@@ -2091,8 +2094,8 @@ def train(cfg: Config, trial: Any = None, shared: dict | None = None) -> dict:
         raise RuntimeError(f"the weights of {cfg.model.llm}, which is frozen, have changed")
     if not trial:
         save("final")
-    if not trial and rt.sum(torch.tensor(float(bool(signals)))).item():  # in the last step
-        leave()
+        if rt.sum(torch.tensor(float(bool(signals)))).item():  # they came in the last step
+            leave()
     elm.adapter = Adapter(**elm.adapter.settings).to(rt.device)  # the best one, outside of ZeRO
     elm.adapter.load_state_dict(state.best_adapter)
     engine.eval()
@@ -2181,11 +2184,11 @@ def generate(o: GenerateOptions) -> None:
     if o.mix:
         a, b = vectors[[int(i) for i in o.mix[:2]]].float()
         rows, vectors = [0], slerp(a, b, o.mix[2])[None]
-    squares = vectors[list(rows[:1024])].float().square().sum(1)
-    for row, square in zip(rows, squares.tolist(), strict=False):
-        if not 0 < square < math.inf:
-            raise UserError(f"{o.embeddings}: row {row} is zero, NaN or infinite; embed it again")
-    norm = squares.mean().sqrt().item()
+    some = vectors[list(rows[:1024])].float()
+    if len(bad := unusable(some).nonzero()):
+        raise UserError(f"{o.embeddings}: row {rows[int(bad[0])]} is zero, NaN or infinite; embed "
+                        "it again")
+    norm = some.square().sum(1).mean().sqrt().item()
     check_identity(about.get("identity", {}), dict(norm=norm), o.embeddings)
     elm, out = ELM.load(o.adapter, o.llm), None
     torch.manual_seed(o.seed)

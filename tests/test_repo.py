@@ -14,8 +14,8 @@ README = (ROOT / "README.md").read_text()
 
 def test_size_of_the_one_file():
     lines = SOURCE.splitlines()
-    assert len(lines) <= 2575 and max(map(len, lines)) <= 100
-    assert "2,575 lines" in README and len(README.splitlines()) <= 200
+    assert len(lines) <= 2578 and max(map(len, lines)) <= 100
+    assert "2,578 lines" in README and len(README.splitlines()) <= 200
 
 
 def test_sections_in_the_order_of_reading():

@@ -13,6 +13,7 @@ from conftest import make_data, make_llm, read_jsonl, rows_path, run
 from naive import naive_step, token_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torture import without_clock
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 import elm
@@ -32,14 +33,6 @@ def final_state(folder: Path) -> dict:
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def without_clock(folder: Path) -> list[dict]:
-    clocked = ("tokens_per_second", "memory_gib")
-    return [
-        {k: v for k, v in m.items() if k not in clocked}
-        for m in read_jsonl(folder / "metrics.jsonl")
-    ]
 
 
 def snapshot(folder: Path) -> dict:
