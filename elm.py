@@ -42,7 +42,7 @@ import time
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache, partial
@@ -55,6 +55,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -322,12 +323,6 @@ class Runtime(NamedTuple):  # this process among all processes of the run
             torch.distributed.broadcast_object_list(values, device=torch.device("cpu"))
         return values[0]
 
-    def free_memory(self) -> float:
-        """Free bytes of the GPU that has fewest, over all processes; infinite without GPUs."""
-        free = torch.zeros(self.world, dtype=torch.float64)
-        free[self.rank] = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else math.inf
-        return self.sum(free).min().item()
-
 def import_optional(package: str) -> Any:
     try:
         return importlib.import_module(package)
@@ -423,7 +418,7 @@ def read_ahead(make: Any, keys: Any, threads: int):
 # -----------------------------------------------------------------------------
 # Data: rows of text beside a table of vectors
 
-MICRO_TOKENS = dict(cpu=1024, cuda=8192)  # of a micro-batch in a forward pass; see plan_memory
+MICRO_TOKENS = dict(cpu=1024, cuda=8192)  # of a micro-batch; see plan_memory
 EVAL_ROWS = 16  # of a micro-batch in evaluation
 PLACEHOLDER = "<EMB>"  # where the vector goes in a query; without it, on a line before the query
 ROW = np.dtype([("byte", "i8"), ("line", "i4"), ("vector", "i4"), ("task", "i2"), ("text", "?")])
@@ -469,20 +464,20 @@ class Example(NamedTuple):
     num_labels: int  # response tokens, the end token included: the last of ids
     truncated: bool
 
-def tokenize(prompt: Prompt, rows: list[dict], num_soft: int, max_tokens: int,
+def tokenize(prompt: Prompt, rows: list[tuple[str, Row]], num_soft: int, max_tokens: int,
              source: Literal["embedding", "text", "response"] = "embedding") -> list[Example]:
-    """Rows of query, response, text and `where`, a name for messages, as examples: by "embedding"
-    [before, num_soft zeros, after, response, end]; by "text" the text in place of the zeros;
-    "response" alone. Raises: UserError if a prompt leaves no room for a response."""
-    texts = [part for row in rows for part in (*prompt.parts(row["query"]), row["response"],
-                                               (row.get("text") or "") * (source == "text"))]
+    """(name for messages, row) pairs as examples: by "embedding" [before, num_soft zeros, after,
+    response, end]; by "text" the text in place of the zeros; "response" alone. Raises: UserError
+    if a prompt leaves no room for a response."""
+    texts = [part for _, row in rows for part in (
+        *prompt.parts(row.query), row.response, (row.text or "") * (source == "text"))]
     tokens, examples = iter(prompt.ids(texts)), []
-    for row in rows:
+    for name, _ in rows:
         before, after, response, text = islice(tokens, 4)
         room = max_tokens - len(before) - len(after) - num_soft
         if room < 1:
-            raise UserError(f"{row['where']}: the prompt takes all of data.max_seq_length = "
-                            f"{max_tokens} tokens, lacking {1 - room}; raise it")
+            raise UserError(f"{name}: the prompt takes all of data.max_seq_length = {max_tokens} "
+                            f"tokens, lacking {1 - room}; raise it")
         answer = (response + [prompt.tokenizer.eos_token_id])[:room]
         middle = text[: room + num_soft - len(answer)] if source == "text" else [0] * num_soft
         ids = answer if source == "response" else before + middle + after + answer
@@ -563,36 +558,34 @@ def vector_statistics(vectors: Tensor, used: Tensor, path: Path) -> dict[str, Te
     mean, square = total / max(1, int(used.sum()))
     return {"mean": mean.float(), "std": (square - mean.square()).clamp(min=0).sqrt().float()}
 
-def parse_row(line: bytes, num_vectors: int) -> dict:
-    """One line of a JSONL file as a checked row. Raises: ValueError that says what is wrong."""
+class Row(BaseModel, frozen=True, strict=True, extra="allow"):
+    task_type: str
+    embedding_file_idx: NonNegativeInt
+    query: str
+    response: Annotated[str, Field(pattern=r"\S")]  # not empty
+    text: str | None = None  # what was embedded
+
+def parse_row(line: bytes, num_vectors: int) -> Row | None:
+    """A checked row of one line of JSON; None for a pair task. Raises: ValueError."""
     try:
-        row = json.loads(line.decode().strip())
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"broken JSON: {e}") from None
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    fields = dict(task_type=str, embedding_file_idx=int, query=str, response=str, text=str)
-    for key, kind in fields.items():
-        if key == "text" and row.get(key) is None:
-            continue
-        if key not in row:
-            raise ValueError(f"field {key!r} is missing")
-        if type(row[key]) is not kind:
-            raise ValueError(f"field {key!r} is {row[key]!r}, not of type {kind.__name__}")
-        if row["task_type"] in REMOVED_TASKS:
-            return row  # whatever its other fields
-        str(row[key]).encode()  # a lone surrogate is a ValueError here
-    if row["task_type"] not in TASKS:
-        task = row["task_type"]
-        raise ValueError(f"unknown task_type {task!r}{did_you_mean(task, TASKS)}")
-    if not 0 <= row["embedding_file_idx"] < num_vectors:
-        raise ValueError(f"embedding_file_idx {row['embedding_file_idx']} of {num_vectors} vectors")
-    check_query(row["query"])
-    if not row["response"].strip():
-        raise ValueError("field 'response' is empty")
+        row = Row.model_validate_json(line)
+    except ValidationError as e:
+        with suppress(ValueError, TypeError, LookupError, RecursionError):
+            if json.loads(line)["task_type"] in REMOVED_TASKS:
+                return None  # whatever its other fields
+        error = e.errors()[0]
+        field = f"field {error['loc'][0]!r}: " if error["loc"] else ""
+        raise ValueError(field + error["msg"]) from None
+    if row.task_type in REMOVED_TASKS:
+        return None
+    if row.task_type not in TASKS:
+        raise ValueError(f"unknown task_type {row.task_type!r}{did_you_mean(row.task_type, TASKS)}")
+    if row.embedding_file_idx >= num_vectors:
+        raise ValueError(f"embedding_file_idx {row.embedding_file_idx} of {num_vectors} vectors")
+    check_query(row.query)
     return row
 
-def read_rows(path: Path, tasks: tuple[str, ...], num_vectors: int, counts: dict):
+def read_rows(path: Path, tasks: tuple[str, ...], num_vectors: int, counts: Counter):
     """Yield (line, byte, row) for each row of `tasks`; count all rows. Raises: UserError that
     names the line."""
     byte = 0
@@ -602,11 +595,11 @@ def read_rows(path: Path, tasks: tuple[str, ...], num_vectors: int, counts: dict
                 row = parse_row(line, num_vectors) if line.strip() else None
             except ValueError as e:
                 raise UserError(f"{path}:{number}: {e}") from None
-            if row and row["task_type"] in tasks:
+            if row and row.task_type in tasks:
                 counts["rows"] += 1
                 yield number, byte, row
-            elif row:
-                counts["pair_tasks" if row["task_type"] in REMOVED_TASKS else "other_tasks"] += 1
+            elif line.strip():
+                counts["other_tasks" if row else "pair_tasks"] += 1
             byte += len(line)
 
 @dataclass(frozen=True, eq=False)
@@ -621,18 +614,15 @@ class Split:  # of a data set, opened
     num_soft: int
     max_tokens: int
 
-    def read(self, indices: Any) -> list[dict]:
-        """The rows as they stand in the file, and `where`: file:line."""
-        rows = []
+    def read(self, indices: Any) -> list[Row]:
         with open(self.path, "rb") as f:
-            for i in indices:
-                f.seek(int(self.rows["byte"][i]))
-                rows.append(json.loads(f.readline())
-                            | {"where": f"{self.path}:{self.rows['line'][i]}"})
-        return rows
+            return [parse_row(f.readline(), len(self.vectors)) for i in indices
+                    if f.seek(int(self.rows["byte"][i])) >= 0]
 
     def examples(self, indices: Any, source: str = "embedding") -> list[Example]:
-        return tokenize(self.prompt, self.read(indices), self.num_soft, self.max_tokens, source)
+        names = [f"{self.path}:{line}" for line in self.rows["line"][indices]]
+        rows = list(zip(names, self.read(indices), strict=True))
+        return tokenize(self.prompt, rows, self.num_soft, self.max_tokens, source)
 
     def embeddings(self, vector_ids: np.ndarray) -> Tensor:
         """[n] indices into the table -> [n, E] fp32."""
@@ -653,11 +643,11 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, num_soft: int, rt: 
     rows = iter(tqdm(rows, f"reading {split}", unit=" rows", leave=False,
                      disable=rt.rank > 0 or rt.quiet or None))
     while chunk := list(islice(rows, 8192)):
-        chunks.append(np.array([(byte, line, row["embedding_file_idx"],
-                                 data.tasks.index(row["task_type"]), bool(row.get("text")))
+        chunks.append(np.array([(byte, line, row.embedding_file_idx,
+                                 data.tasks.index(row.task_type), bool(row.text))
                                 for line, byte, row in chunk], ROW))
-        long = [row | {"where": f"{path}:{line}"} for line, _, row in chunk
-                if len((row["query"] + row["response"]).encode()) > room - 8]
+        long = [(f"{path}:{line}", row) for line, _, row in chunk
+                if len((row.query + row.response).encode()) > room - 8]
         examples = tokenize(prompt, long, num_soft, data.max_seq_length)
         counts["responses_cut"] += sum(e.truncated for e in examples)
     if not chunks:
@@ -788,24 +778,20 @@ def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors") -> 
                         "again")
     return vectors
 
-class Layout(NamedTuple):  # of a packed row
-    lengths: list[int]
-    cu_seqlens: Tensor
-
-def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None,
-                     sliding_window=None, softcap=None, **_):
-    """Causal attention within each example of a packed row: [1, heads, T, d] -> [1, T, heads, d].
-    By torch.split: the backward pass of a slice would allocate zeros of the whole row."""
+def packed_attention(module, query, key, value, attention_mask, scaling=None, lengths=None,
+                     cu_seqlens=None, sliding_window=None, softcap=None, **_):
+    """Causal attention within each example of a packed row, `lengths` tokens each:
+    [1, heads, T, d] -> [1, T, heads, d]. By torch.split: the backward pass of a slice would
+    allocate zeros of the whole row."""
     groups, d = query.shape[1] // key.shape[1], query.shape[-1]
     key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
     if query.is_cuda and query.dtype.itemsize == 2 and d % 8 == 0 and d <= 256 and not softcap:
         from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        ends, longest = layout.cu_seqlens, max(layout.lengths)
-        return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling,
-                           window_size=((sliding_window or 0) - 1, 0))[None], None
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max(lengths), max(lengths),
+                           scale=scaling, window_size=((sliding_window or 0) - 1, 0))[None], None
     outs = []
-    for q, k, v in zip(*(x.split(layout.lengths, 2) for x in (query, key, value)), strict=True):
+    for q, k, v in zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True):
         t = q.shape[2]
         window = sliding_window or t
         if t <= window and not softcap:
@@ -965,14 +951,6 @@ class ELM(nn.Module):
         """[n, E] -> soft tokens [n, K, D] fp32."""
         return self.adapter(embeddings.to(self.device, non_blocking=True))
 
-    def backbone(self, embeds: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-        """The LLM without its head: input embeddings [T, D] of a packed row -> [T, D]."""
-        with packed(self.llm):  # with a cache, transformers would not see that the row is packed
-            out = self.llm.base_model(inputs_embeds=embeds[None], position_ids=positions[None],
-                                      layout=layout, use_cache=False)
-        self.output = type(out)
-        return out.last_hidden_state[0]
-
     def lm_head(self, hidden: Tensor) -> Tensor:
         """[R, D] -> logits [R, V] as this LLM computes them, with its caps and scales: its own
         forward pass, in which `hidden` stands in for the output of the backbone."""
@@ -993,8 +971,12 @@ class ELM(nn.Module):
         if soft is not None:  # out of place: any id stands there, and its embedding is replaced
             soft = soft.flatten(0, 1).to(embeds.dtype)
             embeds = embeds.index_copy(0, batch["placeholder_positions"], soft)
-        layout = Layout(batch["lengths"], batch["cu_seqlens"])
-        return self.backbone(embeds, batch["position_ids"], layout), batch
+        with packed(self.llm):  # with a cache, transformers would not see that the row is packed
+            out = self.llm.base_model(
+                inputs_embeds=embeds[None], position_ids=batch["position_ids"][None],
+                lengths=batch["lengths"], cu_seqlens=batch["cu_seqlens"], use_cache=False)
+        self.output = type(out)
+        return out.last_hidden_state[0], batch
 
     def sequence_nll(self, hidden: Tensor, batch: dict) -> Tensor:
         """What forward_hidden returns -> each response's summed token cross-entropy [n] fp32."""
@@ -1016,8 +998,9 @@ class ELM(nn.Module):
         """Mean cross-entropy over all response tokens of vectors [n, E], numpy or torch, one query
         or n, and n responses: a scalar with its graph, from one packed pass. Raises: UserError."""
         vectors = check_vectors(embeddings, self.adapter)
-        rows = [dict(query=q, response=r, where=f"pair {i}") for i, (q, r) in enumerate(
-            zip(expand(queries, len(vectors)), expand(responses, len(vectors)), strict=True))]
+        pairs = zip(expand(queries, len(vectors)), expand(responses, len(vectors)), strict=True)
+        rows = [(f"pair {i}", Row.model_construct(query=q, response=r))
+                for i, (q, r) in enumerate(pairs)]
         num_soft = self.adapter.settings["tokens"]
         examples = tokenize(self.prompt, rows, num_soft, max_tokens)
         batch = collate(examples, vectors, num_soft)
@@ -1078,21 +1061,6 @@ def check_packing(elm: ELM) -> None:
         if not torch.isclose(loss, alone, rtol=1e-4 if elm.llm.dtype == torch.float32 else 2e-2):
             raise UserError(f"model.llm: {type(elm.llm).__name__} has more than causal attention "
                             f"between tokens, so that rows cannot be packed ({loss}, not {alone})")
-
-def plan_memory(llm: Any, setting: bool | str, free: float = math.inf) -> tuple[int, int]:
-    """(tokens of a training micro-batch, layers to recompute). On a GPU with `free` bytes left, as
-    many tokens as fit without recomputation, 2048 to 8192, and "auto" recomputes for what does not
-    fit. Autograd keeps about 10 D + 4 F numbers a token and layer, F the feed-forward width."""
-    c = llm.config.get_text_config()
-    layers = c.num_hidden_layers
-    if math.isinf(free):  # not a GPU: there small micro-batches are as fast
-        return MICRO_TOKENS["cpu"], layers * (setting is True)
-    width = 10 * c.hidden_size + 4 * getattr(c, "intermediate_size", 4 * c.hidden_size)
-    fit = 0.8 * free / (width * llm.dtype.itemsize)  # tokens times layers
-    tokens = int(min(8192, max(2048, fit / layers)))
-    if setting == "auto":
-        setting = max(0.0, 1 - fit / layers / tokens)
-    return tokens, math.ceil(layers * setting)
 
 def recompute_layers(llm: Any, count: int) -> None:
     """Recompute the last `count` layers in the backward pass instead of keeping their activations.
@@ -1473,31 +1441,38 @@ def build_model(cfg: Config, llm: Any, data: Split, rt: Runtime) -> tuple[ELM, d
                  "the vectors' width": s["d_emb"], "the LLM's width": s["d_llm"],
                  **vectors_identity(data.statistics), **llm_identity(llm)}
 
-def plan_micro_batches(cfg: Config, elm: ELM, terms: dict[str, Term], rt: Runtime) -> int:
-    """Choose the token budget of a micro-batch and recompute as many layers as that needs. On a GPU
-    run a longest micro-batch first, and halve the budget until memory suffices on every process.
-    Raises: OutOfMemoryError if one row of max_seq_length does not fit."""
-    budget, recomputed = plan_memory(elm.llm, cfg.model.grad_checkpoint, rt.free_memory())
-    recompute_layers(elm.llm, recomputed)
-    row = cfg.data.max_seq_length
-    while rt.device.type == "cuda" and not fits_memory(elm, max(budget, row), row, terms, rt):
-        if elm.lockstep or budget <= row:
-            raise torch.OutOfMemoryError(f"a row of {row} tokens does not fit")
-        budget //= 2
-    rt.log(f"micro-batches of {budget} tokens, {recomputed} layers recomputed")
-    return budget
+def plan_memory(cfg: Config, elm: ELM, terms: dict[str, Term], rt: Runtime) -> int:
+    """The token budget of a micro-batch. On a GPU the first of several plans that a trial pass
+    shows to fit on every process: at first none of the layers recomputed, as model.grad_checkpoint
+    permits. Under ZeRO 3 on several processes, where a trial that fails cannot end, the last.
+    Raises: OutOfMemoryError if no plan fits."""
+    longest, c = cfg.data.max_seq_length, elm.llm.config.get_text_config()
+    shares = {True: [1.0], False: [0.0]}.get(cfg.model.grad_checkpoint, [0.0, 0.5, 1.0])
+    budgets = [max(longest, n) for n in (MICRO_TOKENS["cuda"], 4096, 2048)]
+    plans = [(budget, share) for share in shares for budget in budgets]
+    if rt.device.type != "cuda":  # small micro-batches are as fast
+        plans = [(MICRO_TOKENS["cpu"], shares[0])]
+    for budget, share in plans[-1:] if elm.lockstep else plans:
+        num_layers = math.ceil(share * c.num_hidden_layers)
+        recompute_layers(elm.llm, num_layers)
+        if rt.device.type != "cuda" or elm.lockstep or fits_memory(elm, budget, longest, terms, rt):
+            rt.log(f"micro-batches of {budget} tokens, {num_layers} layers recomputed")
+            return budget
+    raise torch.OutOfMemoryError(f"a row of {longest} tokens does not fit")
 
 def fits_memory(elm: ELM, num_tokens: int, longest: int, terms: dict[str, Term],
                 rt: Runtime) -> bool:
-    """Whether a training pass over num_tokens, in rows of up to `longest`, fits on each process."""
+    """Whether a training pass over num_tokens in rows of `longest`, beside what the optimizer will
+    allocate, fits on every process."""
     num_soft, d_emb = (elm.adapter.settings[k] for k in ("tokens", "d_emb"))
-    lengths = [longest] * (num_tokens // longest) or [num_tokens]
-    examples = [Example(np.zeros(n, np.int64), 0, n - num_soft, False) for n in lengths]
+    examples = [Example(np.zeros(longest, np.int64), 0, longest - num_soft, False)
+                for _ in range(num_tokens // longest)]
     batch = collate(examples, torch.ones(len(examples), d_emb), num_soft)
-    failed = torch.zeros((), device=rt.device)
-    try:
-        counts = dict(labels=num_tokens, rows=len(examples))
+    counts, failed = dict(labels=num_tokens, rows=len(examples)), torch.zeros((), device=rt.device)
+    try:  # gradient, two moments and as much again for the update
+        reserve = [torch.empty_like(p) for p in elm.adapter.parameters() for _ in range(4)]
         soft_gradient(elm, elm(batch["embeddings"]), [(1.0, batch)], terms, counts)
+        del reserve
     except torch.OutOfMemoryError:
         failed += 1
     torch.cuda.empty_cache()
@@ -1593,7 +1568,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
     llm = get_llm(cfg.model.llm, rt.device, cfg.model.bf16, zero=zero_config(cfg))
     elm, optimizer, probe, identity = build_trainable(cfg, llm, source, saved, rt)
     terms = loss_terms(cfg.loss, elm, probe)
-    budget = plan_micro_batches(cfg, elm, terms, rt)
+    budget = plan_memory(cfg, elm, terms, rt)
     rt = open_folder(cfg, state, rt)
     log = Log(cfg, state, total, rt)
     rt.log(f"resumed after step {state.step}{changed}" if saved else
@@ -1724,7 +1699,7 @@ def answers(elm: ELM, split: Split, rows: np.ndarray, which: np.ndarray, limit: 
     for i in tqdm(range(rank * size, len(rows), world * size), "answers", leave=False,
                   disable=rt.rank > 0 or rt.quiet or None):
         vectors = split.embeddings(which[i : i + size])
-        queries = [row["query"] for row in split.read(rows[i : i + size])]
+        queries = [row.query for row in split.read(rows[i : i + size])]
         made[i] = elm.generate(vectors, queries, limit, size)
     if world > 1:
         torch.distributed.all_gather_object(parts, made)
@@ -1823,7 +1798,7 @@ def score_now(elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime) -> float:
     """The bertscore_composite that `report` would find, without all else. One process."""
     rows = sample_rows(split, cfg.samples)
     texts = answers(elm, split, rows, split.rows["vector"][rows], cfg.max_new_tokens, rt)
-    references = [row["response"] for row in split.read(rows)]
+    references = [row.response for row in split.read(rows)]
     return float((bert_scores(cfg, texts, references, rt.device)[0] @ COMPOSITE).mean())
 
 def summarize(split: Split, measures: dict, mask: np.ndarray, draws: int = 1000) -> dict[str, Any]:
@@ -1861,13 +1836,13 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, metrics: list, abou
     if rt.rank > 0:
         return {}
     raw = split.read(rows)
-    keys = ("embedding_file_idx", "task_type", "query", "response")
-    predictions = [{k: r[k] for k in keys} | dict(prediction=a, prediction_shuffled=b)
+    keys = {"embedding_file_idx", "task_type", "query", "response"}
+    predictions = [r.model_dump(include=keys) | dict(prediction=a, prediction_shuffled=b)
                    for r, a, b in zip(raw, texts[""], texts["_shuffled"], strict=True)]
     lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
     write_text(folder / "predictions.jsonl", lines)  # before anything can go wrong with the scores
     if predictions:
-        texts["_reference"] = [r["response"] for r in raw]
+        texts["_reference"] = [r.response for r in raw]
         scores, about["bertscore_hash"] = score_answers(cfg, texts, rows, split, rt.device)
         for name, values in scores.items():
             measures[name] = np.zeros((2, len(task)))
@@ -2083,7 +2058,7 @@ def filter_tasks(data: DataConfig, folder: Path) -> None:
             vectors, counts = open_vectors(source[0]), dict(rows=0, pair_tasks=0, other_tasks=0)
             used = np.zeros(len(vectors), bool)
             for *_, row in read_rows(source[1], data.tasks, len(vectors), dict(counts)):
-                used[row["embedding_file_idx"]] = True
+                used[row.embedding_file_idx] = True
             place, kept = np.cumsum(used) - 1, torch.from_numpy(np.flatnonzero(used))
             if not len(kept):
                 raise UserError(f"{source[1]}: no row of data.tasks = {list(data.tasks)}")
@@ -2094,9 +2069,9 @@ def filter_tasks(data: DataConfig, folder: Path) -> None:
                 f.writelines(row_bytes(vectors[chunk]) for chunk in kept.split(8192))
             with writing(folder), open(target[1], "w", encoding="utf-8") as f:
                 for *_, row in read_rows(source[1], data.tasks, len(vectors), counts):
+                    row = row.model_dump(exclude_unset=True)
                     row["embedding_file_idx"] = int(place[row["embedding_file_idx"]])
                     f.write(json.dumps(row) + "\n")
-                    counts["rows"] += 1
             print(f"{split}: {counts['rows']} of {sum(counts.values())} rows, {len(kept)} of "
                   f"{len(vectors)} vectors")
         os.replace(work, folder)
