@@ -13,7 +13,9 @@ text that it sees only as a vector. The adapter is all that is trained.
     python elm.py filter train.toml OUT 'data.tasks=["summary"]'        a data set of some tasks
     python elm.py sweep sweep.toml                    Optuna; again or elsewhere, one more worker
 
-As a module it needs torch, transformers and safetensors; the others are imported where used.
+--help after a command or a TOML file lists its options.
+
+As a module it needs torch, transformers, safetensors and pydantic; others are imported where used.
 Shapes: n examples, N rows of a split, T packed tokens, R response tokens, E embedding width, D
 width of the LLM's token embeddings, K soft tokens per embedding. A step is one update of the
 optimizer, a micro-batch one forward and backward pass.
@@ -41,6 +43,7 @@ import sys
 import time
 import warnings
 from collections import Counter, deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -49,13 +52,23 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -69,82 +82,125 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
 )
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import (
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+__version__ = "0.1.0"
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 class UserError(ValueError):
-    """A mistake its reader can mend: each line says what, where and what to do. Exit code 2."""
+    """An error the user can correct: each line says what, where and what to do. Exit code 2."""
 
 # -----------------------------------------------------------------------------
-# Config: one frozen dataclass per TOML table; None is not set
+# Config: one frozen pydantic model per TOML table; None means unset
 
 TASKS = ("keywords", "category", "questions", "summary", "describe", "explain_beginner",
          "explain_expert", "related_topics", "characteristics_pos", "characteristics_neg",
          "style_academic", "style_casual", "counterfactual")
 REMOVED_TASKS = ("compare", "hypothetical")  # pair tasks of older data sets: skipped and counted
-table = dataclass(frozen=True, kw_only=True)
-@table
-class ModelConfig:
-    llm: str = "Qwen/Qwen3-4B-Instruct-2507"  # hub name or folder
-    hidden_dim: Annotated[int, "[1, inf)"] = 4096  # width of the adapter
-    tokens: Annotated[int, "[1, inf)"] = 1  # soft tokens per embedding
-    dropout: Annotated[float, "[0, 1)"] = 0.0
-    residual_scale: Annotated[float, "[0, inf)"] = 1.0
-    standardize: bool = True  # the vectors, by the mean and deviation of the training split's
+RESERVED_KEYS = (  # of DeepSpeed's config
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping", "optimizer", "scheduler", "bf16", "fp16", "activation_checkpointing")
+
+def expand_path(path: str) -> str:
+    return os.path.expanduser(os.path.expandvars(path))
+
+PathStr = Annotated[str, Field(pattern=r"^[^\x00]*$"), AfterValidator(expand_path)]
+Name = Annotated[str, Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+FromList = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+
+class Table(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=False):
+    """Strict: an integer is accepted for a float, no other type is converted."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def restore_defaults(cls, values: Any) -> Any:  # of keys that an override has set to none
+        if not isinstance(values, dict):
+            return values
+        return {k: v for k, v in values.items() if v is not None or k not in cls.model_fields}
+
+    def tables(self) -> dict[str, Any]:  # as TOML has them
+        return self.model_dump(mode="json", exclude_none=True)
+
+class ModelConfig(Table):
+    llm: PathStr = "Qwen/Qwen3-4B-Instruct-2507"  # hub name or folder
+    hidden_dim: PositiveInt = 4096  # width of the adapter
+    tokens: PositiveInt = 1  # soft tokens per embedding
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    residual_scale: NonNegativeFloat = 1.0
+    standardize: bool = True  # the embeddings, by mean and deviation of the training split
     bf16: bool = True  # the LLM; the adapter and its optimizer stay fp32
-    grad_checkpoint: bool | Literal["auto"] = "auto"
-@table
-class DataConfig:
-    dir: str = "data"
-    tasks: tuple[str, ...] = TASKS
-    max_seq_length: Annotated[int, "[1, inf)"] = 2048  # tokens of prompt and response
-    num_workers: Annotated[int, "[0, inf)"] = 4  # threads that read ahead
-@table
-class TrainConfig:
-    batch_size: Annotated[int, "[1, inf)"] = 16  # a step has this * grad_accum * processes rows
-    grad_accum: Annotated[int, "[1, inf)"] = 2
-    epochs: Annotated[int, "[1, inf)"] = 3
-    max_steps: Annotated[int, "[1, inf)"] | None = None  # overrides epochs
-    lr: Annotated[float, "(0, inf)"] = 1e-4
-    warmup_steps: Annotated[int, "[0, inf)"] = 1000
-    weight_decay: Annotated[float, "[0, inf)"] = 0.01
-    max_grad_norm: Annotated[float, "(0, inf)"] = 1.0
-    eval_steps: Annotated[int, "[1, inf)"] = 500
-    save_steps: Annotated[int, "[1, inf)"] = 1000
-    logging_steps: Annotated[int, "[1, inf)"] = 50
-    seed: Annotated[int, "[0, 4294967295]"] = 42
-    resume: str | None = None  # a checkpoint, or "auto": the newest in output.dir
-@table
-class LossConfig:
-    drift_weight: Annotated[float, "[0, inf)"] = 0.0
-    drift_target: Annotated[float, "[-1, 1]"] = 1.0
-    distill_weight: Annotated[float, "[0, inf)"] = 0.0
-@table
-class EvalConfig:
-    samples: Annotated[int, "[0, inf)"] = 100  # rows that are generated; losses use the whole split
-    max_new_tokens: Annotated[int, "[1, inf)"] = 256
-    embedder: str | None = None
-    split: Literal["train", "val", "test"] | None = None  # of the report; None: test, else val
-    bertscore_model: str = "microsoft/deberta-xlarge-mnli"
-    bertscore_layers: Annotated[int, "[1, inf)"] | None = None
-@table
-class DeepSpeedConfig:
-    zero_stage: Annotated[int, "[0, 3]"] = 0
-    extra: dict = field(default_factory=dict)  # the table's other keys, as DeepSpeed wants them
-@table
-class WandbConfig:
+    grad_checkpoint: Literal[True, False, "auto"] = "auto"  # recompute all, no or some layers
+    template: dict[str, Any] = {}  # keyword arguments of the chat template
+
+class DataConfig(Table):
+    dir: PathStr = "data"  # holds embeddings/ and synthesis/
+    tasks: Annotated[tuple[Name, ...], FromList, Field(min_length=1)] = TASKS  # or your own
+    max_seq_length: PositiveInt = 2048  # tokens of prompt and response
+    num_workers: NonNegativeInt = 4  # threads that read ahead
+
+class TrainConfig(Table):
+    batch_size: PositiveInt = 16  # examples; a step has batch_size * grad_accum * processes
+    grad_accum: PositiveInt = 2
+    epochs: PositiveInt = 3
+    max_steps: NonNegativeInt | None = None  # overrides epochs
+    lr: PositiveFloat = 1e-4
+    warmup_steps: NonNegativeInt = 1000  # of linear warm-up, before a linear decay to 0
+    weight_decay: NonNegativeFloat = 0.01
+    max_grad_norm: PositiveFloat = 1.0
+    eval_steps: PositiveInt = 500  # between evaluations
+    save_steps: PositiveInt = 1000
+    logging_steps: PositiveInt = 50
+    warm_start: bool = True  # begin at a closed-form solution
+    patience: PositiveInt | None = None  # evaluations without a better validation loss
+    seed: Seed = 42
+    resume: PathStr | None = None  # a checkpoint, or "auto": the newest in output.dir
+
+class LossConfig(Table):
+    drift_weight: NonNegativeFloat = 0.0
+    drift_target: Annotated[float, Field(ge=-1, le=1)] = 1.0
+    distill_weight: Annotated[float, Field(ge=0, le=0)] = 0.0  # not built yet
+
+class EvalConfig(Table):
+    samples: NonNegativeInt = 100  # rows that are generated; losses use the whole split
+    max_new_tokens: PositiveInt = 256
+    embedder: PathStr | None = None  # the model that made the embeddings
+    split: Literal["train", "val", "test"] | None = None  # of the report; none: test, else val
+    bertscore_model: PathStr = "microsoft/deberta-xlarge-mnli"
+    bertscore_layers: PositiveInt | None = None
+
+class DeepSpeedConfig(Table, extra="allow"):  # other keys: DeepSpeed's own, at stage 3
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0  # 0 to 3
+    zero_optimization: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def check_keys(self) -> DeepSpeedConfig:
+        """Refuse keys that elm sets, misspelled ones, and those that nothing reads."""
+        for key in sorted(self.model_fields_set - {"zero_stage"}):
+            if key in RESERVED_KEYS or key == "zero_optimization" and "stage" in getattr(self, key):
+                raise ValueError(f"{key}: is set by elm, from [train], [model] and zero_stage")
+            if key in self.model_extra and (hint := did_you_mean(key, type(self).model_fields)):
+                raise ValueError(f"{key}: unknown key{hint}")
+            if self.zero_stage < 3:
+                raise ValueError(f"{key}: has no effect unless deepspeed.zero_stage = 3")
+        return self
+
+class WandbConfig(Table):
     enabled: bool = False
     project: str = "elm-training"
     run_name: str | None = None
-@table
-class OutputConfig:
-    dir: str = "data/checkpoints"
-    log_file: str | None = None
-@table
-class Config:
+    mode: Literal["online", "offline", "disabled"] = "online"
+
+class OutputConfig(Table):
+    dir: PathStr = "data/checkpoints"
+    log_file: PathStr | None = None
+
+class Config(Table):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -154,89 +210,61 @@ class Config:
     wandb: WandbConfig = WandbConfig()
     output: OutputConfig = OutputConfig()
 
-SECTIONS = {f.name: type(f.default) for f in dataclasses.fields(Config)}
-OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-         "gradient_clipping", "optimizer", "scheduler", "bf16", "fp16", "activation_checkpointing")
-ZERO = ["zero_stage", "zero_optimization"]
+MESSAGES = {"model_type": "must be a table", "dict_type": "must be a table",
+            "tuple_type": "must be a list, in quotes on the command line",
+            "bool_type": "must be true or false"}
+COMMON_NAMES = {  # of other programs
+    "train.lr": "learning_rate", "train.epochs": "num_epochs max_epochs num_train_epochs",
+    "train.batch_size": "per_device_train_batch_size", "train.patience": "early_stopping_patience",
+    "train.grad_accum": "gradient_accumulation_steps", "train.warmup_steps": "warmup",
+    "data.max_seq_length": "max_length max_seq_len", "train.resume": "resume_from_checkpoint",
+    "model.grad_checkpoint": "gradient_checkpointing", "model.llm": "model_name_or_path"}
 
-def fits(value: Any, hint: Any) -> bool:  # an integer serves as a float, a bool does not
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        low, high = (float(x) for x in args[1][1:-1].split(","))
-        open_ends = [low] * (args[1][0] == "(") + [high] * (args[1][-1] == ")")
-        return fits(value, args[0]) and low <= value <= high and value not in open_ends
-    if origin in (Union, UnionType):
-        return any(fits(value, a) for a in args)
-    if origin is Literal:
-        return value in args
-    if origin is tuple:
-        return isinstance(value, list) and all(fits(v, args[0]) for v in value)
-    if hint is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return type(value) is hint and "\0" not in str(value)  # which no path may have
+def list_options(kind: type[Table], prefix: str = "") -> dict[str, str]:
+    """The fields of a model and its tables: type, default and comment by dotted name."""
+    options, source = {}, Path(__file__).read_text("utf-8")
+    source = re.search(rf"^class {kind.__name__}\(.*?^$", source, re.MULTILINE | re.DOTALL)[0]
+    for name, info in kind.model_fields.items():
+        if line := re.search(rf"^    {name}: (.*)$", source, re.MULTILINE):
+            options[prefix + name] = line[1]
+        if isinstance(info.default, Table):
+            options |= list_options(type(info.default), f"{prefix}{name}.")
+    return options
 
-def describe(annotation: str) -> str:  # as "float in (0, inf)", "bool or 'auto'"
-    text = re.sub(r"Annotated\[(\w+), '(.*?)'\]", r"\1 in \2", annotation.replace(" | None", ""))
-    text = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list of \1, [ ] quoted from the shell", text)
-    text = text.replace("bool", "true or false")
-    return re.sub(r"Literal\[(.*?)\]", r"\1", text).replace(" | ", " or ")
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    last = name.rpartition(".")[2]
+    matches = [n for n in names if last in (n.rpartition(".")[2], *COMMON_NAMES.get(n, "").split())]
+    matches = matches or difflib.get_close_matches(name, names, 1, cutoff=0.75)
+    return f", did you mean {' or '.join(matches)}?" if matches else ""
 
-def did_you_mean(name: str, names: Any) -> str:
-    match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f", did you mean {match[0]}?" if match else f"; known are {', '.join(names)}"
-
-def check_table(kind: type, entries: dict, name: str = "") -> tuple[dict, list[str]]:
-    """(values for the dataclass `kind`, mistakes, each of which begins with its dotted key). A key
-    that it does not have goes into its `extra`, if it has that."""
-    hints, values, errors = get_type_hints(kind, include_extras=True), {}, []
-    known = [name + key for key in hints if key != "extra"]
-    for key, value in entries.items():
-        if name + key in known and not fits(value, hints[key]):
-            wanted = describe(kind.__annotations__[key])
-            errors.append(f"{name}{key} = {value!r}: must be {wanted}")
-        elif name + key in known:
-            values[key] = tuple(value) if isinstance(value, list) else value
-        elif "extra" in hints:
-            values.setdefault("extra", {})[key] = value
-        else:
-            errors.append(f"{name}{key}: unknown key{did_you_mean(name + key, known)}")
-    for f in dataclasses.fields(kind):
-        if f.default is f.default_factory is dataclasses.MISSING and f.name not in entries:
-            errors.append(f"{name}{f.name}: is missing")
-    return values, errors
-
-def build_config(tables: dict, source: str = "config", overridden: tuple[str, ...] = ()) -> Config:
-    """Nested dicts as a Config. Raises: UserError with one line for each mistake, all at once, that
-    names `source` unless the key is in `overridden`."""
-    errors, values = [], {}
-    for name, entries in tables.items():
-        if name not in SECTIONS or not isinstance(entries, dict):
-            like = "" if name in SECTIONS else did_you_mean(name, SECTIONS)
-            errors.append(f"{name}: is not a table of section.key=value{like}")
-            continue
-        values[name], wrong = check_table(SECTIONS[name], entries, f"{name}.")
-        errors += wrong
-    for key, value in values.get("deepspeed", {}).get("extra", {}).items():
-        if key in OWNED or key in ZERO and (type(value) is not dict or "stage" in value):
-            errors.append(f"deepspeed.{key}: elm computes it, from [train], [model] and zero_stage")
-        elif key not in ZERO and difflib.get_close_matches(key, ZERO, 1, 0.8):
-            errors.append(f"deepspeed.{key}: unknown key{did_you_mean(key, ZERO)}")
-    tasks = values.get("data", {}).get("tasks", TASKS)
-    errors += [f"data.tasks: unknown task {t!r}{did_you_mean(t, TASKS)}" for t in tasks or [""]
-               if t not in TASKS]
-    if values.get("loss", {}).get("distill_weight"):
-        errors.append("loss.distill_weight: not built yet, set it to 0.0")
-    if errors:
-        def place(key: str) -> str:
-            return "override" if any(f"{o}.".startswith(f"{key}.") for o in overridden) else source
-        raise UserError("\n".join(f"{place(re.split('[ :]', e)[0])}: {e}" for e in errors))
-    return Config(**{name: SECTIONS[name](**v) for name, v in values.items()})
+def build(kind: type[Table], tables: dict, prefix: str = "", overridden: Iterable = ()) -> Any:
+    """Nested dicts as a model. Raises: UserError with one line for each error, all at once, after
+    `prefix`, or after "override: " for a key among `overridden`."""
+    try:
+        return kind.model_validate(tables)
+    except ValidationError as e:
+        errors, lines = e.errors(), []
+    for error in errors:
+        key, message = ".".join(map(str, error["loc"])), error["msg"].replace("True, F", "true, f")
+        message = MESSAGES.get(error["type"]) or re.sub("^\\w+ should", "must", message)
+        known = [n for n in list_options(kind) if n.count(".") >= key.count(".")]
+        line = {"missing": f"{key}: is missing",
+                "extra_forbidden": f"{key}: unknown key{did_you_mean(key, known)}",
+                "value_error": f"{key}.{message.removeprefix('Value error, ')}",  # of check_keys
+                }.get(error["type"], f"{key} = {error['input']!r}: {message}")
+        is_override = any(f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")
+                          for name in overridden)
+        lines.append(f"{'override: ' if is_override else prefix}{line}")
+    raise UserError("\n".join(lines))
 
 def read_override(text: str) -> tuple[str, Any]:
-    """`name=value` as (name, value), the value as TOML has it; a bare word is a string."""
+    """`name=value` as (name, value), the value as TOML has it; a bare word is a string, `none` or
+    nothing is None."""
     name, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"{text}: an override has the form section.key=value")
+    if value.strip() in ("", "none"):
+        return name.strip(), None
     try:
         return name.strip(), tomllib.loads(f"x = {value}")["x"]
     except (ValueError, RecursionError):
@@ -245,40 +273,32 @@ def read_override(text: str) -> tuple[str, Any]:
 def read_toml(path: str | None, over: dict[str, Any]) -> dict[str, dict]:
     """The tables of a TOML file (none: empty ones) under values by dotted name."""
     try:
-        tables = tomllib.loads(Path(path).read_bytes().decode()) if path else {}
+        tables = tomllib.loads(Path(expand_path(path)).read_bytes().decode()) if path else {}
     except (ValueError, RecursionError) as e:  # of TOML, of UTF-8, of nesting
         raise UserError(f"{path}: not valid TOML: {e}") from None
     for name, value in over.items():
         *parents, key = name.split(".")
-        place = tables
+        node = tables
         for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
                 raise UserError(f"{name}: {parent} is not a table")
-        place[key] = value
+        node[key] = value
     return tables
 
-def load_config(path: str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The config of a TOML file (none: the defaults) under `section.key=value` overrides, whose
-    values are TOML; a bare word is a string. Raises: UserError with one line for each mistake."""
+def load_config(path: str | None = None, overrides: Iterable[str] = (),
+                kind: type[Config] = Config) -> Any:
+    """The config of a TOML file (none: the defaults) under `section.key=value` overrides, see
+    read_override. Raises: UserError with one line for each error."""
     over = dict(map(read_override, overrides))
-    return build_config(read_toml(path, over), path or "config", tuple(over))
+    return build(kind, read_toml(path, over), f"{path or 'config'}: ", over)
 
-def read_options(kind: type, arguments: list[str]) -> Any:
-    """`key=value` arguments as the dataclass `kind`. Raises: UserError, all mistakes at once."""
-    values, errors = check_table(kind, dict(map(read_override, arguments)))
-    if errors:
-        raise UserError("\n".join(errors))
-    return kind(**values)
-
-def to_tables(cfg: Config) -> dict[str, dict]:  # the inverse of build_config
-    tables = dataclasses.asdict(cfg)
-    tables["deepspeed"] |= tables["deepspeed"].pop("extra")
-    return {n: {k: list(v) if isinstance(v, tuple) else v for k, v in t.items() if v is not None}
-            for n, t in tables.items()}
+def parse_options(kind: type[Table], arguments: list[str]) -> Any:
+    """`key=value` arguments as a model. Raises: UserError with one line for each error."""
+    return build(kind, dict(map(read_override, arguments)))
 
 def flat(tables: dict, name: str = "") -> dict[str, Any]:
-    """Nested tables by dotted name; a range stays whole."""
+    """Nested tables by dotted name; {low, high} tables are left nested."""
     out = {}
     for key, value in tables.items():
         nested = isinstance(value, dict) and not {"low", "high"} & set(value)
@@ -565,7 +585,7 @@ class Row(BaseModel, frozen=True, strict=True, extra="allow"):
     response: Annotated[str, Field(pattern=r"\S")]  # not empty
     text: str | None = None  # what was embedded
 
-def parse_row(line: bytes, num_vectors: int) -> Row | None:
+def parse_row(line: bytes, tasks: tuple[str, ...], num_vectors: int) -> Row | None:
     """A checked row of one line of JSON; None for a pair task. Raises: ValueError."""
     try:
         row = Row.model_validate_json(line)
@@ -578,8 +598,8 @@ def parse_row(line: bytes, num_vectors: int) -> Row | None:
         raise ValueError(field + error["msg"]) from None
     if row.task_type in REMOVED_TASKS:
         return None
-    if row.task_type not in TASKS:
-        raise ValueError(f"unknown task_type {row.task_type!r}{did_you_mean(row.task_type, TASKS)}")
+    if row.task_type not in (known := (*tasks, *TASKS)):
+        raise ValueError(f"unknown task_type {row.task_type!r}{did_you_mean(row.task_type, known)}")
     if row.embedding_file_idx >= num_vectors:
         raise ValueError(f"embedding_file_idx {row.embedding_file_idx} of {num_vectors} vectors")
     check_query(row.query)
@@ -592,7 +612,7 @@ def read_rows(path: Path, tasks: tuple[str, ...], num_vectors: int, counts: Coun
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = parse_row(line, num_vectors) if line.strip() else None
+                row = parse_row(line, tasks, num_vectors) if line.strip() else None
             except ValueError as e:
                 raise UserError(f"{path}:{number}: {e}") from None
             if row and row.task_type in tasks:
@@ -616,7 +636,7 @@ class Split:  # of a data set, opened
 
     def read(self, indices: Any) -> list[Row]:
         with open(self.path, "rb") as f:
-            return [parse_row(f.readline(), len(self.vectors)) for i in indices
+            return [parse_row(f.readline(), self.tasks, len(self.vectors)) for i in indices
                     if f.seek(int(self.rows["byte"][i])) >= 0]
 
     def examples(self, indices: Any, source: str = "embedding") -> list[Example]:
@@ -762,9 +782,10 @@ def check_identity(trained: dict[str, Any], current: dict[str, Any], where: Any)
             raise UserError(f"{where}: {key} was {old} in training and is {value} here; give it "
                             "what it was trained with")
 
-def vectors_identity(statistics: dict[str, Tensor]) -> dict[str, float]:
-    square = statistics["mean"].square() + statistics["std"].square()
-    return {"the vectors' norm": square.sum().sqrt().item()}  # the root of its mean square
+def vectors_norm(vectors: Tensor) -> dict[str, float]:
+    """The root of the mean square norm of up to 8,192 vectors [n, E]."""
+    sample = vectors[:: len(vectors) // 8192 + 1].float()
+    return {"the vectors' norm": sample.square().sum(1).mean().sqrt().item()}
 
 def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors") -> Tensor:
     """[n, E] or [E], numpy or torch -> [n, E] fp32. Raises: UserError at another width, or a row
@@ -843,10 +864,10 @@ class Zero3:  # what transformers needs of accelerate's HfDeepSpeedConfig to bui
 
 def zero_config(cfg: Config) -> dict | None:
     """DeepSpeed's config at stage 3; None below, where each process holds the whole LLM."""
-    extra = cfg.deepspeed.extra
+    extra, zero = cfg.deepspeed.model_extra, cfg.deepspeed.zero_optimization or {}
     return None if cfg.deepspeed.zero_stage < 3 else {
         **extra, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": cfg.model.bf16},
-        "zero_optimization": {**extra.get("zero_optimization", {}), "stage": 3}}
+        "zero_optimization": {**zero, "stage": 3}}
 
 def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm",
              zero: dict | None = None) -> Any:
@@ -1316,7 +1337,7 @@ def config_text(cfg: Config) -> str:
     if shutil.which("git"):
         git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
         lines += ["# commit " + subprocess.run(git, capture_output=True, text=True).stdout.strip()]
-    for name, entries in to_tables(cfg).items():
+    for name, entries in cfg.tables().items():
         lines += ["", f"[{name}]", *(f"{key} = {to_toml(value)}" for key, value in entries.items())]
     return "\n".join(lines) + "\n"
 
@@ -1332,7 +1353,7 @@ class Log:
         if cfg.wandb.enabled and rt.rank == 0:
             self.run = self.attempt(lambda: import_optional("wandb").init(
                 project=cfg.wandb.project, name=cfg.wandb.run_name, id=state.wandb_id,
-                resume="allow", dir=cfg.output.dir, config=to_tables(cfg)))
+                resume="allow", dir=cfg.output.dir, config=cfg.tables()))
         state.wandb_id = self.run.id if self.run else state.wandb_id
 
     def attempt(self, call: Any) -> Any:
@@ -1439,7 +1460,7 @@ def build_model(cfg: Config, llm: Any, data: Split, rt: Runtime) -> tuple[ELM, d
     check_packing(elm)
     return elm, {"model.hidden_dim": m.hidden_dim, "model.tokens": m.tokens,
                  "the vectors' width": s["d_emb"], "the LLM's width": s["d_llm"],
-                 **vectors_identity(data.statistics), **llm_identity(llm)}
+                 **vectors_norm(data.vectors), **llm_identity(llm)}
 
 def plan_memory(cfg: Config, elm: ELM, terms: dict[str, Term], rt: Runtime) -> int:
     """The token budget of a micro-batch. On a GPU the first of several plans that a trial pass
@@ -1483,7 +1504,7 @@ def changes(saved: dict | None, cfg: Config, num_rows: int) -> str:
     if not saved:
         return ""
     old = flat(saved["config"]) | {"rows of the training split": saved["num_rows"]}
-    new = flat(to_tables(cfg)) | {"rows of the training split": num_rows}
+    new = flat(cfg.tables()) | {"rows of the training split": num_rows}
     return "".join(f"\n  {k} = {new.get(k)}, was {old.get(k)}" for k in {**old, **new}
                    if old.get(k) != new.get(k) and k not in ("train.resume", "output.dir"))
 
@@ -1493,7 +1514,7 @@ def finished_report(saved: dict | None, cfg: Config, total: int) -> dict | None:
         result = dict(json.loads(Path(cfg.output.dir, "eval.json").read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError):  # the report is made again
         return None
-    same = saved and saved["config"]["model"] == to_tables(cfg)["model"]
+    same = saved and saved["config"]["model"] == cfg.tables()["model"]
     return result if same and result.get("step") == saved["state"].step >= total else None
 
 def open_folder(cfg: Config, state: TrainState, rt: Runtime) -> Runtime:
@@ -1586,7 +1607,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
         if rt.rank == 0:
             save_checkpoint(folder / f"checkpoint_{name}.pt", state=dataclasses.asdict(state),
                             adapter=weights, optimizer=optimizer.state_dict(), identity=identity,
-                            probe=probe and tuple(probe), config=to_tables(cfg),
+                            probe=probe and tuple(probe), config=cfg.tables(),
                             num_rows=len(source.rows))
 
     def validate() -> None:
@@ -1918,12 +1939,11 @@ def table_head(shape: tuple[int, int], dtype: torch.dtype, **about: str) -> byte
 def row_bytes(rows: Tensor) -> bytes:
     return rows.contiguous().view(torch.uint8).numpy().tobytes()
 
-@table
-class EmbedOptions:
-    model: str = "Qwen/Qwen3-Embedding-4B"  # hub name or folder of an encoder or a decoder
+class EmbedOptions(Table):
+    model: PathStr = "Qwen/Qwen3-Embedding-4B"  # hub name or folder of an encoder or a decoder
     pooling: Literal["last", "mean", "cls"] | None = None  # None: last for decoders, else mean
     instruction: str | None = None  # what the texts are for, as Qwen3-Embedding takes it
-    max_tokens: Annotated[int, "[1, inf)"] | None = None  # None: what the model takes
+    max_tokens: PositiveInt | None = None  # None: what the model takes
     bf16: bool = True
 
 def reach(model: Any, tok: Any) -> int:
@@ -2017,7 +2037,7 @@ def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> No
     num, stat = sum(1 for _ in read_texts(texts)), texts.stat()
     embedder = Embedder.load(o, "model", "cuda" if torch.cuda.is_available() else "cpu")
     width, files = embedder.model.config.hidden_size, sorted(Path(o.model).glob("*"))
-    about = dataclasses.asdict(o) | dict(pooling=embedder.pooling)
+    about = o.model_dump() | dict(pooling=embedder.pooling)
     head = table_head((num, width), torch.float32, **{k: str(v) for k, v in about.items()})
     made_from = repr((str(texts.resolve()), stat.st_size, stat.st_mtime_ns, head, block,
                       [(p.name, p.stat().st_mtime_ns) for p in files]))
@@ -2085,9 +2105,8 @@ def evaluate(cfg: Config, path: Path) -> dict:
     adapter, about = Adapter.load(path)
     num_soft = adapter.settings["tokens"]
     split = open_data(cfg.data, cfg.eval, cfg.model.llm, (final,), num_soft, rt)[final]
-    check_identity(about.get("identity", {}), vectors_identity(split.statistics),
-                   f"data.dir: {final}")
     check_vectors(split.vectors[:1], adapter, f"data.dir: {final}")
+    check_identity(about.get("identity", {}), vectors_norm(split.vectors), f"data.dir: {final}")
     elm = ELM.load(path, cfg.model.llm, cfg.model.bf16, zero_config(cfg))
     elm.lockstep = cfg.deepspeed.zero_stage == 3 and rt.world > 1
     check_packing(elm)
@@ -2097,46 +2116,29 @@ def evaluate(cfg: Config, path: Path) -> dict:
     step, metrics = about.get("step"), read_metrics(path.parent / "metrics.jsonl")
     return report(elm, split, cfg, rt, metrics, dict(split=final, step=step, adapter_step=step))
 
-@table
-class GenerateOptions:
-    adapter: str
-    embeddings: str  # a safetensors file of one table
+class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM's own `generate`
+    adapter: PathStr
+    embeddings: PathStr  # a safetensors file of one table
     query: str | None = None
-    queries: str | None = None  # a file of them, one per line
-    rows: tuple[int, ...] | None = None  # of the table; None: all
-    mix: tuple[float, ...] | None = None  # [i, j, t]: between rows i and j, on the arc
-    out: str | None = None  # a .jsonl file; None: to stdout
-    llm: str | None = None  # the adapter's LLM at another place
-    batch_size: Annotated[int, "[1, inf)"] = 16
-    seed: Annotated[int, "[0, 4294967295]"] = 42
-    extra: dict = field(default_factory=dict)  # options of the LLM's own `generate`
-
-def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """[E], [E] -> [E], the part t of the way on the great circle, its length in proportion too.
-    Shoemake, Animating rotation with quaternion curves, 1985."""
-    u, v = F.normalize(a, dim=0), F.normalize(b, dim=0)
-    angle = torch.atan2((u - v).norm(), (u + v).norm()) * 2
-    if angle < 1e-4:
-        return torch.lerp(a, b, t)
-    if angle > math.pi - 1e-3:
-        raise UserError("mix: the two vectors are opposite, so that there is no one way between")
-    arc = (((1 - t) * angle).sin() * u + (t * angle).sin() * v) / angle.sin()
-    return arc * torch.lerp(a.norm(), b.norm(), t)
+    queries: PathStr | None = None  # a file of them, one per line
+    rows: Annotated[tuple[int, ...], FromList] | None = None  # of the table; none: all
+    out: PathStr | None = None  # a .jsonl file; none: to stdout
+    llm: PathStr | None = None  # the adapter's LLM at another place
+    batch_size: PositiveInt = 16
+    seed: Seed = 42
 
 def generate(o: GenerateOptions) -> None:
-    """Answers about the vectors of a file as lines of JSON, as they come. Raises: UserError."""
+    """Print answers about the vectors of a file as lines of JSON, as they come. Raises:
+    UserError."""
     vectors, known = open_vectors(Path(o.embeddings)), vars(GenerationConfig())
-    adapter, about = Adapter.load(o.adapter)
-    check_vectors(vectors, adapter, o.embeddings)
-    if o.mix is not None and (len(o.mix) != 3 or not 0 <= o.mix[2] <= 1 or o.rows is not None):
-        raise UserError("mix: is [i, j, t], two rows and a number from 0 to 1, in place of rows")
+    adapter, metadata = Adapter.load(o.adapter)
     rows = range(len(vectors)) if o.rows is None else o.rows
-    for row in o.mix[:2] if o.mix else rows or [None]:
+    for row in rows or [None]:
         if row not in range(len(vectors)):
-            raise UserError(f"{'mix' if o.mix else 'rows'}: no row {row} among {len(vectors)}")
+            raise UserError(f"rows: no row {row} among {len(vectors)}")
     if (o.query is None) == (o.queries is None):
         raise UserError("query or queries: give one of them")
-    for key in o.extra:
+    for key in o.model_extra:
         if key not in known or key in ("num_return_sequences", "return_dict_in_generate"):
             raise UserError(f"{key}: not an option here{did_you_mean(key, known)}")
     queries = [o.query] if o.queries is None else [*read_texts(Path(o.queries))]
@@ -2144,48 +2146,39 @@ def generate(o: GenerateOptions) -> None:
         check_query(query)
     if o.out:
         check_new(Path(o.out))
-    if o.mix:
-        a, b = vectors[[int(i) for i in o.mix[:2]]].float()
-        rows, vectors = [0], slerp(a, b, o.mix[2])[None]
-    some = vectors[list(rows[:1024])].float()
-    if len(bad := invalid_rows(some).nonzero()):
-        raise UserError(f"{o.embeddings}: row {rows[int(bad[0])]} is zero, NaN or infinite; embed "
-                        "it again")
-    norm = some.square().sum(1).mean().sqrt().item()
-    check_identity(about.get("identity", {}), dict(norm=norm), o.embeddings)
+    sample = check_vectors(vectors[list(rows[:1024])], adapter, o.embeddings)
+    check_identity(metadata.get("identity", {}), vectors_norm(sample), o.embeddings)
     elm, out = ELM.load(o.adapter, o.llm), None
     torch.manual_seed(o.seed)
     pairs, total = ((row, q) for q in queries for row in rows), len(queries) * len(rows)
     bar = tqdm(total=total, unit="answer", disable=not o.out and sys.stdout.isatty())
-    while some := list(islice(pairs, o.batch_size)):
-        which = torch.tensor([row for row, _ in some])
+    while batch := list(islice(pairs, o.batch_size)):
         try:
-            texts = elm.generate(vectors[which].float(), [q for _, q in some],
-                                 batch_size=o.batch_size, **o.extra)
+            answers = elm.generate(vectors[[row for row, _ in batch]], [q for _, q in batch],
+                                   batch_size=o.batch_size, **o.model_extra)
         except (ValueError, TypeError, ArithmeticError, LookupError) as e:  # at an option's value
             raise UserError(f"generate: {' '.join(str(e).split())[:300]}") from None
         out = out or (open(o.out, "x", encoding="utf-8") if o.out else sys.stdout)
-        for (row, query), text in zip(some, texts, strict=True):
-            entry = dict(row=o.mix or row, query=query, answer=text)
+        for (row, query), answer in zip(batch, answers, strict=True):
+            entry = dict(row=row, query=query, answer=answer)
             out.write(json.dumps(entry, ensure_ascii=False) + "\n")
         out.flush()
-        bar.update(len(some))
+        bar.update(len(batch))
     bar.close()
 
 # -----------------------------------------------------------------------------
 # Sweep: Optuna over the settings of training, by any number of workers
 
-@table
-class StudyConfig:
+class StudyConfig(Table):
     name: str = "elm-summary-optimization"
-    trials: Annotated[int, "[1, inf)"] = 50  # of all workers together
-    timeout_hours: Annotated[float, "(0, inf)"] = 24.0  # after which this worker begins no other
+    trials: PositiveInt = 50  # of all workers together
+    timeout_hours: PositiveFloat = 24.0  # after which this worker begins no other
     objective: Literal["bertscore_composite"] = "bertscore_composite"  # on the validation split
     storage: str | None = None  # a URL as Optuna takes it; None: a journal file in output.dir
-    seed: Annotated[int, "[0, 4294967295]"] = 42
-    repeat_best: Annotated[int, "[0, inf)"] = 3  # so many of the best are run with two more seeds
-@table
-class Range:
+    seed: Seed = 42
+    repeat_best: NonNegativeInt = 3  # so many of the best are run with two more seeds
+
+class Range(Table):
     low: float
     high: float
     log: bool = False
@@ -2200,7 +2193,7 @@ class Sweep(NamedTuple):
     space: dict[str, dict | list]
 
     def config(self, params: dict[str, Any]) -> Config:
-        return build_config(read_toml(None, self.base | params), self.place)
+        return build(Config, read_toml(None, self.base | params), f"{self.place}: ")
 
     @property
     def place(self) -> str:
@@ -2223,17 +2216,19 @@ def load_sweep(path: str, overrides: list[str]) -> Sweep:
         else:
             errors.append(f"{part}: is not a table of a sweep{did_you_mean(part, kinds)}")
     for name, kind in kinds.items():
-        if kind:
-            parts[name], wrong = check_table(kind, parts[name], f"{name}.")
-            errors += wrong
+        try:
+            parts[name] = build(kind, parts[name], f"{name}.") if kind else parts[name]
+        except UserError as e:
+            errors += str(e).splitlines()
     base, space = parts["base"], parts["space"]
     config = base.pop("config", "train.toml")
     if not isinstance(config, str):
         errors.append(f"base.config = {config!r}: must be a train TOML")
     if errors:
         raise UserError("\n".join(f"{path}: {e}" for e in errors))
-    base = flat(read_toml(config, {})) | base | {f"wandb.{k}": v for k, v in parts["wandb"].items()}
-    sweep = Sweep(path, StudyConfig(**parts["study"]), OutputConfig(**parts["output"]), base, space)
+    wandb = parts["wandb"].model_dump(exclude_unset=True)
+    base = flat(read_toml(config, {})) | base | {f"wandb.{k}": v for k, v in wandb.items()}
+    sweep = Sweep(path, parts["study"], parts["output"], base, space)
     if not sweep.config({}).eval.samples:
         errors.append("eval.samples = 0: the objective needs answers")
     if not space:
@@ -2241,10 +2236,13 @@ def load_sweep(path: str, overrides: list[str]) -> Sweep:
     for key, spec in space.items():
         values, wrong = spec, []
         if isinstance(spec, dict):
-            ends, wrong = check_table(Range, spec, f"space.{key}.")
-            low, high = values = [ends.get("low", 0), ends.get("high", 1)]
-            if not wrong and (low >= high or ends.get("log") and low <= 0):
-                wrong.append(f"space.{key} = {spec}: must rise from low to high, above 0 if log")
+            try:
+                ends = build(Range, spec, f"space.{key}.")
+                values = [spec["low"], spec["high"]]
+                if ends.low >= ends.high or ends.log and ends.low <= 0:
+                    wrong = [f"space.{key} = {spec}: must rise from low to high, above 0 if log"]
+            except UserError as e:
+                wrong = str(e).splitlines()
         elif not isinstance(spec, list) or not spec or any(isinstance(v, list) for v in spec):
             wrong.append(f"space.{key} = {spec!r}: must be choices in a list, or {{low, high}}")
         elif key.startswith(("eval.", "output.", "wandb.")) or key in OF_SWEEP:
@@ -2313,7 +2311,8 @@ def suggest(trial: Any, space: dict[str, dict | list]) -> dict[str, Any]:
             params[key] = trial.suggest_categorical(key, spec)
         else:
             section, _, name = key.partition(".")
-            whole = "int" in SECTIONS[section].__annotations__.get(name, "")
+            fields = Config.model_fields[section].annotation.model_fields
+            whole = name in fields and "int" in str(fields[name].annotation)
             pick = trial.suggest_int if whole else trial.suggest_float
             params[key] = pick(key, spec["low"], spec["high"], log=spec.get("log", False))
     return params
@@ -2326,14 +2325,14 @@ def trial_config(sweep: Sweep, params: dict[str, Any], name: str) -> Config:
 def run_trial(sweep: Sweep, trial: Any, params: dict, name: str, shared: dict) -> float:
     cfg = trial_config(sweep, params, name)
     try:
-        return train(cfg, trial)[sweep.study.objective]
+        return train(cfg, trial, shared)[sweep.study.objective]
     except SystemExit as stopped:  # of a signal
         raise KeyboardInterrupt(stopped.code) from None
     finally:
         gc.collect()  # an engine refers to itself
         torch.cuda.empty_cache()
         if cfg.wandb.enabled:
-            import_optional("wandb").finish()
+            attempt(Runtime(), lambda: import_optional("wandb").finish())
 
 def count_trials(study: Any) -> tuple[list, bool]:
     """(the trials made or being made, whether any is still being made). What killed workers were at
@@ -2356,7 +2355,7 @@ def run_sweep(sweep: Sweep) -> None:
     optuna, shared, failures = import_optional("optuna"), {}, (UserError, RuntimeError)
     wanted = sweep.study.trials
     cfg = trial_config(sweep, {}, "best")
-    open_inputs(cfg, start_runtime(cfg)._replace(quiet=True), cached=True)  # or there is no study
+    open_inputs(cfg, start_runtime(cfg)._replace(quiet=True), shared)  # or there is no study
     study, deadline = open_study(sweep), time.time() + 3600 * sweep.study.timeout_hours
     def objective(trial: Any) -> float:
         # A sampler of its own for each trial: those of workers of one seed would suggest the same.
@@ -2476,6 +2475,9 @@ def draw_sweep(path: Path, study: Any) -> None:
 # -----------------------------------------------------------------------------
 # Command line
 
+class EvalOptions(Config):
+    adapter: PathStr  # a file adapter_*.safetensors
+
 def start_command(command: str, *rest: str) -> None:
     places = [a for a in rest if not re.match(r"[\w.\"]+\s*=", a)]
     options = [a for a in rest if a not in places]
@@ -2485,15 +2487,12 @@ def start_command(command: str, *rest: str) -> None:
         raise UserError(f"{command}: takes {' '.join([*wanted[command], 'key=value …'])}, in "
                         f"quotes where it has spaces; given: {' '.join(places) or 'no path'}")
     if command == "eval":
-        adapter = [read_override(o)[1] for o in options if o.startswith("adapter=")]
-        if len(adapter) != 1:
-            raise UserError("adapter: is missing, an adapter_*.safetensors")
-        settings = [o for o in options if not o.startswith("adapter=")]
-        evaluate(load_config(places[0], settings), Path(adapter[0]))
+        cfg = load_config(places[0], options, EvalOptions)
+        evaluate(cfg, Path(cfg.adapter))
     elif command == "generate":
-        generate(read_options(GenerateOptions, options))
+        generate(parse_options(GenerateOptions, options))
     elif command == "embed":
-        embed_file(read_options(EmbedOptions, options), *map(Path, places))
+        embed_file(parse_options(EmbedOptions, options), *map(Path, places))
     elif command == "filter":
         filter_tasks(load_config(places[0], options).data, Path(places[1]))
     elif command == "sweep":
@@ -2508,11 +2507,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 only if the job is done, 2 after an error its user can mend."""
     given = sys.argv[1:] if arguments is None else arguments
     given = [a for a in given if not re.fullmatch(r"--local_rank=\d+", a)]  # of the launcher
+    if "--version" in given:
+        print(f"elm {__version__}")
+        return 0
     if not given or given[0] in ("-h", "--help"):
         print(__doc__)
-        for name, kind in dict(generate=GenerateOptions, embed=EmbedOptions).items():
-            print(f"{name}: {', '.join(k for k in kind.__annotations__ if k != 'extra')}")
         return 0 if given else 2
+    if {"-h", "--help"} & set(given):
+        kinds = dict(eval=(EvalOptions,), generate=(GenerateOptions,), embed=(EmbedOptions,),
+                     sweep=(StudyConfig, "study."))
+        options = list_options(*kinds.get(given[0], (Config,)))
+        print(*(f"{name}: {option}" for name, option in options.items()), sep="\n")
+        return 0
     try:
         start_command(*given)
         return 0
