@@ -55,37 +55,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+import pydantic
 import torch
 import torch.nn.functional as F
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+import transformers
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-)
-from transformers.integrations.deepspeed import (
-    set_hf_deepspeed_config,
-    unset_hf_deepspeed_config,
-)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -109,15 +88,15 @@ RESERVED_KEYS = (  # of DeepSpeed's config
 def expand_path(path: str) -> str:
     return os.path.expanduser(os.path.expandvars(path))
 
-PathStr = Annotated[str, Field(pattern=r"^[^\x00]*$"), AfterValidator(expand_path)]
+PathStr = Annotated[str, Field(pattern=r"^[^\x00]*$"), pydantic.AfterValidator(expand_path)]
 Name = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-FromList = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+FromList = pydantic.BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 class Table(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=False):
     """Strict: an integer is accepted for a float, no other type is converted."""
 
-    @model_validator(mode="before")
+    @pydantic.model_validator(mode="before")
     @classmethod
     def restore_defaults(cls, values: Any) -> Any:  # of keys that an override has set to none
         if not isinstance(values, dict):
@@ -178,7 +157,7 @@ class DeepSpeedConfig(Table, extra="allow"):  # other keys: DeepSpeed's own, at 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0  # 0 to 3
     zero_optimization: dict[str, Any] | None = None
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def check_keys(self) -> DeepSpeedConfig:
         """Refuse keys that elm sets, misspelled ones, and those that nothing reads."""
         for key in sorted(self.model_fields_set - {"zero_stage"}):
@@ -242,7 +221,7 @@ def build(kind: type[Table], tables: dict, prefix: str = "", overridden: Iterabl
     `prefix`, or after "override: " for a key among `overridden`."""
     try:
         return kind.model_validate(tables)
-    except ValidationError as e:
+    except pydantic.ValidationError as e:
         errors, lines = e.errors(), []
     for error in errors:
         key, message = ".".join(map(str, error["loc"])), error["msg"].replace("True, F", "true, f")
@@ -589,7 +568,7 @@ def parse_row(line: bytes, tasks: tuple[str, ...], num_vectors: int) -> Row | No
     """A checked row of one line of JSON; None for a pair task. Raises: ValueError."""
     try:
         row = Row.model_validate_json(line)
-    except ValidationError as e:
+    except pydantic.ValidationError as e:
         with suppress(ValueError, TypeError, LookupError, RecursionError):
             if json.loads(line)["task_type"] in REMOVED_TASKS:
                 return None  # whatever its other fields
@@ -825,7 +804,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, le
     return torch.cat(outs, dim=2).transpose(1, 2), None
 
 # transformers makes no mask for a name that it has no mask function for, so no O(T^2) one either.
-AttentionInterface.register("elm_packed", packed_attention)
+transformers.AttentionInterface.register("elm_packed", packed_attention)
 
 @contextmanager
 def swapped(owner: Any, name: str, value: Any):
@@ -875,8 +854,8 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
     among the processes as they are created, so that none ever holds the whole LLM."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     if zero is None:
-        llm = load_pretrained(AutoModelForCausalLM, name, key, dtype=dtype).to(device)
-        return llm.eval().requires_grad_(False)
+        llm = load_pretrained(transformers.AutoModelForCausalLM, name, key, dtype=dtype)
+        return llm.to(device).eval().requires_grad_(False)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed = import_optional("deepspeed")
@@ -884,12 +863,13 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
     # and a lock that hangs every later run if the build is killed. gloo is enough.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    from transformers.integrations import deepspeed as integration
     shared = Zero3(zero)  # of which transformers keeps a weak reference
-    set_hf_deepspeed_config(shared)
+    integration.set_hf_deepspeed_config(shared)
     try:
-        llm = load_pretrained(AutoModelForCausalLM, name, key, dtype=dtype)
+        llm = load_pretrained(transformers.AutoModelForCausalLM, name, key, dtype=dtype)
     finally:
-        unset_hf_deepspeed_config()
+        integration.unset_hf_deepspeed_config()
     # Not the LLM itself: DeepSpeed takes each forward pass of its top module for a new step, which
     # fails where processes generate answers of different lengths. This one's is never called.
     whole = nn.ModuleDict({"llm": llm.eval().requires_grad_(False)})
@@ -946,7 +926,7 @@ class ELM(nn.Module):
             raise UserError(f"{path}: does not say which LLM it was trained for")
         trained, device = metadata["llm"], "cuda" if torch.cuda.is_available() else "cpu"
         name, bf16 = llm or trained["name"], trained["bf16"] if bf16 is None else bf16
-        prompt = Prompt.from_tokenizer(load_pretrained(AutoTokenizer, name, "llm"))
+        prompt = Prompt.from_tokenizer(load_pretrained(transformers.AutoTokenizer, name, "llm"))
         model = load_llm(name, torch.device(device), bf16, "llm", zero)
         check_identity(metadata.get("identity", {}), llm_identity(model), f"{path}: {name}")
         return ELM(model, adapter.to(device), prompt).eval()
@@ -959,7 +939,7 @@ class ELM(nn.Module):
         vectors = torch.as_tensor(embeddings).float()
         statistics = vector_statistics(vectors, torch.ones(len(vectors), dtype=torch.bool), llm)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        prompt = Prompt.from_tokenizer(load_pretrained(AutoTokenizer, llm, "llm"))
+        prompt = Prompt.from_tokenizer(load_pretrained(transformers.AutoTokenizer, llm, "llm"))
         model = load_llm(llm, device, bf16, "llm")
         adapter = fresh_adapter(model, statistics, hidden_dim=hidden_dim, **settings)
         return ELM(model, adapter.to(device), prompt)
@@ -1048,7 +1028,8 @@ class ELM(nn.Module):
         queries, end = expand(query, len(vectors)), self.prompt.tokenizer.eos_token_id
         options = dict(eos_token_id=end, pad_token_id=end, do_sample=False) | options
         # Greedy is greedy whatever the LLM's generation_config.json says; sampling is as that says.
-        config = self.llm.generation_config if options["do_sample"] else GenerationConfig()
+        own, greedy = self.llm.generation_config, transformers.GenerationConfig()
+        config = own if options["do_sample"] else greedy
         self.eval()
         with swapped(self.llm, "generation_config", config):
             for i in range(0, len(vectors), batch_size):
@@ -1417,7 +1398,7 @@ def open_data(data: DataConfig, scoring: EvalConfig, llm: str, names: tuple[str,
         load_scorer(scoring.bertscore_model, scoring.bertscore_layers)
         if rt.rank > 0:  # process 0 will score
             load_scorer.cache_clear()
-    prompt = Prompt.from_tokenizer(load_pretrained(AutoTokenizer, llm, "model.llm"))
+    prompt = Prompt.from_tokenizer(load_pretrained(transformers.AutoTokenizer, llm, "model.llm"))
     splits = {name: open_split(data, name, prompt, num_soft, rt) for name in dict.fromkeys(names)}
     widths = {name: split.vectors.shape[1] for name, split in splits.items()}
     if len(set(widths.values())) > 1:
@@ -1733,7 +1714,7 @@ def load_scorer(name: str, num_layers: int | None) -> Any:
     the library fails at one without a length, and at byte-level ones it takes the space from the
     first word. Raises: UserError."""
     place, bert_score = "eval.bertscore_model", import_optional("bert_score")
-    config = load_pretrained(AutoConfig, name, place)
+    config = load_pretrained(transformers.AutoConfig, name, place)
     layers = num_layers or bert_score.utils.model2layers.get(name, config.num_hidden_layers)
     if layers > config.num_hidden_layers:
         raise UserError(f"eval.bertscore_layers = {layers}: {name} has {config.num_hidden_layers}")
@@ -1743,7 +1724,7 @@ def load_scorer(name: str, num_layers: int | None) -> Any:
         scorer = bert_score.BERTScorer(name, num_layers=layers, device="cpu")
     tok, known = scorer._tokenizer, bert_score.utils
     if isinstance(tok, (known.GPT2Tokenizer, known.RobertaTokenizer)):
-        tok = load_pretrained(AutoTokenizer, name, place, add_prefix_space=True)
+        tok = load_pretrained(transformers.AutoTokenizer, name, place, add_prefix_space=True)
     tok.model_max_length, scorer._tokenizer = reach(scorer._model, tok), tok
     scorer._model.float()
     return scorer
@@ -1955,7 +1936,7 @@ def reach(model: Any, tok: Any) -> int:
     return min(most, tok.model_max_length)
 
 def check_embedder(name: str, place: str) -> Any:
-    config = load_pretrained(AutoConfig, name, place)
+    config = load_pretrained(transformers.AutoConfig, name, place)
     if config.is_encoder_decoder or config.model_type == "t5":
         raise UserError(f"{place}: {name} is neither an encoder nor a decoder")
     return config
@@ -1970,9 +1951,9 @@ class Embedder(NamedTuple):
     @staticmethod
     def load(o: EmbedOptions, place: str, device: Any) -> Embedder:
         config = check_embedder(o.model, place)
-        tok = load_pretrained(AutoTokenizer, o.model, place)
+        tok = load_pretrained(transformers.AutoTokenizer, o.model, place)
         dtype = torch.bfloat16 if o.bf16 else torch.float32
-        model = load_pretrained(AutoModel, o.model, place, dtype=dtype).to(device).eval()
+        model = load_pretrained(transformers.AutoModel, o.model, place, dtype=dtype).to(device).eval()
         encoder = (config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
                    or getattr(config, "use_bidirectional_attention", False))
         limit = min(reach(model, tok), o.max_tokens or math.inf)
@@ -2130,7 +2111,7 @@ class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM
 def generate(o: GenerateOptions) -> None:
     """Print answers about the vectors of a file as lines of JSON, as they come. Raises:
     UserError."""
-    vectors, known = open_vectors(Path(o.embeddings)), vars(GenerationConfig())
+    vectors, known = open_vectors(Path(o.embeddings)), vars(transformers.GenerationConfig())
     adapter, metadata = Adapter.load(o.adapter)
     rows = range(len(vectors)) if o.rows is None else o.rows
     for row in rows or [None]:
