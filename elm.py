@@ -298,7 +298,6 @@ class Runtime(NamedTuple):  # this process among all processes of the run
     device: torch.device = torch.device("cpu")
     log_file: str | None = None
     quiet: bool = False
-    lock: Any = None  # of output.dir, held while the process lives
 
     def log(self, message: str) -> None:
         """Print on process 0, above the progress bar, and append to the log file."""
@@ -315,11 +314,20 @@ class Runtime(NamedTuple):  # this process among all processes of the run
             torch.distributed.all_reduce(x)
         return x
 
-    def agree(self, value: Any) -> Any:
-        """Return process 0's `value` on every process: a collective operation."""
-        values = [value]
+    def on_first(self, compute: Any) -> Any:
+        """Return compute() of process 0 on every process, or raise its UserError on every process:
+        a collective operation."""
+        result, error = None, None
+        if self.rank == 0:
+            try:
+                result = compute()
+            except UserError as e:
+                error = e
+        values = [result, error]
         if self.world > 1:
             torch.distributed.broadcast_object_list(values, device=torch.device("cpu"))
+        if values[1]:
+            raise values[1]
         return values[0]
 
 def import_optional(package: str) -> Any:
@@ -1221,23 +1229,23 @@ def load_checkpoint(path: Path) -> dict:
         why = (str(e) if type(e) is ValueError else repr(e)).splitlines()[0][:200]
         raise UserError(f"train.resume: {path}: no whole checkpoint: {why}") from None
 
-def by_step(folder: Path, pattern: str) -> list[tuple[int, Path]]:
-    numbers = ((p.stem.rpartition("_")[2], p) for p in folder.glob(pattern))
-    return sorted((int(n), p) for n, p in numbers if n.isdecimal())
-
 def newest_checkpoint(folder: Path, rt: Runtime) -> Path | None:
     """The whole checkpoint of the most steps, if any. Raises: UserError if none is whole."""
-    steps = [p for _, p in by_step(folder, "checkpoint_step_*.pt")][::-1]
-    paths, found = [p for p in (folder / "checkpoint_final.pt", *steps) if p.exists()], {}
-    for path in paths:
+    steps = {int(p.stem[16:]): p for p in folder.glob("checkpoint_step_*.pt")
+             if p.stem[16:].isdecimal()}
+    paths, found = [steps[n] for n in sorted(steps, reverse=True)], {}
+    final = folder / "checkpoint_final.pt"
+    for path in [final] * final.exists() + paths:
         try:
             found[path] = load_checkpoint(path)["state"].step
         except UserError as e:
             rt.log(f"passed over: {e}")
-        if path in found and path in steps:
+        if found and path != final:
             break
-    if paths and not found:
+    if not found and (paths or final.exists()):
         raise UserError(f"train.resume: no checkpoint in {folder} is whole; choose another folder")
+    if not found:
+        rt.log(f"train.resume: {folder} holds no checkpoint; this is a new run")
     return max(found, key=found.get, default=None)
 
 def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
@@ -1247,29 +1255,12 @@ def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output.dir: {folder} is not a folder")
     if resume == "auto":
-        path, error = None, None
-        try:
-            path = newest_checkpoint(folder, rt) if rt.rank == 0 else None
-        except UserError as e:
-            error = str(e)
-        path, error = rt.agree((path, error))
-        if error:
-            raise UserError(error)
-        if path is None:
-            rt.log(f"train.resume: {folder} holds no checkpoint; this is a new run")
-        return path and load_checkpoint(path)
-    holds_run = by_step(folder, "checkpoint_step_*.pt") or (folder / "metrics.jsonl").exists()
-    if holds_run and (resume is None or Path(resume).resolve().parent != folder.resolve()):
+        resume = rt.on_first(lambda: newest_checkpoint(folder, rt))
+    elif (folder / "metrics.jsonl").exists() and not (
+            resume and Path(resume).resolve().parent == folder.resolve()):
         raise UserError(f"output.dir: {folder} holds a run already; go on with it by "
                         "train.resume=auto, or choose another folder")
-    if resume is None:
-        return None
-    saved = load_checkpoint(Path(resume))
-    last = max([n for n, _ in by_step(folder, "adapter_step_*.safetensors")], default=0)
-    if last > saved["state"].step:
-        raise UserError(f"output.dir: {folder} has gone on to step {last}; go on from there by "
-                        f"train.resume=auto, or from {resume} in another folder")
-    return saved
+    return load_checkpoint(Path(resume)) if resume else None
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of metrics.jsonl, without one that a killed run did not end; none if there is no
@@ -1480,35 +1471,31 @@ def fits_memory(elm: ELM, num_tokens: int, longest: int, terms: dict[str, Term],
     torch.cuda.empty_cache()
     return not rt.sum(failed).item()
 
-def changes(saved: dict | None, cfg: Config, num_rows: int) -> str:
+def changes(saved: dict, cfg: Config, num_rows: int) -> str:
     """What differs from the run of a checkpoint, a line each."""
-    if not saved:
-        return ""
-    old = flat(saved["config"]) | {"rows of the training split": saved["num_rows"]}
-    new = flat(cfg.tables()) | {"rows of the training split": num_rows}
+    old, new = (flat(tables) | {"rows of the training split": n} for tables, n in (
+        (saved["config"], saved["num_rows"]), (cfg.tables(), num_rows)))
     return "".join(f"\n  {k} = {new.get(k)}, was {old.get(k)}" for k in {**old, **new}
                    if old.get(k) != new.get(k) and k not in ("train.resume", "output.dir"))
 
-def finished_report(saved: dict | None, cfg: Config, total: int) -> dict | None:
+def finished_report(saved: dict, cfg: Config, total: int) -> dict | None:
     """The report of a run that has nothing left to do."""
-    try:
-        result = dict(json.loads(Path(cfg.output.dir, "eval.json").read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError):  # the report is made again
-        return None
-    same = saved and saved["config"]["model"] == cfg.tables()["model"]
-    return result if same and result.get("step") == saved["state"].step >= total else None
+    path, step = Path(cfg.output.dir, "eval.json"), saved["state"].step
+    if step >= total and path.exists() and saved["config"]["model"] == cfg.tables()["model"]:
+        result = json.loads(path.read_bytes())
+        return result if result["step"] == step else None
 
-def open_folder(cfg: Config, state: TrainState, rt: Runtime) -> Runtime:
-    """Lock output.dir, write config.toml, and drop what a killed run logged after `state`."""
+def open_folder(cfg: Config, state: TrainState) -> Any:
+    """Lock output.dir, write config.toml, and drop what a killed run logged after `state`: returns
+    the lock. Raises: UserError."""
     folder = Path(cfg.output.dir)
-    if rt.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        rt = rt._replace(lock=lock(folder / ".lock"))
-        kept = [json.dumps(m) + "\n" for m in read_metrics(folder / "metrics.jsonl")
-                if m["step"] <= (state.validated if "val_loss" in m else state.step)]
-        write_text(folder / "metrics.jsonl", "".join(kept) if state.step else "")
-        write_text(folder / "config.toml", config_text(cfg))
-    return rt
+    folder.mkdir(parents=True, exist_ok=True)
+    held = lock(folder / ".lock")
+    kept = [json.dumps(m) + "\n" for m in read_metrics(folder / "metrics.jsonl")
+            if m["step"] <= (state.validated if "val_loss" in m else state.step)]
+    write_text(folder / "metrics.jsonl", "".join(kept) if state.step else "")
+    write_text(folder / "config.toml", config_text(cfg))
+    return held
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:  # of 32 bits: the CPU's generator
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])  # ignores more
@@ -1562,8 +1549,8 @@ def train(cfg: Config, trial: Any = None) -> dict:
     total = c.max_steps or c.epochs * math.ceil(len(source.rows) / size)
     # Trials can be compared on the way whatever their batch size: at each quarter.
     eval_steps = math.ceil(total / 4) if trial else c.eval_steps
-    changed = changes(saved, cfg, len(source.rows))
-    if finished := finished_report(saved, cfg, total):
+    changed = changes(saved, cfg, len(source.rows)) if saved else ""
+    if saved and (finished := finished_report(saved, cfg, total)):
         rt.log(f"{folder} holds a finished run of {state.step} steps; nothing to do{changed}")
         return finished
     get_llm = sweep_llm if trial and cfg.deepspeed.zero_stage < 3 else load_llm
@@ -1571,7 +1558,8 @@ def train(cfg: Config, trial: Any = None) -> dict:
     elm, optimizer, probe, identity = build_trainable(cfg, llm, source, saved, rt)
     terms = loss_terms(cfg.loss, elm, probe)
     budget = plan_memory(cfg, elm, terms, rt)
-    rt = open_folder(cfg, state, rt)
+    locks: list = []  # of output.dir, held until the end
+    rt.on_first(lambda: locks.append(open_folder(cfg, state)))
     log = Log(cfg, state, total, rt)
     rt.log(f"resumed after step {state.step}{changed}" if saved else
            f"{total} steps of {size} rows, {c.warmup_steps} of warm-up")
@@ -1654,7 +1642,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
             save("final")
         if rt.sum(torch.tensor(float(len(signals)))).item():  # received since the last step
             leave()
-    elm.adapter.load_state_dict(state.best_adapter)
+    elm.eval().adapter.load_state_dict(state.best_adapter)
     if trial:
         result = {"bertscore_composite": score_now(elm, data["val"], cfg.eval, rt)}
     else:
