@@ -1158,7 +1158,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class Probe(NamedTuple):  # ridge map from hidden states of a response to the standardised embedding
     matrix: Tensor  # [D, E]
     hidden_mean: Tensor  # [D]
-    embedding_mean: Tensor | float = 0.0  # [E]
+    embedding_mean: Tensor  # [E]
+
+    def distance(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
+        """1 - cosine of projected hidden states [n, D] and embeddings [n, E]: [n]."""
+        projected = (hidden - self.hidden_mean) @ self.matrix
+        return 1 - F.cosine_similarity(projected, embeddings - self.embedding_mean, dim=1)
 
 def response_hidden(hidden: Tensor, batch: dict) -> Tensor:
     """The mean of hidden states [T, D] over each example's response tokens: [n, D] fp32."""
@@ -1169,39 +1174,54 @@ def response_hidden(hidden: Tensor, batch: dict) -> Tensor:
 
 def drift(probe: Probe, adapter: Adapter, target: float, hidden: Tensor, batch: dict) -> Tensor:
     """max(0, target - cosine) of each response's projected hidden state and its embedding: [n]."""
-    projected = (response_hidden(hidden, batch) - probe.hidden_mean) @ probe.matrix
-    embeddings = adapter.standardize(batch["embeddings"]) - probe.embedding_mean
-    return F.relu(target - F.cosine_similarity(projected, embeddings, dim=1))
+    embeddings = adapter.standardize(batch["embeddings"])
+    return F.relu(target - 1 + probe.distance(response_hidden(hidden, batch), embeddings))
+
+RIDGES = (0.1, 0.01, 1.0)  # times the mean diagonal; without a choice the first
+
+def ridge(x: Tensor, y: Tensor, heldout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ridge regression (Hoerl and Kennard, 1970) of y [n, q] on x [n, p] over the rows that are not
+    `heldout`, [n] bool, with the ridge that has the least squared error on those that are: weights
+    [p, q], mean of x, mean of y. Summed in fp32 over chunks, added up and solved in fp64."""
+    center, mean = (t[~heldout].mean(0) for t in (x, y))
+    gram, cross = (x.new_zeros(x.shape[1], t.shape[1], dtype=torch.float64) for t in (x, y))
+    for a, b, out in zip(x.split(4096), y.split(4096), heldout.split(4096), strict=True):
+        a, b = a[~out] - center, b[~out] - mean
+        gram += a.T @ a
+        cross += a.T @ b
+    x, y, best, least = x[heldout] - center, y[heldout] - mean, None, math.inf
+    diagonal, scale = gram.diagonal(), gram.diagonal().mean().clamp(min=1e-9).item()
+    for value in RIDGES:
+        diagonal += value * scale
+        weights = torch.cholesky_solve(cross, torch.linalg.cholesky(gram)).float()
+        diagonal -= value * scale
+        error = (y - x @ weights).square().sum().item()
+        if error < least:
+            best, least = weights, error
+    return best, center, mean
 
 @torch.no_grad()
 def fit_probe(elm: ELM, split: Split, rt: Runtime, max_rows: int = 8192) -> Probe:
     """Ridge regression from the LLM's mean hidden state over a response that it reads alone to the
-    embedding, on up to max_rows rows; those of every tenth vector are held out to measure the fit.
-    The same on every process."""
+    embedding, on up to max_rows rows; those of every tenth vector are held out. The same on every
+    process."""
     rows = np.random.default_rng(0).permutation(len(split.rows))[:max_rows]
     examples = split.examples(rows, "response")
     micros = make_micro_batches([len(e.ids) for e in examples], rt.world,
                                 MICRO_TOKENS[rt.device.type])
     hidden = torch.zeros(len(rows), elm.adapter.settings["d_llm"], device=rt.device)
-    for micro in micros[rt.rank :: rt.world]:  # one for each process, some of them empty
+    for micro in micros[rt.rank :: rt.world]:  # as many on each process; some are empty
         batch = collate([examples[i] for i in micro or [0]])
         hidden[micro] = response_hidden(*elm.forward_hidden(batch))[: len(micro)]
-    hidden = rt.sum(hidden).double().cpu()
-    vector_ids = split.rows["vector"][rows]
-    y = elm.adapter.standardize(split.embeddings(vector_ids).to(rt.device)).double().cpu()
+    hidden, vector_ids = rt.sum(hidden), split.rows["vector"][rows]
+    vectors = elm.adapter.standardize(split.embeddings(vector_ids).to(rt.device))
     heldout = torch.from_numpy(np.unique(vector_ids, return_inverse=True)[1] % 10 == 9)
-    hidden_mean, mean = hidden[~heldout].mean(0), y[~heldout].mean(0)
-    x, y = hidden - hidden_mean, y - mean
-    gram = x[~heldout].T @ x[~heldout]
-    ridge = 0.01 * gram.diag().mean().clamp(min=1e-9) * torch.eye(len(gram), dtype=gram.dtype)
-    matrix = torch.linalg.solve(gram + ridge, x[~heldout].T @ y[~heldout])
-    if heldout.any():
-        residual = (y - x @ matrix)[heldout].square().sum() / y[heldout].square().sum()
-        cosine = F.cosine_similarity(x @ matrix, y, dim=1)[heldout].mean()
-        rt.log(f"drift probe of {int((~heldout).sum())} rows; on {int(heldout.sum())} held-out "
-               f"ones R² {1 - residual:.3f}, cosine {cosine:.3f}")
-    parts = (rt.sum(t.float().to(rt.device) * (rt.rank == 0)) for t in (matrix, hidden_mean, mean))
-    return Probe(*parts)
+    heldout = heldout.to(rt.device)
+    probe = Probe(*(rt.sum(t * (rt.rank == 0)) for t in ridge(hidden, vectors, heldout)))
+    cosine = 1 - probe.distance(hidden[heldout], vectors[heldout]).mean()
+    rt.log(f"drift probe of {int((~heldout).sum())} rows; cosine {cosine:.3f} on "
+           f"{int(heldout.sum())} held-out ones")
+    return probe
 
 class Term(NamedTuple):  # of the loss
     function: Any  # (hidden [T, D], batch) -> [n] fp32, one number per example
@@ -1581,6 +1601,60 @@ def validation_losses(elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime, scor
     elm.train()
     return losses
 
+def read_words(split: Split, vector_ids: np.ndarray, num_parts: int) -> list[np.ndarray]:
+    """For each vector the token ids, each once, of the num_parts equal parts of its text; if no row
+    has a text, of all its responses."""
+    texts, complete, words = dict.fromkeys(vector_ids.tolist(), ""), set(), []
+    for i in np.flatnonzero(np.isin(split.rows["vector"], vector_ids)):
+        if (vector := int(split.rows["vector"][i])) not in complete:
+            (row,) = split.read([i])
+            texts[vector] = row.text or f"{texts[vector]}{row.response}\n"
+            complete.update([vector] * bool(row.text))
+    texts = list(texts.values())
+    for start in range(0, len(texts), 1024):
+        for ids in split.prompt.ids(texts[start : start + 1024]):
+            words += [np.unique(p) for p in np.array_split(np.array(ids, np.int64), num_parts)]
+    return words
+
+@torch.no_grad()
+def warm_start(elm: ELM, split: Split, rt: Runtime, max_vectors: int = 32768) -> None:
+    """Fit the last layer of a fresh adapter in closed form so that soft token j is near the mean of
+    the LLM's own embeddings of the words in part j of the text. Each word counts once, weighted by
+    its inverse document frequency (Sparck Jones, 1972); targets are centred, at unit mean square.
+    Of unequal widths the residual map is fitted first. Every process makes the same passes through
+    the LLM's embeddings, and takes what process 0 has fitted."""
+    adapter, device, embed = elm.adapter, rt.device, elm.llm.get_input_embeddings()
+    vector_ids = np.random.default_rng(0).permutation(np.unique(split.rows["vector"]))
+    vector_ids = np.sort(vector_ids[:max_vectors])
+    words = read_words(split, vector_ids, adapter.settings["tokens"])
+    frequency = torch.from_numpy(np.bincount(np.concatenate(words)))
+    idf, targets = torch.log(len(words) / frequency.clamp(min=1)).float(), []
+    for start in range(0, len(words), 4096):
+        chunk = words[start : start + 4096]
+        ids, index = torch.unique(torch.from_numpy(np.concatenate(chunk)), return_inverse=True)
+        offsets = torch.tensor([0, *map(len, chunk[:-1])]).cumsum(0).to(device)
+        table = F.pad(embed(ids.to(device)).float(), (0, 1), value=1.0)  # of ones: sums the weights
+        bags = F.embedding_bag(index.to(device), table, offsets, mode="sum",
+                               per_sample_weights=idf[ids][index].to(device))
+        targets.append(bags[:, :-1] / bags[:, -1:].clamp(min=1e-6))
+    y = torch.cat(targets).unflatten(0, (len(vector_ids), -1))  # [n, K, D]
+    y -= y.mean(0)
+    y /= y.square().mean().sqrt().clamp(min=1e-9)
+    x = adapter.standardize(embeddings := split.embeddings(vector_ids).to(device))
+    heldout = torch.arange(len(x), device=device) % 10 == 9
+    scale, residual = adapter.settings["residual_scale"], adapter.residual
+    if scale and isinstance(residual, nn.Linear):
+        residual.weight.copy_(ridge(x, y.mean(1), heldout)[0].T / scale)
+    remainder = (y - scale * residual(x)[:, None]).flatten(1)
+    weights, center, mean = ridge(F.gelu(adapter.fc1(x)), remainder, heldout)
+    adapter.fc2.weight.copy_(weights.T)
+    adapter.fc2.bias.copy_(mean - center @ weights)
+    for p in adapter.parameters():
+        p.copy_(rt.sum(p * (rt.rank == 0)))
+    cosine = F.cosine_similarity(adapter(embeddings[heldout]), y[heldout], dim=-1).mean()
+    rt.log(f"warm start on {int((~heldout).sum())} vectors; cosine {cosine:.3f} with the targets "
+           f"of {int(heldout.sum())} held-out ones")
+
 def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt: Runtime) -> tuple:
     """(ELM, AdamW, drift probe or None, identity), fresh or as a checkpoint has them."""
     elm, identity = build_model(cfg, llm, source, rt)
@@ -1592,6 +1666,8 @@ def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt
         elm.adapter.load_state_dict(saved["adapter"])
         optimizer.load_state_dict(saved["optimizer"])
         probe = saved["probe"] and Probe(*(t.to(rt.device) for t in saved["probe"]))
+    elif cfg.train.warm_start:
+        warm_start(elm, source, rt)
     if cfg.loss.drift_weight and not probe:
         probe = fit_probe(elm, source, rt)
     return elm.train(), optimizer, probe, identity
@@ -1608,7 +1684,8 @@ def train(cfg: Config, trial: Any = None) -> dict:
     data = open_inputs(cfg, ("train", "val", final), cfg.model.tokens, rt,
                        saved and saved["prompt"], cached=trial is not None)  # fails within seconds
     source, size = data["train"], c.batch_size * c.grad_accum * rt.world
-    total = c.max_steps or c.epochs * math.ceil(len(source.rows) / size)
+    total = c.epochs * math.ceil(len(source.rows) / size)
+    total = total if c.max_steps is None else c.max_steps
     # Trials can be compared on the way whatever their batch size: at each quarter.
     eval_steps = math.ceil(total / 4) if trial else c.eval_steps
     changed = changes(saved, cfg, len(source.rows)) if saved else ""
@@ -1625,7 +1702,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
     log = Log(cfg, state, total, rt)
     rt.log(f"resumed after step {state.step}{changed}" if saved else
            f"{total} steps of {size} rows, {c.warmup_steps} of warm-up")
-    if c.warmup_steps >= total:
+    if 0 < total <= c.warmup_steps:
         warn(f"train.warmup_steps = {c.warmup_steps}: no shorter than the run of {total} steps")
 
     def save_adapter(name: str, weights: dict[str, Tensor], step: int) -> None:
