@@ -27,9 +27,9 @@ import codecs
 import dataclasses
 import difflib
 import fcntl
-import gc
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import math
@@ -38,7 +38,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -48,7 +47,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import islice
@@ -297,6 +296,7 @@ class Runtime(NamedTuple):  # this process among all processes of the run
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
+    patient: Any = None  # process group for waits without a time limit
     log_file: str | None = None
     quiet: bool = False
 
@@ -316,17 +316,16 @@ class Runtime(NamedTuple):  # this process among all processes of the run
         return x
 
     def on_first(self, compute: Any) -> Any:
-        """Return compute() of process 0 on every process, or raise its UserError on every process:
-        a collective operation."""
-        result, error = None, None
+        """Return compute() of process 0 on every process, however long it takes, or raise its
+        UserError on every process: a collective operation."""
+        values = [None, None]
         if self.rank == 0:
             try:
-                result = compute()
+                values[0] = compute()
             except UserError as e:
-                error = e
-        values = [result, error]
+                values[1] = e
         if self.world > 1:
-            torch.distributed.broadcast_object_list(values, device=torch.device("cpu"))
+            torch.distributed.broadcast_object_list(values, group=self.patient)
         if values[1]:
             raise values[1]
         return values[0]
@@ -347,22 +346,29 @@ def find_device() -> torch.device:
 
 def start_runtime(cfg: Config) -> Runtime:
     """Join the process group that the launcher's environment describes, or be one process alone.
-    Raises: UserError if the GPU does not support bf16."""
-    cuda, dist = torch.cuda.is_available(), torch.distributed
-    if cuda and cfg.model.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"model.bf16: not on {torch.cuda.get_device_name()}, set model.bf16=false")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    Raises: UserError if it cannot be formed."""
+    # The sizes of tensors vary with every step, which fragments fixed segments.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    device, dist, world = find_device(), torch.distributed, int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UserError("srun started several tasks without RANK, each of which would be a run of "
+                        "its own; start them by torchrun: srun --ntasks-per-node 1 torchrun …")
+    if device.type == "cuda":  # a launcher can show each process its own GPU alone
+        local_rank = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        torch.cuda.set_device(device := torch.device("cuda", local_rank))
+    elif world > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     if not dist.is_initialized():
         alone = dict(store=dist.HashStore(), rank=0, world_size=1)  # needs no port
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                **({} if "RANK" in os.environ else alone))
-    rank, world = dist.get_rank(), dist.get_world_size()
-    if not cuda and world > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    return Runtime(rank, world, device, cfg.output.log_file)
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                    **(alone if world == 1 else {}))
+        except (RuntimeError, ValueError) as e:
+            why = " ".join(str(e).split())[:200]
+            raise UserError(f"the processes cannot connect: {why}; if the port is in use, give the "
+                            "launcher another --master_port") from None
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world > 1 else None
+    return Runtime(dist.get_rank(), dist.get_world_size(), device, patient, cfg.output.log_file)
 
 @contextmanager
 def writing(path: str | Path):
@@ -832,12 +838,15 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, le
     [1, heads, T, d] -> [1, T, heads, d]. By torch.split: the backward pass of a slice would
     allocate zeros of the whole row."""
     groups, d = query.shape[1] // key.shape[1], query.shape[-1]
-    key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
-    if query.is_cuda and query.dtype.itemsize == 2 and d % 8 == 0 and d <= 256 and not softcap:
-        from torch.nn.attention.varlen import varlen_attn
+    if (query.is_cuda and not torch.version.hip and query.dtype.itemsize == 2 and d % 8 == 0
+            and d <= 256 and not softcap):
+        from torch.nn.attention.varlen import varlen_attn  # of torch 2.10 and newer
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters  # 2.11: implied
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max(lengths), max(lengths),
-                           scale=scaling, window_size=((sliding_window or 0) - 1, 0))[None], None
+                           scale=scaling, window_size=((sliding_window or 0) - 1, 0),
+                           **(dict(enable_gqa=groups > 1) if grouped else {}))[None], None
+    key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
     outs = []
     for q, k, v in zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True):
         t = q.shape[2]
@@ -900,7 +909,9 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
              zero: dict | None = None) -> Any:
     """The frozen LLM in eval mode. With a DeepSpeed config of stage 3 its parameters are shared out
     among the processes as they are created, so that none ever holds the whole LLM."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype, cuda = torch.bfloat16 if bf16 else torch.float32, device.type == "cuda"
+    if cuda and bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"model.bf16: not on {torch.cuda.get_device_name()}, set model.bf16=false")
     if zero is None:
         llm = load_pretrained(transformers.AutoModelForCausalLM, name, key, dtype=dtype)
         return llm.to(device).eval().requires_grad_(False)
@@ -922,7 +933,16 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
     # fails where processes generate answers of different lengths. This one's is never called.
     whole = nn.ModuleDict({"llm": llm.eval().requires_grad_(False)})
     deepspeed.initialize(model=whole, config=zero)
+    for module in (llm.get_input_embeddings(), llm.get_output_embeddings()):
+        module.weight.is_external_param = True  # stays gathered over the chunks of the logits
     return llm
+
+def release(llm: Any) -> None:
+    """Free the LLM's memory for the models that score its answers."""
+    for p in llm.parameters():
+        for tensor in (p, getattr(p, "ds_tensor", p)):  # of ZeRO 3
+            tensor.data = tensor.data.new_empty(0)
+    torch.cuda.empty_cache()
 
 @torch.no_grad()
 def fingerprint(llm: Any) -> str:
@@ -1090,7 +1110,8 @@ class ELM(nn.Module):
                 mask = [torch.ones_like(p[:, 0], dtype=torch.long) for p in prompts]
                 left = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
                 out = self.llm.generate(inputs_embeds=left(prompts), attention_mask=left(mask),
-                                        max_new_tokens=max_new_tokens, **options)
+                                        max_new_tokens=max_new_tokens,
+                                        synced_gpus=self.lockstep, **options)
                 answers += self.prompt.tokenizer.batch_decode(out, skip_special_tokens=True)
         self.train(training)
         return answers
@@ -1102,19 +1123,29 @@ def expand(texts: str | list[str], n: int) -> list[str]:
     return texts
 
 @torch.no_grad()
-def check_packing(elm: ELM) -> None:
+def check_llm(elm: ELM) -> None:
     """Compare the losses of two packed prompts with those that each has alone by the LLM's own
-    attention. Raises: UserError if the LLM lets tokens interact other than by causal attention."""
+    attention, and generate a token. Raises: UserError if the LLM lets tokens interact other than by
+    causal attention, or fails."""
     ids = np.arange(46) % elm.llm.get_input_embeddings().num_embeddings
     parts = np.split(ids, [20])
-    losses = elm.nll(collate([Example(part, 0, len(part) - 4, False) for part in parts]))
-    for part, loss in zip(parts, losses, strict=True):
-        text = torch.from_numpy(part).to(loss.device)
-        logits = elm.llm(input_ids=text[None], use_cache=False).logits[0, 3:-1].float()
-        alone = F.cross_entropy(logits, text[4:], reduction="sum")
-        if not torch.isclose(loss, alone, rtol=1e-4 if elm.llm.dtype == torch.float32 else 2e-2):
-            raise UserError(f"model.llm: {type(elm.llm).__name__} has more than causal attention "
-                            f"between tokens, so that rows cannot be packed ({loss}, not {alone})")
+    try:
+        losses = elm.nll(collate([Example(part, 0, len(part) - 4, False) for part in parts]))
+        for part, loss in zip(parts, losses, strict=True):
+            text = torch.from_numpy(part).to(loss.device)
+            logits = elm.llm(input_ids=text[None], use_cache=False).logits[0, 3:-1].float()
+            alone = F.cross_entropy(logits, text[4:], reduction="sum")
+            if not torch.isclose(loss, alone, rtol=1e-4 if loss.dtype == elm.llm.dtype else 2e-3):
+                raise ValueError(f"its attention is more than causal ({loss}, not {alone})")
+        embeds = elm.llm.get_input_embeddings()(text[None])
+        elm.llm.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(text[None]),
+                         max_new_tokens=1, do_sample=False, pad_token_id=0)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # of code that depends on the LLM
+        why = " ".join(str(e).split())[:300]
+        raise UserError(f"model.llm: {type(elm.llm).__name__} cannot be used, as rows are packed "
+                        f"and prompts are embeddings: {why}") from None
 
 def recompute_layers(llm: Any, count: int) -> None:
     """Recompute the last `count` layers in the backward pass instead of keeping their activations.
@@ -1124,7 +1155,7 @@ def recompute_layers(llm: Any, count: int) -> None:
         layer.__dict__.pop("forward", None)
     for layer in layers[len(layers) - count :]:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
-                                context_fn=lambda: (nullcontext(), packed(llm)))
+                                preserve_rng_state=False, context_fn=lambda: (nullcontext(), packed(llm)))
 
 # -----------------------------------------------------------------------------
 # Losses: terms that are summed over examples, and their gradient at the soft tokens
@@ -1170,7 +1201,8 @@ def response_hidden(hidden: Tensor, batch: dict) -> Tensor:
     states = hidden.index_select(0, batch["logit_positions"] + 1).float()
     sums = states.new_zeros(len(batch["lengths"]), states.shape[1])
     sums = sums.index_add(0, batch["example_index"], states)
-    return sums / torch.bincount(batch["example_index"], minlength=len(sums))[:, None]
+    ones = states.new_ones(len(states))  # bincount would wait for the device
+    return sums / ones.new_zeros(len(sums)).index_add(0, batch["example_index"], ones)[:, None]
 
 def drift(probe: Probe, adapter: Adapter, target: float, hidden: Tensor, batch: dict) -> Tensor:
     """max(0, target - cosine) of each response's projected hidden state and its embedding: [n]."""
@@ -1347,6 +1379,9 @@ def lr_at(step: int, total: int, cfg: TrainConfig) -> float:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     return cfg.lr * max(0, total - step) / max(1, total - cfg.warmup_steps)
 
+class Stopped(Exception):
+    """A signal arrived during a validation."""
+
 @contextmanager
 def received_signals():
     """A list to which SIGTERM and Ctrl-C append; the loop looks at it once a step."""
@@ -1360,7 +1395,8 @@ def received_signals():
 def memory_gib() -> float:  # peak, of the GPU if there is one
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 def mean_cosine(x: Tensor) -> float:
     """Mean pairwise cosine of the rows of x [n, d]: near 1, the adapter has collapsed."""
@@ -1470,7 +1506,7 @@ def open_data(data: DataConfig, scoring: EvalConfig, llm: str, template: str,
         if rt.rank > 0:  # process 0 will score
             load_scorer.cache_clear()
     prompt = Prompt.load(llm, json.loads(template), stored)
-    splits = {name: open_split(data, name, prompt, num_soft, rt) for name in dict.fromkeys(names)}
+    splits = {name: open_split(data, name, prompt, num_soft, rt) for name in names}
     widths = {name: split.vectors.shape[1] for name, split in splits.items()}
     if len(set(widths.values())) > 1:
         raise UserError(f"data.dir: the vectors of the splits differ in width: {widths}")
@@ -1510,7 +1546,7 @@ def build_model(cfg: Config, llm: Any, data: Split, rt: Runtime) -> tuple[ELM, d
            f"embeddings of root mean square {adapter.scale:.4f}")
     elm, s = ELM(llm, adapter.to(rt.device), data.prompt), adapter.settings
     elm.lockstep = cfg.deepspeed.zero_stage == 3 and rt.world > 1
-    check_packing(elm)
+    check_llm(elm)
     return elm, {"model.hidden_dim": m.hidden_dim, "model.tokens": m.tokens,
                  "the vectors' width": s["d_emb"], "the LLM's width": s["d_llm"],
                  **llm_identity(llm)}
@@ -1588,13 +1624,14 @@ def check_finite(numbers: list[float], step: int, split: Split, rows: np.ndarray
         raise UserError(f"step {step}: the loss or its gradient is not finite, and nothing was "
                         f"updated; lower train.lr, or look at {split.path}:{lines}")
 
-def validation_losses(elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime, scored: bool) -> dict:
+def validation_losses(elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime, signals: list,
+                      scored: bool) -> dict[str, float]:
     """Losses per response token by the right and by shuffled vectors and, if `scored`, the
-    BERTScore composite of answers."""
+    BERTScore composite of answers. Raises: Stopped."""
     elm.eval()
     losses = {}
     for name, vectors in (("val_loss", None), ("val_loss_shuffled", shuffled_vectors(split))):
-        nll, num_labels = evaluate_nll(elm, split, rt, vectors=vectors)
+        nll, num_labels = evaluate_nll(elm, split, rt, vectors=vectors, signals=signals)
         losses[name] = float(nll.sum()) / int(num_labels.sum())
     if scored:
         losses["val_bertscore"] = score_now(elm, split, cfg, rt)
@@ -1681,13 +1718,16 @@ def train(cfg: Config, trial: Any = None) -> dict:
     rt, c, folder = start_runtime(cfg)._replace(quiet=bool(trial)), cfg.train, Path(cfg.output.dir)
     saved, final = find_checkpoint(cfg, rt), final_split(cfg)
     state = saved["state"] if saved else TrainState()
-    data = open_inputs(cfg, ("train", "val", final), cfg.model.tokens, rt,
-                       saved and saved["prompt"], cached=trial is not None)  # fails within seconds
+    names = dict.fromkeys(("train", "val", final))
+    data = open_inputs(cfg, names, cfg.model.tokens, rt, saved and saved["prompt"],
+                       cached=trial is not None)  # its errors come within seconds
     source, size = data["train"], c.batch_size * c.grad_accum * rt.world
     total = c.epochs * math.ceil(len(source.rows) / size)
     total = total if c.max_steps is None else c.max_steps
     # Trials can be compared on the way whatever their batch size: at each quarter.
     eval_steps = math.ceil(total / 4) if trial else c.eval_steps
+    if trial:
+        trial.set_user_attr("eval_steps", eval_steps)
     changed = changes(saved, cfg, len(source.rows)) if saved else ""
     if saved and (finished := finished_report(saved, cfg, total)):
         rt.log(f"{folder} holds a finished run of {state.step} steps; nothing to do{changed}")
@@ -1706,24 +1746,25 @@ def train(cfg: Config, trial: Any = None) -> dict:
         warn(f"train.warmup_steps = {c.warmup_steps}: no shorter than the run of {total} steps")
 
     def save_adapter(name: str, weights: dict[str, Tensor], step: int) -> None:
-        if rt.rank == 0:
-            origin = dict(name=cfg.model.llm, bf16=cfg.model.bf16, template=cfg.model.template)
-            elm.adapter.save(folder / name, weights, llm=origin, identity=identity, step=step,
-                             prompt=source.prompt.text)
+        origin = dict(name=cfg.model.llm, bf16=cfg.model.bf16, template=cfg.model.template)
+        rt.on_first(lambda: elm.adapter.save(folder / name, weights, llm=origin, step=step,
+                                             identity=identity, prompt=source.prompt.text))
         log.artifact(folder / name)
 
     def save(name: str) -> None:  # no generator: a step's rows and dropout depend on seed and step
         weights = elm.adapter.state_dict()
         save_adapter(f"adapter_step_{state.step}.safetensors", weights, state.step)
-        if rt.rank == 0:
-            save_checkpoint(folder / f"checkpoint_{name}.pt", state=dataclasses.asdict(state),
-                            adapter=weights, optimizer=optimizer.state_dict(), identity=identity,
-                            probe=probe and tuple(probe), config=cfg.tables(),
-                            prompt=source.prompt.text, num_rows=len(source.rows))
+        rt.on_first(lambda: save_checkpoint(
+            folder / f"checkpoint_{name}.pt", state=dataclasses.asdict(state), adapter=weights,
+            optimizer=optimizer.state_dict(), probe=probe and tuple(probe), identity=identity,
+            config=cfg.tables(), prompt=source.prompt.text, num_rows=len(source.rows)))
 
     def validate() -> None:
         scored = trial is not None and 0 < state.step < total
-        losses = validation_losses(elm, data["val"], cfg.eval, rt, scored)
+        try:
+            losses = validation_losses(elm, data["val"], cfg.eval, rt, signals, scored)
+        except Stopped:
+            leave()
         state.validated = state.step
         log.evaluation(state.step, losses)
         if losses["val_loss"] < state.best or not state.best_adapter:
@@ -1739,6 +1780,8 @@ def train(cfg: Config, trial: Any = None) -> dict:
         return state.step % every == 0 or state.step == total
 
     def leave() -> None:
+        if not trial:
+            save(f"step_{state.step}")
         rt.log(f"stopped after step {state.step}; train.resume=auto goes on from there")
         raise SystemExit(128 + max(signals, default=signal.SIGTERM))
 
@@ -1750,7 +1793,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
     with log:
         with received_signals() as signals:
             if due(eval_steps) and state.validated < state.step:
-                validate()  # step 0, or one after which a signal left no time for it
+                validate()  # step 0, or one whose validation a signal prevented
             for step in steps:
                 torch.manual_seed(dropout_seed(c.seed, state.step, rt.rank))
                 soft = elm(torch.cat([batch["embeddings"] for _, batch in step.micros]))
@@ -1772,12 +1815,12 @@ def train(cfg: Config, trial: Any = None) -> dict:
                 if due(c.logging_steps):
                     log.training(state, terms, lr=lr_at(state.step - 1, total, c), grad_norm=norm,
                                  similarity=mean_cosine(soft.detach().flatten(1)))
-                if not trial and (state.step % c.save_steps == 0 or stop):
+                if state.step % c.save_steps == 0 and not trial:
                     save(f"step_{state.step}")
-                if due(eval_steps) and not stop:
-                    validate()
                 if stop:
                     leave()
+                if due(eval_steps):
+                    validate()
             if fingerprint(elm.llm) != identity["the hash of the LLM's weights"]:
                 raise RuntimeError(f"{cfg.model.llm} is frozen, yet its weights have changed")
             if not trial:
@@ -1798,10 +1841,11 @@ def train(cfg: Config, trial: Any = None) -> dict:
 
 @torch.no_grad()
 def evaluate_nll(elm: ELM, split: Split, rt: Runtime, source: str = "embedding",
-                 vectors: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+                 vectors: np.ndarray | None = None,
+                 signals: list | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Each row's summed token cross-entropy [N] fp64, and its number of response tokens [N], by its
     own vector or `vectors` [N], or by its text; 0 for rows without text. The same for any number of
-    processes."""
+    processes. Raises: Stopped if one of them has received a signal."""
     vectors = split.rows["vector"] if vectors is None else vectors
     rows = np.flatnonzero(split.rows["text"]) if source == "text" else np.arange(len(split.rows))
     micros = [rows[i : i + EVAL_ROWS] for i in range(0, len(rows), EVAL_ROWS)]
@@ -1814,6 +1858,8 @@ def evaluate_nll(elm: ELM, split: Split, rt: Runtime, source: str = "embedding",
 
     firsts = range(0, len(micros), rt.world)
     for first, (micro, batch) in zip(firsts, read_ahead(load, firsts, threads=1), strict=True):
+        if signals is not None and rt.sum(torch.tensor(float(len(signals)))).item():
+            raise Stopped
         nll = elm.nll(batch).double()
         labels = torch.bincount(batch["example_index"], minlength=len(micro)).to(nll)
         if first + rt.rank < len(micros):
@@ -2219,7 +2265,7 @@ def evaluate(cfg: Config, path: Path) -> dict:
     check_vectors(split.vectors[:8192], adapter, f"data.dir: {final}")
     elm = ELM.load(path, cfg.model.llm, cfg.model.bf16, zero_config(cfg))
     elm.lockstep = cfg.deepspeed.zero_stage == 3 and rt.world > 1
-    check_packing(elm)
+    check_llm(elm)
     folder.mkdir(parents=True, exist_ok=True)
     names = ("metrics.jsonl", "predictions.jsonl", "eval.json", "report.png")
     check_new(*(folder / name for name in names))
@@ -2282,304 +2328,205 @@ class StudyConfig(Table):
     name: str = "elm-summary-optimization"
     trials: PositiveInt = 50  # of all workers together
     timeout_hours: PositiveFloat = 24.0  # after which this worker begins no other
-    objective: Literal["bertscore_composite"] = "bertscore_composite"  # on the validation split
-    storage: str | None = None  # a URL as Optuna takes it; None: a journal file in output.dir
+    storage: str | None = None  # a database URL as Optuna takes it; none: SQLite in output.dir
     seed: Seed = 42
-    repeat_best: NonNegativeInt = 3  # so many of the best are run with two more seeds
+    repeat_best: NonNegativeInt = 3  # how many of the best run with two more seeds
 
-class Range(Table):
-    low: float
-    high: float
-    log: bool = False
+class SweepFile(Table):
+    study: StudyConfig = StudyConfig()
+    base: dict[str, Any] = {}  # config, a train TOML, and settings over it
+    space: dict[str, Any] = {}  # settings as {low, high, log} or lists of choices
+    wandb: WandbConfig = WandbConfig()
+    output: OutputConfig = OutputConfig()
 
-OF_SWEEP = ("train.eval_steps", "train.resume", "train.seed")  # not to be optimised
+RESERVED = ("eval.", "output.", "wandb.", "train.eval_steps", "train.resume", "train.seed")
+HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120  # a trial without a heartbeat for so long was killed
 
 class Sweep(NamedTuple):
     source: str
     study: StudyConfig
-    output: OutputConfig
     base: dict[str, Any]  # settings by dotted name
-    space: dict[str, dict | list]
+    space: dict[str, dict | list]  # low, high and log by dotted name, or choices
+    folder: Path
 
-    def config(self, params: dict[str, Any]) -> Config:
-        return build(Config, read_toml(None, self.base | params), f"{self.place}: ")
-
-    @property
-    def place(self) -> str:
-        return f"{self.source}: base or space"
+    def config(self, settings: dict[str, Any], name: str = "best") -> Config:
+        """The training of a trial; it reports on the validation split. Raises: UserError."""
+        fixed = {"eval.split": "val", "output.dir": f"{self.folder}/{name}", "wandb.run_name": name}
+        tables = read_toml(None, self.base | settings | fixed)
+        return build(Config, tables, f"{self.source}: ")
 
 def load_sweep(path: str, overrides: list[str]) -> Sweep:
-    """A sweep file; both ends of each range and each choice are checked as settings of a training,
-    before any is begun. Raises: UserError with one line for each mistake."""
-    entries, errors = flat(read_toml(path, {})), []
-    for name, value in map(read_override, overrides):
-        name = name.replace('"', "")
-        entries = {k: v for k, v in entries.items() if not f"{k}.".startswith(f"{name}.")}
-        entries |= flat({name: value})
-    kinds = dict(study=StudyConfig, wandb=WandbConfig, output=OutputConfig, base=None, space=None)
-    parts: dict[str, dict] = {name: {} for name in kinds}
-    for name, value in entries.items():
-        part, dot, key = name.partition(".")
-        if part in kinds and dot:
-            parts[part][key] = value
+    """A sweep file under overrides. Both ends of each range and each choice are checked as settings
+    of a training. Raises: UserError with one line for each mistake."""
+    over = {key.replace('"', ""): value for key, value in map(read_override, overrides)}
+    file = build(SweepFile, read_toml(None, flat(read_toml(path, {})) | over), f"{path}: ", over)
+    base, space, errors = flat(file.base), flat(file.space), []
+    own = file.model_dump(include={"wandb", "output"}, exclude_unset=True)
+    base = flat(read_toml(str(base.pop("config", "train.toml")), {})) | base | flat(own)
+    cfg = build(Config, read_toml(None, base), f"{path}: ")
+    if not cfg.eval.samples or not space:
+        errors.append("a sweep needs eval.samples above 0 and a [space]")
+    sweep = Sweep(path, file.study, base, space, Path(cfg.output.dir))
+    for key, spec in space.items():
+        values = [spec.get("low"), spec.get("high")] if isinstance(spec, dict) else spec
+        if key.startswith(RESERVED):
+            errors.append(f"space.{key}: is set by the sweep itself")
+        elif not isinstance(values, list) or not values or {list, dict} & {*map(type, values)}:
+            errors.append(f"space.{key} = {spec!r}: must be choices in a list, or {{low, high}}")
         else:
-            errors.append(f"{part}: is not a table of a sweep{did_you_mean(part, kinds)}")
-    for name, kind in kinds.items():
-        try:
-            parts[name] = build(kind, parts[name], f"{name}.") if kind else parts[name]
-        except UserError as e:
-            errors += str(e).splitlines()
-    base, space = parts["base"], parts["space"]
-    config = base.pop("config", "train.toml")
-    if not isinstance(config, str):
-        errors.append(f"base.config = {config!r}: must be a train TOML")
+            try:
+                for value in values:
+                    sweep.config({key: value})
+                    suggest(import_optional("optuna").trial.FixedTrial({key: value}), key, spec)
+            except (TypeError, ValueError) as e:  # a UserError, or one of Optuna
+                errors.append(f"space.{key} = {spec}: {str(e).removeprefix(f'{path}: ')}")
     if errors:
         raise UserError("\n".join(f"{path}: {e}" for e in errors))
-    wandb = parts["wandb"].model_dump(exclude_unset=True)
-    base = flat(read_toml(config, {})) | base | {f"wandb.{k}": v for k, v in wandb.items()}
-    sweep = Sweep(path, parts["study"], parts["output"], base, space)
-    if not sweep.config({}).eval.samples:
-        errors.append("eval.samples = 0: the objective needs answers")
-    if not space:
-        errors.append("space: is missing or empty")
-    for key, spec in space.items():
-        values, wrong = spec, []
-        if isinstance(spec, dict):
-            try:
-                ends = build(Range, spec, f"space.{key}.")
-                values = [spec["low"], spec["high"]]
-                if ends.low >= ends.high or ends.log and ends.low <= 0:
-                    wrong = [f"space.{key} = {spec}: must rise from low to high, above 0 if log"]
-            except UserError as e:
-                wrong = str(e).splitlines()
-        elif not isinstance(spec, list) or not spec or any(isinstance(v, list) for v in spec):
-            wrong.append(f"space.{key} = {spec!r}: must be choices in a list, or {{low, high}}")
-        elif key.startswith(("eval.", "output.", "wandb.")) or key in OF_SWEEP:
-            wrong.append(f"space.{key}: is not for a space, as the sweep itself sets it")
-        for value in values if not wrong else ():
-            try:
-                sweep.config({key: value})
-            except UserError as e:
-                lines = (line.removeprefix(f"{sweep.place}: ") for line in str(e).splitlines())
-                wrong += [f"space.{line}" for line in lines]
-        errors += wrong
-    if errors:
-        raise UserError("\n".join(f"{path}: {e}" for e in dict.fromkeys(errors)))
     return sweep
 
-def this_machine() -> list[str]:  # and its space of process numbers, which containers have apart
-    return [socket.gethostname(), os.readlink("/proc/self/ns/pid")]
-
-def process_start(pid: int) -> str | None:
-    """When a process of this machine began; None if it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return None
-    return fields[19] if fields[0] != "Z" else None
+def suggest(trial: Any, key: str, spec: dict | list) -> None:
+    section, _, name = key.partition(".")
+    default = getattr(getattr(Config(), section), name, None)
+    if isinstance(spec, list):
+        trial.suggest_categorical(key, spec)
+    elif float in map(type, (default, *spec.values())):
+        trial.suggest_float(key, **spec)
+    else:
+        trial.suggest_int(key, **spec)
 
 def open_study(sweep: Sweep) -> Any:
-    """The Optuna study of a sweep, made or found. Raises: UserError if it cannot be opened, or is
-    one over other settings."""
-    optuna, url = import_optional("optuna"), sweep.study.storage or f"{sweep.output.dir}/study.log"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("sweep: a worker is one process; start one for each GPU by hand")
-    from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend
+    """The Optuna study of a sweep, created or loaded. Raises: UserError if its storage cannot be
+    opened, or if it was created with other settings."""
+    optuna, url = import_optional("optuna"), sweep.study.storage or f"sqlite:///{sweep.folder}/study.db"
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    Path(sweep.output.dir).mkdir(parents=True, exist_ok=True)
-    if "://" not in url and Path(url).exists() and not f"\n{Path(url).read_text()}".endswith("\n"):
-        raise UserError(f"{url}: its last line was cut off; delete that line")
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats are
-    try:
-        storage = (RDBStorage(url, heartbeat_interval=30, grace_period=120) if "://" in url else
-                   # Absolute: Optuna's lock dangles on a relative path, and never goes stale.
-                   JournalStorage(JournalFileBackend(str(Path(url).resolve()))))
-        study = optuna.create_study(
-            study_name=sweep.study.name, storage=storage, load_if_exists=True,
-            direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
-    except Exception as e:  # of any database and its driver
-        why = " ".join(str(e).split())[:200]
-        raise UserError(f"study.storage: cannot open {url.split('@')[-1]}: {why}") from None
-    ours = {f"space.{k}": v for k, v in sweep.space.items()}
-    ours |= {f"base.{k}": v for k, v in sweep.base.items()
-             if not k.startswith(("wandb.", "output."))}
-    theirs = study.user_attrs.get("settings", ours)
-    if differ := [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]:
-        raise UserError(f"study.name: {sweep.study.name} is there already with another "
-                        f"{', '.join(differ)}; choose another name, or go on with its settings")
-    if not study.get_trials(deepcopy=False) and [*Path(sweep.output.dir).glob("trial_*")]:
-        raise UserError(f"output.dir: {sweep.output.dir} holds trials of another study")
-    study.set_user_attr("settings", ours)
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    settings = {k: v for k, v in flat({"space": sweep.space, "base": sweep.base}).items()
+                if not k.startswith(("base.wandb.", "base.output."))}
+    with lock(sweep.folder / ".lock", wait=True):  # two workers would both create the tables
+        try:
+            retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
+            storage = optuna.storages.RDBStorage(
+                url, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
+                heartbeat_stale_trial_callback=retry)
+            study = optuna.create_study(
+                study_name=sweep.study.name, storage=storage, load_if_exists=True,
+                direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
+        except Exception as e:  # of any database and its driver
+            address = url.split("@")[-1].split("?")[0]  # without a password
+            reason = "not a URL" if isinstance(e, ValueError) else " ".join(str(e).split())[:200]
+            raise UserError(f"study.storage: cannot open {address}: {reason}") from None
+        stored = study.user_attrs.get("settings", settings)
+        if changed := [k for k in settings | stored if settings.get(k) != stored.get(k)]:
+            raise UserError(f"study.name: {sweep.study.name} exists with another "
+                            f"{', '.join(changed)}; choose another name and output.dir")
+        if not study.get_trials(deepcopy=False) and [*sweep.folder.glob("trial_*")]:
+            raise UserError(f"output.dir: {sweep.folder} holds trials of another study")
+        study.set_user_attr("settings", settings)
     return study
 
-def suggest(trial: Any, space: dict[str, dict | list]) -> dict[str, Any]:
-    params = {}
-    for key, spec in space.items():
-        if isinstance(spec, list):
-            params[key] = trial.suggest_categorical(key, spec)
-        else:
-            section, _, name = key.partition(".")
-            fields = Config.model_fields[section].annotation.model_fields
-            whole = name in fields and "int" in str(fields[name].annotation)
-            pick = trial.suggest_int if whole else trial.suggest_float
-            params[key] = pick(key, spec["low"], spec["high"], log=spec.get("log", False))
-    return params
+def best_trials(study: Any, num: int) -> list[Any]:
+    """The `num` best complete trials by value, repeats aside."""
+    trials = [t for t in study.get_trials(deepcopy=False)
+              if t.state.name == "COMPLETE" and "repeats" not in t.user_attrs]
+    return sorted(trials, key=lambda t: -t.value)[:num]
 
-def trial_config(sweep: Sweep, params: dict[str, Any], name: str) -> Config:
-    """That of a training: it reports on the validation split, which is what is optimised."""
-    return sweep.config(params | {"eval.split": "val", "output.dir": f"{sweep.output.dir}/{name}",
-                                  "wandb.run_name": name})
+def next_trial(sweep: Sweep, study: Any, deadline: float) -> bool:
+    """Whether this worker is to run another trial. Once the search is finished, repeats of the best
+    trials with two more seeds are enqueued. While other workers run the last trials, it waits."""
+    while time.time() < deadline:
+        with lock(sweep.folder / ".lock", wait=True):  # one worker enqueues
+            import_optional("optuna").storages.fail_stale_trials(study)
+            trials = [t for t in study.get_trials(deepcopy=False)
+                      if t.state.name != "FAIL" or "reason" in t.user_attrs]  # else it was killed
+            states = {t.state.name for t in trials}
+            num_searched = sum("repeats" not in t.user_attrs for t in trials)
+            if num_searched < sweep.study.trials or "WAITING" in states:
+                return True
+            if "RUNNING" not in states:
+                seed = sweep.config({}).train.seed
+                repeats = [[t.number, {"train.seed": (seed + k) % 2**32}]
+                           for t in best_trials(study, sweep.study.repeat_best) for k in (1, 2)]
+                enqueued = [t.user_attrs.get("repeats") for t in trials]
+                missing = [repeat for repeat in repeats if repeat not in enqueued]
+                for repeat in missing:
+                    params = study.trials[repeat[0]].params
+                    study.enqueue_trial(params, user_attrs={"repeats": repeat})
+                return bool(missing)
+        time.sleep(1)
+    return False
 
-def run_trial(sweep: Sweep, trial: Any, params: dict, name: str, shared: dict) -> float:
-    cfg = trial_config(sweep, params, name)
-    try:
-        return train(cfg, trial, shared)[sweep.study.objective]
-    except SystemExit as stopped:  # of a signal
-        raise KeyboardInterrupt(stopped.code) from None
-    finally:
-        gc.collect()  # an engine refers to itself
-        torch.cuda.empty_cache()
-        if cfg.wandb.enabled:
-            attempt(Runtime(), lambda: import_optional("wandb").finish())
-
-def count_trials(study: Any) -> tuple[list, bool]:
-    """(the trials made or being made, whether any is still being made). What killed workers were at
-    is marked as failed: on this machine at once, elsewhere by a database's heartbeat; what failed
-    without a reason does not count."""
+def run_trial(sweep: Sweep, trial: Any) -> float:
+    """The objective. Raises: UserError or RuntimeError, the reason of its failure; TrialPruned;
+    SystemExit after a signal: the trial is run again once its heartbeat is stale."""
     optuna = import_optional("optuna")
-    optuna.storages.fail_stale_trials(study)
-    for t in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        host, pid, start = t.user_attrs.get("worker", (None, 0, None))
-        never = host is None and (datetime.now() - t.datetime_start).total_seconds() > 60
-        if never or host == this_machine() and process_start(pid) != start:
-            study.tell(t.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
-    made = [t for t in study.get_trials(deepcopy=False)
-            if t.state.name != "FAIL" or "reason" in t.user_attrs]
-    return made, any(t.state.name == "RUNNING" for t in made)
-
-def run_sweep(sweep: Sweep) -> None:
-    """One worker: trials, until all workers together have made study.trials; the last one to end
-    runs the best again with other seeds. Killed, it is started again. Raises: UserError."""
-    optuna, shared, failures = import_optional("optuna"), {}, (UserError, RuntimeError)
-    wanted = sweep.study.trials
-    cfg = trial_config(sweep, {}, "best")
-    open_inputs(cfg, start_runtime(cfg)._replace(quiet=True), shared)  # or there is no study
-    study, deadline = open_study(sweep), time.time() + 3600 * sweep.study.timeout_hours
-    def objective(trial: Any) -> float:
-        # A sampler of its own for each trial: those of workers of one seed would suggest the same.
-        seed, random = (sweep.study.seed + trial.number) % 2**32, min(10, 1 + wanted // 4)
-        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=random)
-        me = [this_machine(), os.getpid(), process_start(os.getpid())]
-        trial.set_user_attr("worker", me)
-        if sum(t.number < trial.number for t in count_trials(study)[0]) >= wanted:
-            raise UserError("another worker has begun the last trial")
-        params = suggest(trial, sweep.space)
-        try:
-            return run_trial(sweep, trial, params, f"trial_{trial.number}", shared)
-        except failures as e:
-            why = str(e).splitlines()[0]
-            trial.set_user_attr("reason", why)
-            tqdm.write(f"trial {trial.number} failed: {why}")
-            raise
-    bar = tqdm(total=wanted, unit="trial")
+    # A sampler for each trial: workers with equal samplers would suggest equal parameters.
+    trial.study.sampler = optuna.samplers.TPESampler(
+        seed=(sweep.study.seed + trial.number) % 2**32,
+        n_startup_trials=min(10, 1 + sweep.study.trials // 4))
+    for key, spec in sweep.space.items():
+        suggest(trial, key, spec)
+    _, settings = trial.user_attrs.get("repeats", (None, {}))
+    cfg = sweep.config(trial.params | settings, f"trial_{trial.number}")
+    reporter = optuna.trial.FixedTrial({}) if settings else trial  # no repeat is pruned
     try:
-        while True:
-            made, running = count_trials(study)
-            bar.n = sum(t.state.name != "RUNNING" for t in made)
-            bar.set_postfix_str(write_results(sweep, study))
-            if len(made) >= wanted or time.time() > deadline:
-                break
-            study.optimize(objective, n_trials=1, catch=failures)
-        bar.close()
-        if running:
-            print("other workers are still at it; the last of them runs the best again")
-        else:
-            repeat_best(sweep, study, deadline, shared)
-    except KeyboardInterrupt as stopped:
-        bar.close()
-        print("stopped; the same command goes on")
-        raise SystemExit(*stopped.args or (128 + signal.SIGINT,)) from None
-    draw_sweep(Path(sweep.output.dir, "sweep.png"), study)
-    if not running and not any(t.state.name == "COMPLETE" for t in made):
-        raise UserError(f"{sweep.source}: no trial was completed")
-    print(write_results(sweep, study))
-
-def best_trials(sweep: Sweep, study: Any) -> list[tuple[Any, dict[int, float]]]:
-    """The study.repeat_best best trials by value, at least one if there is any, each with its value
-    by seed."""
-    done = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
-    best, first = [], sweep.config({}).train.seed
-    for t in sorted(done, key=lambda t: -t.value)[: max(1, sweep.study.repeat_best)]:
-        again = {(first + k) % 2**32: study.user_attrs.get(f"trial {t.number}, {k}")
-                 for k in (1, 2)}
-        best.append((t, {first: t.value} | again))
-    return best
-
-def repeat_best(sweep: Sweep, study: Any, deadline: float, shared: dict) -> None:
-    """The best trials with two more seeds each: one value is luck in part. One worker at a time."""
-    held = lock(Path(sweep.output.dir, ".lock"), wait=True)
-    for t, values in best_trials(sweep, study) if sweep.study.repeat_best else ():
-        for k, (seed, value) in enumerate(values.items()):
-            if value is None and time.time() < deadline:
-                name = f"trial_{t.number}_seed_{seed}"
-                shutil.rmtree(Path(sweep.output.dir, name), ignore_errors=True)  # of a killed one
-                params, trial = t.params | {"train.seed": seed}, import_optional("optuna").trial.FixedTrial({})
-                try:
-                    value = run_trial(sweep, trial, params, name, shared)
-                    study.set_user_attr(f"trial {t.number}, {k}", value)
-                except (UserError, RuntimeError) as e:  # begun again with the next worker
-                    tqdm.write(f"{name} failed: {str(e).splitlines()[0]}")
-    held.close()
+        return train(cfg, reporter)["bertscore_composite"]
+    except (UserError, RuntimeError) as e:
+        reason = str(e).splitlines()[0]
+        trial.set_user_attr("reason", reason)
+        print(f"trial {trial.number} failed: {reason}")
+        raise
 
 def write_results(sweep: Sweep, study: Any) -> str:
-    """trials.jsonl and best.toml as of now, and a line about the best trial: that of the best mean
-    among those that were or will be repeated. Any worker may write them, at any time."""
-    folder, tag = Path(sweep.output.dir), f".{os.getpid()}"
-    best = best_trials(sweep, study)
-    seeds = {t.number: [v for v in values.values() if v is not None] for t, values in best}
-    rows = [dict(number=t.number, state=t.state.name.lower(), value=t.value, params=t.params,
-                 seconds=t.duration and t.duration.total_seconds(),
-                 reason=t.user_attrs.get("reason", "killed" if t.state.name == "FAIL" else None),
-                 seeds=seeds.get(t.number)) for t in study.get_trials(deepcopy=False)]
-    write_text(folder / "trials.jsonl", "".join(json.dumps(r) + "\n" for r in rows), tag)
-    if not best:
-        return "no trial is complete yet"
-    t = max((t for t, _ in best), key=lambda t: np.mean(seeds[t.number]))
-    params = t.params | {"train.eval_steps": t.user_attrs["eval_steps"]}
-    cfg, values = trial_config(sweep, params, "best"), seeds[t.number]
-    head = (f"# trial {t.number} of {study.study_name}: {sweep.study.objective} {t.value!r} on the "
-            "validation split\n")
-    write_text(folder / "best.toml", head + config_text(cfg), tag)
-    line = f"best {t.value:.4f} of trial {t.number}"
-    if len(values) > 1:
-        line += f", {np.mean(values):.4f} ± {np.std(values, ddof=1):.4f} over {len(values)} seeds"
-    return line
+    """Write trials.jsonl, sweep.png and best.toml of the trials so far, as any worker may. The best
+    trial has the best mean over seeds among those that are repeated. Returns a line about it."""
+    trials, tag, rows, values = study.get_trials(deepcopy=False), f".{os.getpid()}", [], {}
+    for t in trials:
+        number, settings = t.user_attrs.get("repeats", (t.number, {}))
+        reason = t.user_attrs.get("reason", "killed" if t.state.name == "FAIL" else None)
+        seconds = t.duration and t.duration.total_seconds()
+        rows.append(dict(number=t.number, state=t.state.name.lower(), value=t.value,
+                         params=t.params | settings, seconds=seconds, reason=reason))
+        if t.state.name == "COMPLETE":
+            values.setdefault(number, []).append(t.value)
+    write_text(sweep.folder / "trials.jsonl", "".join(json.dumps(r) + "\n" for r in rows), tag)
+    with atomic_write(sweep.folder / "sweep.png", tag) as path:
+        plots = import_optional("optuna.visualization.matplotlib")
+        name = "BERTScore composite, validation"
+        axes = plots.plot_optimization_history(study, target_name=name)
+        axes.figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
+    if not values:
+        return f"{len(trials)} trials, none is complete yet"
+    best = max(best_trials(study, sweep.study.repeat_best or 1),
+               key=lambda t: np.mean(values[t.number]))
+    cfg = sweep.config(best.params | {"train.eval_steps": best.user_attrs["eval_steps"]})
+    head = f"# trial {best.number} of {study.study_name}: {best.value!r} on the validation split\n"
+    write_text(sweep.folder / "best.toml", head + config_text(cfg), tag)
+    by_seed = ", ".join(f"{value:.4f}" for value in values[best.number])
+    return f"{len(trials)} trials, the best is trial {best.number}: {by_seed}"
 
-def draw_sweep(path: Path, study: Any) -> None:
-    """sweep.png: history and importances above slices, each as Optuna draws it."""
+def run_sweep(sweep: Sweep) -> None:
+    """One worker: it runs trials until all workers together have run study.trials and the repeats
+    of the best. Killed, it is started again. Raises: UserError; SystemExit after a signal."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("sweep: a worker is one process; start one for each GPU by hand")
     import_optional("matplotlib").use("Agg")
-    plt, plots = import_optional("matplotlib.pyplot"), import_optional("optuna.visualization.matplotlib")
-    warnings.simplefilter("ignore", UserWarning)  # of a single value's limits
-    def image(plot: Any) -> np.ndarray:
-        figure, file = np.ravel(plot(study))[0].figure, io.BytesIO()
-        figure.savefig(file, bbox_inches="tight")
-        plt.close(figure)
-        return plt.imread(io.BytesIO(file.getvalue()))
-    def join(axis: int, *images: np.ndarray) -> np.ndarray:  # white where one is smaller
-        most = max(i.shape[1 - axis] for i in images)
-        gaps = [[(0, most - i.shape[a]) if a == 1 - axis else (0, 0) for a in range(3)]
-                for i in images]
-        return np.concatenate([np.pad(i, gap, constant_values=1)
-                               for i, gap in zip(images, gaps, strict=True)], axis)
-    num_done = sum(t.state.name == "COMPLETE" for t in study.get_trials(deepcopy=False))
-    if num_done:
-        above = [image(plots.plot_optimization_history)]
-        if num_done > 3:  # before, there is nothing to tell
-            above.append(image(plots.plot_param_importances))
-        whole = join(0, join(1, *above), image(plots.plot_slice))
-        with atomic_write(path, f".{os.getpid()}") as temporary:
-            plt.imsave(temporary, whole, format="png")
+    cfg = sweep.config({})
+    rt = start_runtime(cfg)._replace(quiet=True)
+    open_inputs(cfg, ("train", "val"), cfg.model.tokens, rt, cached=True)  # errors come first
+    study, deadline = open_study(sweep), time.time() + 3600 * sweep.study.timeout_hours
+    try:
+        while next_trial(sweep, study, deadline):
+            study.optimize(partial(run_trial, sweep), n_trials=1, gc_after_trial=True,
+                           catch=(UserError, RuntimeError))
+            torch.cuda.empty_cache()
+            print(write_results(sweep, study), flush=True)
+    except SystemExit:
+        print("stopped; the same command goes on")
+        raise
+    print(write_results(sweep, study))
+    if not best_trials(study, 1):
+        raise UserError(f"{sweep.source}: no trial was completed")
 
 # -----------------------------------------------------------------------------
 # Command line
