@@ -40,7 +40,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import unicodedata
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -49,7 +51,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
-from importlib.metadata import version
+from importlib.metadata import distributions
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -66,7 +68,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 __version__ = "0.1.0"
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -91,7 +92,7 @@ def expand_path(path: str) -> str:
 PathStr = Annotated[str, Field(pattern=r"^[^\x00]*$"), pydantic.AfterValidator(expand_path)]
 Name = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-FromList = pydantic.BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+FromList = pydantic.BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)
 
 class Table(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=False):
     """Strict: an integer is accepted for a float, no other type is converted."""
@@ -441,6 +442,7 @@ def read_ahead(make: Any, keys: Any, threads: int):
 
 MICRO_TOKENS = dict(cpu=1024, cuda=8192)  # of a micro-batch; see plan_memory
 EVAL_ROWS = 16  # of a micro-batch in evaluation
+ANSWERS_AT_ONCE = dict(cpu=16, cuda=64)
 PLACEHOLDER = "<EMB>"  # where the vector goes in a query; without it, on a line before the query
 ROW = np.dtype([("byte", "i8"), ("line", "i4"), ("vector", "i4"), ("task", "i2"), ("text", "?")])
 
@@ -679,6 +681,9 @@ class Split:  # of a data set, opened
         """[n] indices into the table -> [n, E] fp32."""
         return self.vectors[torch.from_numpy(vector_ids.astype(np.int64))].float()
 
+def max_bytes(text: str) -> int:  # of the text, or of what a tokenizer's NFC or NFKC makes of it
+    return max(len(t.encode()) for t in (text, unicodedata.normalize("NFKD", text)))
+
 def split_paths(data: DataConfig, split: str) -> list[Path]:  # of the vectors, of the rows
     table = Path(data.dir, "embeddings", f"{split}_embeddings.safetensors")
     table = table if table.exists() or not (npy := table.with_suffix(".npy")).exists() else npy
@@ -690,7 +695,7 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, num_soft: int, rt: 
     vectors_path, path = split_paths(data, split)
     vectors, counts, chunks = open_vectors(vectors_path), Counter(), []
     check_file(path)
-    room = data.max_seq_length - num_soft - len(prompt.head + prompt.tail + prompt.end)
+    room = data.max_seq_length - num_soft - len(prompt.head + prompt.tail + prompt.end) - 8
     rows = read_rows(path, data.tasks, len(vectors), counts)
     rows = iter(tqdm(rows, f"reading {split}", unit=" rows", leave=False,
                      disable=rt.rank > 0 or rt.quiet or None))
@@ -699,7 +704,7 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, num_soft: int, rt: 
                                  data.tasks.index(row.task_type), bool(row.text))
                                 for line, byte, row in chunk], ROW))
         long = [(f"{path}:{line}", row) for line, _, row in chunk
-                if len((row.query + row.response).encode()) > room - 8]
+                if max_bytes(row.query + row.response) > room]  # 8: a space before each part
         examples = tokenize(prompt, long, num_soft, data.max_seq_length)
         counts["responses_cut"] += sum(e.truncated for e in examples)
     if not chunks:
@@ -955,9 +960,6 @@ def fingerprint(llm: Any) -> str:
             sample.append(p.flatten()[:: max(1, p.numel() // 16)].bfloat16().float())  # no view
     return hashlib.sha256(torch.cat(sample).cpu().numpy().tobytes()).hexdigest()[:16]
 
-def llm_identity(llm: Any) -> dict[str, str]:
-    return {"the hash of the LLM's weights": fingerprint(llm)}
-
 @torch.no_grad()
 def embedding_scale(llm: Any) -> tuple[int, float]:
     """Width and root mean square of the token embeddings."""
@@ -966,13 +968,11 @@ def embedding_scale(llm: Any) -> tuple[int, float]:
     rows = embed(ids).float()
     return rows.shape[1], rows.square().mean().sqrt().item()
 
-def fresh_adapter(llm: Any, vectors: Tensor, statistics: dict[str, Tensor],
-                  standardize: bool = True, **settings: Any) -> Adapter:
+def fresh_adapter(llm: Any, vectors: Tensor, statistics: dict, **settings: Any) -> Adapter:
     """An untrained adapter from vectors of these statistics to the LLM's token embeddings."""
     (d_llm, scale), norm = embedding_scale(llm), root_mean_square_norm(vectors)
     adapter = Adapter(vectors.shape[1], d_llm=d_llm, scale=scale, norm=norm, **settings)
-    if standardize:
-        adapter.load_state_dict(statistics, strict=False)
+    adapter.load_state_dict(statistics, strict=False)
     return adapter
 
 class ELM(nn.Module):
@@ -990,14 +990,16 @@ class ELM(nn.Module):
         """The adapter of a file with the LLM that it names, or the same one at `llm`.
         Raises: UserError if that is not the LLM it was trained for."""
         adapter, metadata = Adapter.load(path)
-        if "llm" not in metadata:
-            raise UserError(f"{path}: does not say which LLM it was trained for")
-        trained, device = metadata["llm"], find_device()
-        name, bf16 = llm or trained["name"], trained["bf16"] if bf16 is None else bf16
-        prompt = Prompt.load(name, trained["template"], metadata["prompt"], "llm")
-        model = load_llm(name, device, bf16, "llm", zero)
-        check_identity(metadata.get("identity", {}), llm_identity(model), f"{path}: {name}")
-        return ELM(model, adapter.to(device), prompt).eval()
+        try:
+            origin, stored, identity = (metadata[k] for k in ("llm", "prompt", "identity"))
+            name, bf16 = llm or origin["name"], origin["bf16"] if bf16 is None else bf16
+            prompt = Prompt.load(name, origin["template"], stored, "llm")
+        except (LookupError, TypeError):
+            raise UserError(f"{path}: does not say which LLM it was trained for") from None
+        model = load_llm(name, device := find_device(), bf16, "llm", zero)
+        elm = ELM(model, adapter.to(device), prompt).eval()
+        check_identity(identity, elm.identity(), f"{path}: {name}")
+        return elm
 
     @staticmethod
     def create(llm: str, embeddings: Any, bf16: bool = True, hidden_dim: int = 4096,
@@ -1010,6 +1012,11 @@ class ELM(nn.Module):
         prompt, model = Prompt.load(llm, {}, key="llm"), load_llm(llm, device, bf16, "llm")
         adapter = fresh_adapter(model, vectors, statistics, hidden_dim=hidden_dim, **settings)
         return ELM(model, adapter.to(device), prompt)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same wherever the adapter is used. Collective under ZeRO 3."""
+        sizes = {k: self.adapter.settings[k] for k in ("d_emb", "hidden_dim", "d_llm", "tokens")}
+        return sizes | {"hash of the LLM's weights": fingerprint(self.llm)}
 
     @property
     def device(self) -> torch.device:
@@ -1154,8 +1161,9 @@ def recompute_layers(llm: Any, count: int) -> None:
     for layer in layers:  # of an LLM that was trained through before
         layer.__dict__.pop("forward", None)
     for layer in layers[len(layers) - count :]:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
-                                preserve_rng_state=False, context_fn=lambda: (nullcontext(), packed(llm)))
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), packed(llm)))
 
 # -----------------------------------------------------------------------------
 # Losses: terms that are summed over examples, and their gradient at the soft tokens
@@ -1209,7 +1217,7 @@ def drift(probe: Probe, adapter: Adapter, target: float, hidden: Tensor, batch: 
     embeddings = adapter.standardize(batch["embeddings"])
     return F.relu(target - 1 + probe.distance(response_hidden(hidden, batch), embeddings))
 
-RIDGES = (0.1, 0.01, 1.0)  # times the mean diagonal; without a choice the first
+RIDGES = (0.1, 0.01, 1.0, 10.0)  # times the mean diagonal; without a choice the first
 
 def ridge(x: Tensor, y: Tensor, heldout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ridge regression (Hoerl and Kennard, 1970) of y [n, q] on x [n, p] over the rows that are not
@@ -1366,7 +1374,7 @@ def read_metrics(path: Path) -> list[dict]:
         try:
             entries.append(json.loads(line))
             entries[-1]["step"] + 0
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, LookupError, RecursionError):
             raise UserError(f"{path}:{number}: damaged; delete this line") from None
     return entries
 
@@ -1405,7 +1413,8 @@ def mean_cosine(x: Tensor) -> float:
 
 def config_text(cfg: Config) -> str:
     """The resolved config as TOML, under the package versions and the git commit as comments."""
-    lines = [f"# {p} {version(p)}" for p in ("torch", "transformers", "deepspeed", "safetensors")]
+    packages = "torch", "transformers", "deepspeed", "safetensors"
+    lines = [f"# {p} {d.version}" for p in packages for d in list(distributions(name=p))[:1]]
     if shutil.which("git"):
         git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
         lines += ["# commit " + subprocess.run(git, capture_output=True, text=True).stdout.strip()]
@@ -1413,30 +1422,31 @@ def config_text(cfg: Config) -> str:
         lines += ["", f"[{name}]", *(f"{key} = {to_toml(value)}" for key, value in entries.items())]
     return "\n".join(lines) + "\n"
 
+def start_wandb(cfg: Config, run_id: str | None, rt: Runtime) -> Any:
+    wandb, mode = import_optional("wandb"), os.environ.get("WANDB_MODE", cfg.wandb.mode)
+    if mode == "online" and not wandb.login(prompt=False):  # it would ask, and wait
+        mode = "offline"
+        rt.log("W&B: no login, so the run is kept offline; `wandb sync` uploads it")
+    return wandb.init(project=cfg.wandb.project, name=cfg.wandb.run_name, id=run_id, mode=mode,
+                      resume="allow", dir=cfg.output.dir, config=cfg.tables())
+
 class Log:
-    """Console, metrics.jsonl and, if enabled, W&B, all written by process 0. A failing W&B never
-    ends a run. As a context it ends W&B's run with the exit code."""
+    """Console, metrics.jsonl and, if enabled, W&B, all written by process 0. As a context it ends
+    W&B's run with the exit code."""
 
     def __init__(self, cfg: Config, state: TrainState, total: int, rt: Runtime):
-        self.path, self.rt, self.run = Path(cfg.output.dir, "metrics.jsonl"), rt, None
+        self.path, self.rt = Path(cfg.output.dir, "metrics.jsonl"), rt
         self.bar = tqdm(total=total, initial=state.step, unit="step",
                         disable=rt.rank > 0 or rt.quiet or None)
-        self.reset_clock()
-        if cfg.wandb.enabled and rt.rank == 0:
-            self.run = self.attempt(lambda: self.start_wandb(cfg, state.wandb_id))
+        self.clock, self.tokens = time.perf_counter(), 0  # since the last line of training
+        self.run = cfg.wandb.enabled and rt.rank == 0
+        self.run = self.wandb(lambda _: start_wandb(cfg, state.wandb_id, rt))
         state.wandb_id = self.run.id if self.run else state.wandb_id
 
-    def start_wandb(self, cfg: Config, run_id: str | None) -> Any:
-        wandb, mode = import_optional("wandb"), os.environ.get("WANDB_MODE", cfg.wandb.mode)
-        if mode == "online" and not wandb.login(prompt=False):  # it would ask and wait
-            mode = "offline"
-            self.rt.log("W&B: no login, so the run is kept offline; `wandb sync` uploads it")
-        return wandb.init(project=cfg.wandb.project, name=cfg.wandb.run_name, id=run_id, mode=mode,
-                          resume="allow", dir=cfg.output.dir, config=cfg.tables())
-
-    def attempt(self, call: Any) -> Any:
+    def wandb(self, call: Any) -> Any:
+        """call(W&B's run), if there is one; a failure is logged and never ends the training."""
         try:
-            return call()
+            return call(self.run) if self.run else None
         except Exception as e:
             self.rt.log(f"W&B failed, training goes on: {e!r}")
 
@@ -1445,51 +1455,27 @@ class Log:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.bar.close()
-        if self.run:
-            code = getattr(error, "code", 1) if error else 0
-            self.attempt(lambda: self.run.finish(exit_code=code))
+        self.wandb(lambda run: run.finish(exit_code=getattr(error, "code", 1) if error else 0))
 
-    def record(self, **entry: Any) -> None:
+    def record(self, line: str, step: int, **entry: float) -> None:
+        self.rt.log(f"step {step:6d}  {line}")
         if self.rt.rank == 0:
-            append(self.path, json.dumps(entry) + "\n")
-        if self.run:
-            self.attempt(lambda: self.run.log(entry, step=entry["step"]))
+            append(self.path, json.dumps(dict(step=step) | entry) + "\n")
+        self.wandb(lambda run: run.log(entry, step=step))
+        self.clock, self.tokens = time.perf_counter(), 0
 
     def training(self, state: TrainState, terms: dict[str, Term], **values: float) -> None:
         """Log each term's mean since the last call, per label or row, and their weighted sum."""
         means = {name: state.sums[name] / state.sums[term.per] for name, term in terms.items()}
         loss = sum(term.weight * means[name] for name, term in terms.items())
-        rate = self.tokens / (time.perf_counter() - self.clock)
-        self.record(step=state.step, epoch=state.epoch, loss=loss, **means, **values,
-                    tokens_per_second=rate, memory_gib=memory_gib())
+        rate, memory = self.tokens / (time.perf_counter() - self.clock), memory_gib()
         line = f"loss {loss:.4f}  " + "".join(
             f"{name} {means[name]:.4f}  " for name, term in terms.items() if 0 < term.weight != 1)
-        line += f"lr {values['lr']:.2e}  {rate:,.0f} tokens/s  {memory_gib():.2f} GiB"
+        line += f"lr {values['lr']:.2e}  {rate:,.0f} tokens/s  {memory:.2f} GiB"
         self.bar.set_postfix_str(line)
-        self.rt.log(f"step {state.step:6d}  {line}")
+        self.record(line, state.step, epoch=state.epoch, loss=loss, **means, **values,
+                    tokens_per_second=rate, memory_gib=memory)
         state.sums = {}
-        self.reset_clock()
-
-    def evaluation(self, step: int, losses: dict[str, float]) -> None:
-        self.record(step=step, **losses)
-        self.rt.log(f"step {step:6d}  val_loss {losses['val_loss']:.4f}  vectors shuffled "
-                    f"{losses['val_loss_shuffled']:.4f}")
-        self.reset_clock()
-
-    def advance(self, step: Step) -> None:
-        self.tokens += step.counts["tokens"]
-        self.bar.update()
-
-    def reset_clock(self) -> None:
-        self.clock, self.tokens = time.perf_counter(), 0
-
-    def artifact(self, path: Path) -> None:
-        if self.run:
-            self.attempt(lambda: self.run.log_artifact(str(path), type="adapter"))
-
-    def summary(self, result: dict) -> None:
-        if self.run:
-            self.attempt(lambda: self.run.summary.update(result))
 
 def final_split(cfg: Config) -> str:  # the one of the report
     has_test = all(p.exists() for p in split_paths(cfg.data, "test"))
@@ -1501,10 +1487,7 @@ def open_data(data: DataConfig, scoring: EvalConfig, llm: str, template: str,
     """The splits by name, after a check of what the report will need. The prompt is the stored one
     or that of the LLM's template, with keyword arguments in JSON. Raises: UserError."""
     import_optional("matplotlib")
-    if scoring.samples:
-        load_scorer(scoring.bertscore_model, scoring.bertscore_layers)
-        if rt.rank > 0:  # process 0 will score
-            load_scorer.cache_clear()
+    import_optional("pandas")
     prompt = Prompt.load(llm, json.loads(template), stored)
     splits = {name: open_split(data, name, prompt, num_soft, rt) for name in names}
     widths = {name: split.vectors.shape[1] for name, split in splits.items()}
@@ -1516,11 +1499,8 @@ def open_data(data: DataConfig, scoring: EvalConfig, llm: str, template: str,
         if (split.rows["vector"] == split.rows["vector"][0]).all():
             raise UserError(f"{split.path}: all rows are about one vector: none is left to compare "
                             "it with")
-    if scoring.samples and scoring.embedder:
-        embedder = check_embedder(scoring.embedder, "eval.embedder")
-        if embedder.hidden_size not in widths.values():
-            raise UserError(f"eval.embedder: {scoring.embedder} makes vectors of width "
-                            f"{embedder.hidden_size}, those of the data have {widths}")
+    if scoring.samples:
+        rt.on_first(lambda: load_report_models(scoring, splits[names[-1]], rt))
     return splits
 
 def open_inputs(cfg: Config, names: Iterable[str], num_soft: int, rt: Runtime,
@@ -1528,28 +1508,6 @@ def open_inputs(cfg: Config, names: Iterable[str], num_soft: int, rt: Runtime,
     open_splits, template = sweep_data if cached else open_data, json.dumps(cfg.model.template)
     return open_splits(cfg.data, cfg.eval, cfg.model.llm, template, tuple(names), num_soft, rt,
                        stored)
-
-def build_model(cfg: Config, llm: Any, data: Split, rt: Runtime) -> tuple[ELM, dict[str, Any]]:
-    """A fresh adapter on the frozen LLM, and the identity that its files will carry."""
-    m = cfg.model
-    max_positions = getattr(llm.config.get_text_config(), "max_position_embeddings", math.inf)
-    if cfg.data.max_seq_length > max_positions:
-        raise UserError(f"data.max_seq_length = {cfg.data.max_seq_length}: {m.llm} reads "
-                        f"{max_positions}")
-    torch.manual_seed(cfg.train.seed)
-    adapter = fresh_adapter(llm, data.vectors, data.statistics, m.standardize, hidden_dim=m.hidden_dim,
-                            tokens=m.tokens, dropout=m.dropout, residual_scale=m.residual_scale)
-    trained = sum(p.numel() for p in adapter.parameters())
-    frozen = sum(getattr(p, "ds_numel", p.numel()) for p in llm.parameters())
-    rt.log(f"{rt.world} process(es) on {rt.device.type}, ZeRO {cfg.deepspeed.zero_stage}, LLM in "
-           f"{str(llm.dtype)[6:]}\n{trained:,} parameters trained, {frozen:,} frozen; token "
-           f"embeddings of root mean square {adapter.scale:.4f}")
-    elm, s = ELM(llm, adapter.to(rt.device), data.prompt), adapter.settings
-    elm.lockstep = cfg.deepspeed.zero_stage == 3 and rt.world > 1
-    check_llm(elm)
-    return elm, {"model.hidden_dim": m.hidden_dim, "model.tokens": m.tokens,
-                 "the vectors' width": s["d_emb"], "the LLM's width": s["d_llm"],
-                 **llm_identity(llm)}
 
 def plan_memory(cfg: Config, elm: ELM, terms: dict[str, Term], rt: Runtime) -> int:
     """The token budget of a micro-batch. On a GPU the first of several plans that a trial pass
@@ -1588,19 +1546,18 @@ def fits_memory(elm: ELM, num_tokens: int, longest: int, terms: dict[str, Term],
     torch.cuda.empty_cache()
     return not rt.sum(failed).item()
 
-def changes(saved: dict, cfg: Config, num_rows: int) -> str:
-    """What differs from the run of a checkpoint, a line each."""
-    old, new = (flat(tables) | {"rows of the training split": n} for tables, n in (
-        (saved["config"], saved["num_rows"]), (cfg.tables(), num_rows)))
-    return "".join(f"\n  {k} = {new.get(k)}, was {old.get(k)}" for k in {**old, **new}
+def changes(old: dict, new: dict) -> str:
+    """What differs between the settings of a checkpoint and of this run, a line each."""
+    old, new = flat(old), flat(new)
+    return "".join(f"\n  {k} = {new.get(k)}, was {old.get(k)}" for k in old | new
                    if old.get(k) != new.get(k) and k not in ("train.resume", "output.dir"))
 
 def finished_report(saved: dict, cfg: Config, total: int) -> dict | None:
     """The report of a run that has nothing left to do."""
     path, step = Path(cfg.output.dir, "eval.json"), saved["state"].step
     if step >= total and path.exists() and saved["config"]["model"] == cfg.tables()["model"]:
-        result = json.loads(path.read_bytes())
-        return result if result["step"] == step else None
+        report = json.loads(path.read_bytes())
+        return report if report["step"] == step else None
 
 def open_folder(cfg: Config, state: TrainState) -> Any:
     """Lock output.dir, write config.toml, and drop what a killed run logged after `state`: returns
@@ -1623,20 +1580,6 @@ def check_finite(numbers: list[float], step: int, split: Split, rows: np.ndarray
         lines = ",".join(str(n) for n in split.rows["line"][rows][:64])
         raise UserError(f"step {step}: the loss or its gradient is not finite, and nothing was "
                         f"updated; lower train.lr, or look at {split.path}:{lines}")
-
-def validation_losses(elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime, signals: list,
-                      scored: bool) -> dict[str, float]:
-    """Losses per response token by the right and by shuffled vectors and, if `scored`, the
-    BERTScore composite of answers. Raises: Stopped."""
-    elm.eval()
-    losses = {}
-    for name, vectors in (("val_loss", None), ("val_loss_shuffled", shuffled_vectors(split))):
-        nll, num_labels = evaluate_nll(elm, split, rt, vectors=vectors, signals=signals)
-        losses[name] = float(nll.sum()) / int(num_labels.sum())
-    if scored:
-        losses["val_bertscore"] = score_now(elm, split, cfg, rt)
-    elm.train()
-    return losses
 
 def read_words(split: Split, vector_ids: np.ndarray, num_parts: int) -> list[np.ndarray]:
     """For each vector the token ids, each once, of the num_parts equal parts of its text; if no row
@@ -1692,15 +1635,47 @@ def warm_start(elm: ELM, split: Split, rt: Runtime, max_vectors: int = 32768) ->
     rt.log(f"warm start on {int((~heldout).sum())} vectors; cosine {cosine:.3f} with the targets "
            f"of {int(heldout.sum())} held-out ones")
 
+def validation_losses(elm: ELM, split: Split, cfg: Config, rt: Runtime, signals: list,
+                      scored: bool) -> dict[str, float]:
+    """Losses per response token by the right and by shuffled vectors and, if `scored`, the
+    BERTScore composite of answers; nothing if a signal arrives meanwhile."""
+    elm.eval()
+    losses, other = {}, shuffled_vectors(split)
+    try:
+        for name, vector_ids in ("val_loss", None), ("val_loss_shuffled", other):
+            nll, num_labels = evaluate_nll(elm, split, rt, "embedding", vector_ids, signals)
+            losses[name] = float(nll.sum() / num_labels.sum())
+    except Stopped:
+        return {}
+    if scored:
+        losses["val_bertscore"] = score_now(elm, split, cfg.eval, rt)
+    elm.train()
+    return losses
+
 def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt: Runtime) -> tuple:
-    """(ELM, AdamW, drift probe or None, identity), fresh or as a checkpoint has them."""
-    elm, identity = build_model(cfg, llm, source, rt)
-    optimizer = torch.optim.AdamW(elm.adapter.parameters(), betas=(0.9, 0.999), eps=1e-8,
+    """(ELM, AdamW, drift probe or None, identity), fresh or as a checkpoint has them.
+    Raises: UserError."""
+    m, limit = cfg.model, getattr(llm.config.get_text_config(), "max_position_embeddings", math.inf)
+    if cfg.data.max_seq_length > limit:
+        raise UserError(f"data.max_seq_length = {cfg.data.max_seq_length}: {m.llm} reads {limit}")
+    torch.manual_seed(cfg.train.seed)
+    statistics = source.statistics if m.standardize else {}
+    adapter = fresh_adapter(llm, source.vectors, statistics, hidden_dim=m.hidden_dim,
+                            tokens=m.tokens, dropout=m.dropout, residual_scale=m.residual_scale)
+    elm = ELM(llm, adapter.to(rt.device), source.prompt)
+    elm.lockstep = cfg.deepspeed.zero_stage == 3 and rt.world > 1
+    check_llm(elm)
+    trained, frozen = (sum(getattr(p, "ds_numel", p.numel()) for p in part.parameters())
+                       for part in (adapter, llm))
+    rt.log(f"{rt.world} process(es) on {rt.device.type}, ZeRO {cfg.deepspeed.zero_stage}, LLM in "
+           f"{str(llm.dtype)[6:]}\n{trained:,} parameters trained, {frozen:,} frozen; token "
+           f"embeddings of root mean square {adapter.scale:.4f}")
+    optimizer = torch.optim.AdamW(adapter.parameters(), betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=cfg.train.weight_decay, fused=True)
-    probe = None
+    identity, probe = elm.identity(), None
     if saved:
         check_identity(saved["identity"], identity, "train.resume")
-        elm.adapter.load_state_dict(saved["adapter"])
+        adapter.load_state_dict(saved["adapter"])
         optimizer.load_state_dict(saved["optimizer"])
         probe = saved["probe"] and Probe(*(t.to(rt.device) for t in saved["probe"]))
     elif cfg.train.warm_start:
@@ -1728,7 +1703,8 @@ def train(cfg: Config, trial: Any = None) -> dict:
     eval_steps = math.ceil(total / 4) if trial else c.eval_steps
     if trial:
         trial.set_user_attr("eval_steps", eval_steps)
-    changed = changes(saved, cfg, len(source.rows)) if saved else ""
+    tables = cfg.tables() | {"rows": {"train": len(source.rows)}}
+    changed = changes(saved["config"], tables) if saved else ""
     if saved and (finished := finished_report(saved, cfg, total)):
         rt.log(f"{folder} holds a finished run of {state.step} steps; nothing to do{changed}")
         return finished
@@ -1749,7 +1725,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
         origin = dict(name=cfg.model.llm, bf16=cfg.model.bf16, template=cfg.model.template)
         rt.on_first(lambda: elm.adapter.save(folder / name, weights, llm=origin, step=step,
                                              identity=identity, prompt=source.prompt.text))
-        log.artifact(folder / name)
+        log.wandb(lambda run: run.log_artifact(str(folder / name), type="adapter"))
 
     def save(name: str) -> None:  # no generator: a step's rows and dropout depend on seed and step
         weights = elm.adapter.state_dict()
@@ -1757,16 +1733,13 @@ def train(cfg: Config, trial: Any = None) -> dict:
         rt.on_first(lambda: save_checkpoint(
             folder / f"checkpoint_{name}.pt", state=dataclasses.asdict(state), adapter=weights,
             optimizer=optimizer.state_dict(), probe=probe and tuple(probe), identity=identity,
-            config=cfg.tables(), prompt=source.prompt.text, num_rows=len(source.rows)))
+            config=tables, prompt=source.prompt.text))
 
     def validate() -> None:
         scored = trial is not None and 0 < state.step < total
-        try:
-            losses = validation_losses(elm, data["val"], cfg.eval, rt, signals, scored)
-        except Stopped:
-            leave()
+        losses = validation_losses(elm, data["val"], cfg, rt, signals, scored) or leave()
         state.validated = state.step
-        log.evaluation(state.step, losses)
+        log.record("  ".join(f"{k} {v:.4f}" for k, v in losses.items()), state.step, **losses)
         if losses["val_loss"] < state.best or not state.best_adapter:
             state.best, state.best_step = losses["val_loss"], state.step
             state.best_adapter = {k: v.cpu().clone() for k, v in elm.adapter.state_dict().items()}
@@ -1811,7 +1784,8 @@ def train(cfg: Config, trial: Any = None) -> dict:
                     group["lr"] = lr_at(state.step, total, c)
                 optimizer.step()
                 state.advance(step, dict(zip(terms, sums, strict=True)))
-                log.advance(step)
+                log.tokens += step.counts["tokens"]
+                log.bar.update()
                 if due(c.logging_steps):
                     log.training(state, terms, lr=lr_at(state.step - 1, total, c), grad_norm=norm,
                                  similarity=mean_cosine(soft.detach().flatten(1)))
@@ -1821,7 +1795,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
                     leave()
                 if due(eval_steps):
                     validate()
-            if fingerprint(elm.llm) != identity["the hash of the LLM's weights"]:
+            if fingerprint(elm.llm) != identity["hash of the LLM's weights"]:
                 raise RuntimeError(f"{cfg.model.llm} is frozen, yet its weights have changed")
             if not trial:
                 save("final")
@@ -1833,11 +1807,11 @@ def train(cfg: Config, trial: Any = None) -> dict:
         else:
             about = dict(split=final, step=state.step, adapter_step=state.best_step)
             result = report(elm, data[final], cfg, rt, read_metrics(log.path), about)
-        log.summary(result)
+        log.wandb(lambda run: run.summary.update(result))
     return result
 
 # -----------------------------------------------------------------------------
-# Evaluation: losses by vector, by another's vector and by text; answers
+# Evaluation: losses by vector, by another's vector and by text; answers and their scores
 
 @torch.no_grad()
 def evaluate_nll(elm: ELM, split: Split, rt: Runtime, source: str = "embedding",
@@ -1869,214 +1843,269 @@ def evaluate_nll(elm: ELM, split: Split, rt: Runtime, source: str = "embedding",
 def sample_rows(split: Split, n: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(len(split.rows))[:n])
 
-def answers(elm: ELM, split: Split, rows: np.ndarray, which: np.ndarray, limit: int, rt: Runtime):
-    """Greedy answers of up to `limit` tokens to the queries of `rows` about the vectors `which`.
-    The processes share them by whole batches: not a bit depends on how many they are."""
-    rank, world = (0, 1) if elm.lockstep else (rt.rank, rt.world)  # ZeRO-3: all make all of them
-    size, made, parts = 16, {}, [None] * world
+def generate_answers(elm: ELM, split: Split, rows: np.ndarray, vector_ids: np.ndarray,
+                     max_new_tokens: int, rt: Runtime) -> list[str]:
+    """Greedy answers to the queries of `rows` [n] about the vectors `vector_ids` [n]. The processes
+    share them by whole batches, so that not a bit depends on how many processes run."""
+    rank, world = (0, 1) if elm.lockstep else (rt.rank, rt.world)  # ZeRO 3: each makes all answers
+    size, batches, gathered = ANSWERS_AT_ONCE[rt.device.type], {}, [None] * world
     for i in tqdm(range(rank * size, len(rows), world * size), "answers", leave=False,
                   disable=rt.rank > 0 or rt.quiet or None):
-        vectors = split.embeddings(which[i : i + size])
         queries = [row.query for row in split.read(rows[i : i + size])]
-        made[i] = elm.generate(vectors, queries, limit, size)
+        embeddings = split.embeddings(vector_ids[i : i + size])
+        batches[i] = elm.generate(embeddings, queries, max_new_tokens, size)
     if world > 1:
-        torch.distributed.all_gather_object(parts, made)
-        made = {i: batch for part in parts for i, batch in part.items()}
-    return [answer for i in sorted(made) for answer in made[i]]
+        torch.distributed.all_gather_object(gathered, batches)
+        batches = {i: batch for part in gathered for i, batch in part.items()}
+    return [answer for i in sorted(batches) for answer in batches[i]]
 
 @lru_cache(1)
 def load_scorer(name: str, num_layers: int | None) -> Any:
-    """bert-score's scorer, on the CPU, in fp32, with a tokenizer that works: with transformers 5,
-    the library fails at one without a length, and at byte-level ones it takes the space from the
-    first word. Raises: UserError."""
-    place, bert_score = "eval.bertscore_model", import_optional("bert_score")
-    config = load_pretrained(transformers.AutoConfig, name, place)
+    """bert-score's scorer, on the CPU, in fp32, with a working tokenizer: under transformers 5 the
+    library fails at a tokenizer without a length, and drops the space before the first word at
+    byte-level ones. Raises: UserError."""
+    key, bert_score = "eval.bertscore_model", import_optional("bert_score")
+    config = load_pretrained(transformers.AutoConfig, name, key)
     layers = num_layers or bert_score.utils.model2layers.get(name, config.num_hidden_layers)
-    if layers > config.num_hidden_layers:
-        raise UserError(f"eval.bertscore_layers = {layers}: {name} has {config.num_hidden_layers}")
     if "t5" in name and config.model_type != "t5":
-        raise UserError(f"{place}: bert-score takes {name} for a T5 by its name; rename or link it")
-    with loading(name, place):
+        raise UserError(f"{key}: bert-score takes {name} for a T5 by its name; rename or link it")
+    with loading(name, key):
         scorer = bert_score.BERTScorer(name, num_layers=layers, device="cpu")
-    tok, known = scorer._tokenizer, bert_score.utils
-    if isinstance(tok, (known.GPT2Tokenizer, known.RobertaTokenizer)):
-        tok = load_pretrained(transformers.AutoTokenizer, name, place, add_prefix_space=True)
-    tok.model_max_length, scorer._tokenizer = reach(scorer._model, tok), tok
     scorer._model.float()
+    byte_level = bert_score.utils.GPT2Tokenizer, bert_score.utils.RobertaTokenizer
+    if isinstance(scorer._tokenizer, byte_level):
+        scorer._tokenizer = load_pretrained(transformers.AutoTokenizer, name, key,
+                                            add_prefix_space=True)
+    if scorer._tokenizer.model_max_length > 10**9:  # unknown
+        positions = getattr(config, "max_position_embeddings", None) or 512
+        scorer._tokenizer.model_max_length = positions - 2  # RoBERTa's kind uses no more
     return scorer
 
-COMPOSITE = 0.3, 0.3, 0.4  # of BERTScore's precision, recall and F1
+@lru_cache(1)
+def load_embedder(name: str, bf16: bool = False, key: str = "eval.embedder",
+                  max_tokens: int | None = None) -> Any:
+    """A SentenceTransformer on the CPU. Raises: UserError that names the config key `key`."""
+    library, folder = import_optional("sentence_transformers"), Path(name)
+    with loading(name, key):
+        if folder.is_dir() and not (folder / "modules.json").is_file():
+            raise UserError("without modules.json, the library would take mean pooling; add this "
+                            "file and 1_Pooling/config.json, as in data/tiny/embedder")
+        model = library.SentenceTransformer(
+            name, device="cpu", local_files_only=folder.is_dir(), trust_remote_code=False,
+            model_kwargs={"dtype": torch.bfloat16 if bf16 else torch.float32})
+    if max_tokens:
+        model.max_seq_length = min(model.max_seq_length or max_tokens, max_tokens)
+    return model
 
-def bert_scores(cfg: EvalConfig, texts: list[str], references: list[str], device: Any):
-    """(precision, recall and F1 [n, 3] of BERTScore, the library's hash of how they were made).
-    Nothing scores 0. One pair at a time: in a batch, padding counts as a similarity of 0."""
+def embed_texts(model: Any, texts: list[str], device: Any, **options: Any) -> Tensor:
+    """n texts -> unit vectors [n, width] fp32 on the CPU. `options` are those of `encode`."""
+    vectors = model.encode(texts, convert_to_tensor=True, show_progress_bar=False, device=device,
+                           **options)
+    return F.normalize(vectors.float().cpu(), dim=1)
+
+def load_report_models(cfg: EvalConfig, split: Split, rt: Runtime) -> None:
+    """Load what scores the answers, on process 0 alone, and compare the embedder's vectors of a few
+    source texts with the stored ones. Raises: UserError, also if its vectors are narrower."""
+    load_scorer(cfg.bertscore_model, cfg.bertscore_layers)
+    if not cfg.embedder:
+        return
+    model, width = load_embedder(cfg.embedder), split.vectors.shape[1]
+    if (own := model.get_embedding_dimension() or width) < width:
+        raise UserError(f"eval.embedder: {cfg.embedder} makes vectors of width {own}, data.dir has "
+                        f"{width}")
+    rows = np.flatnonzero(split.rows["text"])[:32]
+    if len(rows):
+        texts, stored = [row.text for row in split.read(rows)], split.rows["vector"][rows]
+        vectors = embed_texts(model, texts, "cpu", truncate_dim=width)
+        cosine = F.cosine_similarity(vectors, split.embeddings(stored)).mean().item()
+        rt.log(f"eval.embedder: mean cosine {cosine:.4f} with the stored vectors of {len(rows)} "
+               "texts")
+        if cosine < 0.95:
+            warn(f"eval.embedder = {cfg.embedder} does not make the vectors of {split.path}; its "
+                 "consistency and MRR mean little")
+
+BERT_SCORES = [f"bertscore_{part}" for part in ("precision", "recall", "f1", "composite")]
+CONSISTENCY = ["consistency", "mrr", "top1"]
+
+def bert_scores(cfg: EvalConfig, texts: list[str], references: list[str],
+                device: Any) -> np.ndarray:
+    """BERT_SCORES of n texts, [n, 4]; an empty text scores 0. One pair at a time: in a batch,
+    padding counts as a similarity of 0."""
     scorer = load_scorer(cfg.bertscore_model, cfg.bertscore_layers)
-    scores, pairs = np.zeros((len(texts), 3)), zip(texts, references, strict=True)
+    scores, pairs = np.zeros((len(texts), 4)), zip(texts, references, strict=True)
     rows = [i for i, pair in enumerate(pairs) if all(text.strip() for text in pair)]
     scorer.device = scorer._model.to(device).device
     if rows:
         parts = scorer.score([texts[i] for i in rows], [references[i] for i in rows], batch_size=1)
-        scores[rows] = torch.stack(parts, 1).double().numpy()
+        scores[rows, :3] = torch.stack(parts, 1).double().numpy()
     scorer._model.cpu()
-    return scores, scorer.hash
+    scores[:, 3] = (scores[:, :3] * (0.3, 0.3, 0.4)).sum(1)
+    return scores
 
-def consistency(embedder: Embedder, texts: list[str], rows: np.ndarray, split: Split):
-    """For texts about `rows`: their cosine with the source vector, and by it the reciprocal rank of
-    the source among all vectors of the split, and whether it is first. [n, 3]; nothing scores 0."""
-    scores, some = np.zeros((len(texts), 3)), [i for i, t in enumerate(texts) if t.strip()]
-    ours = embedder.embed([texts[i] for i in some])[0]
-    source = torch.from_numpy(split.rows["vector"][rows[some]].astype(np.int64))
-    cosine = (ours * F.normalize(split.vectors[source].float(), dim=1)).sum(1)
-    rank = torch.ones(len(some))
-    for chunk in split.vectors.split(8192):
-        near = ours @ F.normalize(chunk.float(), dim=1).T
-        rank += (near > cosine[:, None] + 1e-6).sum(1)  # beyond rounding: itself and its copies
-    scores[some] = torch.stack([cosine, 1 / rank, (rank == 1).float()], 1).double().numpy()
+def consistency(texts: list[str], embed: Any, source: Tensor, vectors: Tensor) -> np.ndarray:
+    """CONSISTENCY [n, 3] of n texts, which `embed` maps to unit vectors, with vectors[source] of
+    vectors [N, E]: the cosine, and by it the reciprocal rank of the source among all vectors and
+    whether that rank is 1. An empty text scores 0."""
+    scores, rows = np.zeros((len(texts), 3)), [i for i, t in enumerate(texts) if t.strip()]
+    if rows:
+        answers = embed([texts[i] for i in rows])
+        cosine = (answers * F.normalize(vectors[source[rows]].float(), dim=1)).sum(1)
+        rank = torch.ones(len(rows))
+        for chunk in vectors.split(8192):
+            others = answers @ F.normalize(chunk.float(), dim=1).T
+            rank += (others > cosine[:, None] + 1e-6).sum(1)  # beyond rounding: itself, its copies
+        scores[rows] = torch.stack([cosine, 1 / rank, (rank == 1).float()], dim=1)
     return scores
 
 def repetition(text: str) -> float:
-    """Share of the word trigrams of `text` that were there before."""
+    """Share of the word trigrams of `text` that occurred in it before."""
     words = text.split()
     triples = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
     return 1 - len(set(triples)) / len(triples) if triples else 0.0
 
-def score_answers(cfg: Config, texts: dict[str, list[str]], rows: np.ndarray, split: Split,
-                  device: Any) -> tuple[dict[str, Any], str]:
-    """(by measure a number for each of `rows`, the hash of the scorer), of answers by their own
-    vectors, by shuffled ones, and of the reference answers, in this order."""
-    ours, shuffled, references = texts.values()
-    scores, by_bert = {}, bert_scores(cfg.eval, ours + shuffled, references * 2, device)
-    for name, some, bert in zip(texts, (ours, shuffled), np.split(by_bert[0], 2), strict=False):
-        p, r, f1 = bert.T
-        scores |= {f"bertscore_precision{name}": p, f"bertscore_recall{name}": r,
-                   f"bertscore_f1{name}": f1, f"bertscore_composite{name}": bert @ COMPOSITE,
-                   f"empty_rate{name}": [not t.strip() for t in some],
-                   f"repetition{name}": [repetition(t) for t in some]}
+def score_answers(cfg: Config, answers: dict[str, list[str]], rows: np.ndarray, split: Split,
+                  device: Any) -> Any:
+    """A DataFrame with index `rows`: the column samples, of ones, and the scores of the answers
+    about `rows` by their own vectors, under the suffix "", and by shuffled ones, "_shuffled", and
+    the CONSISTENCY of the reference answers, "_reference"."""
+    scores = import_optional("pandas").DataFrame({"samples": 1.0}, rows)
+    for suffix in ("", "_shuffled"):
+        texts, columns = answers[suffix], [name + suffix for name in BERT_SCORES]
+        scores[columns] = bert_scores(cfg.eval, texts, answers["_reference"], device)
+        scores[f"empty_rate{suffix}"] = [float(not text.strip()) for text in texts]
+        scores[f"repetition{suffix}"] = [repetition(text) for text in texts]
     if cfg.eval.embedder:
-        options = EmbedOptions(model=cfg.eval.embedder, bf16=cfg.model.bf16)
-        embedder = Embedder.load(options, "eval.embedder", device)
-        for name, some in texts.items():
-            cosine, rank, first = consistency(embedder, some, rows, split).T
-            scores |= {f"consistency{name}": cosine, f"mrr{name}": rank, f"top1{name}": first}
-    return scores, by_bert[1]
-
-def loss_measures(elm: ELM, split: Split, rt: Runtime) -> dict[str, np.ndarray]:
-    """Measures: [2, N] each, whose value over any rows is the sum of the first divided by that of
-    the second."""
-    nll, labels = evaluate_nll(elm, split, rt)
-    shuffled, _ = evaluate_nll(elm, split, rt, vectors=shuffled_vectors(split))
-    measures = {"loss": np.stack([nll, labels]), "loss_shuffled": np.stack([shuffled, labels])}
-    if (has_text := split.rows["text"]).any():
-        text, _ = evaluate_nll(elm, split, rt, "text")
-        measures["loss_text"] = np.stack([text, labels]) * has_text
-        measures["carried"] = np.stack([shuffled - nll, shuffled - text]) * has_text
-    return measures
+        model = load_embedder(cfg.eval.embedder)
+        embed = partial(embed_texts, model, device=device, truncate_dim=split.vectors.shape[1])
+        source = torch.from_numpy(split.rows["vector"][rows].astype(np.int64))
+        for suffix, texts in answers.items():
+            columns = [name + suffix for name in CONSISTENCY]
+            scores[columns] = consistency(texts, embed, source, split.vectors)
+        model.cpu()
+    return scores
 
 def score_now(elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime) -> float:
-    """The bertscore_composite that `report` would find, without all else. One process."""
+    """The bertscore_composite that `report` would find, and nothing else. One process."""
     rows = sample_rows(split, cfg.samples)
-    texts = answers(elm, split, rows, split.rows["vector"][rows], cfg.max_new_tokens, rt)
+    vector_ids = split.rows["vector"][rows]
+    answers = generate_answers(elm, split, rows, vector_ids, cfg.max_new_tokens, rt)
     references = [row.response for row in split.read(rows)]
-    return float((bert_scores(cfg, texts, references, rt.device)[0] @ COMPOSITE).mean())
+    return float(bert_scores(cfg, answers, references, rt.device)[:, 3].mean())
 
-def summarize(split: Split, measures: dict, mask: np.ndarray, draws: int = 1000) -> dict[str, Any]:
-    """The measures over the rows in `mask`, with bootstrap 95 % intervals, for which vectors are
-    drawn, with all their rows. Carried information, (shuffled - ours) / (shuffled - text), is none
-    where the LLM cannot read the texts, and has no interval where it may be none."""
-    told = mask & (split.rows["text"])
-    sums = {k: pair[:, mask].sum(1) for k, pair in measures.items()}
-    values = {k: float(num / den) for k, (num, den) in sums.items() if den > 0}
-    used, where = np.unique(split.rows["vector"][mask], return_inverse=True)
-    totals = {k: np.stack([np.bincount(where, x[mask]) for x in measures[k]]) for k in values}
-    groups, intervals = {}, {}  # by the vectors that a measure is of
-    for k, pair in totals.items():
-        groups.setdefault(pair.any(0).tobytes(), []).append(k)
-    for of, names in groups.items():
-        pairs = np.stack([totals[k][:, np.frombuffer(of, bool)] for k in names])
-        n, rng = pairs.shape[2], np.random.default_rng(0)
-        sizes = np.diff(np.r_[0 : draws : max(1, 10**6 // n), draws])  # of the draws at a time
-        drawn = [pairs @ rng.multinomial(n, np.full(n, 1 / n), m).T for m in sizes]
-        for k, (num, den) in zip(names, np.concatenate(drawn, axis=2), strict=True):
-            if n > 1 and (den > 0).all():
-                intervals[k] = np.percentile(num / den, (2.5, 97.5)).tolist()
-    counts = {"rows": int(mask.sum()), "rows_text": int(told.sum())}
-    counts |= {"samples": int(sums["empty_rate"][1])} if "empty_rate" in sums else {}
-    return counts | values | {"intervals": {k: intervals[k] for k in values if k in intervals}}
+RATIOS = {  # by the column that a row must have: measures as (numerator, denominator)
+    "nll": {"loss": ("nll", "tokens"), "loss_shuffled": ("nll_shuffled", "tokens"),
+            "gap": ("gap", "tokens")},
+    "nll_text": {"loss_text": ("nll_text", "tokens"), "gap_closed": ("gap", "gap_text")}}
+
+def resampled_sums(terms: np.ndarray, num_resamples: int) -> np.ndarray:
+    """[..., n] -> [..., num_resamples]: sums of n terms drawn with replacement."""
+    n, rng = terms.shape[-1], np.random.default_rng(0)
+    at_once = max(1, 10**6 // n)  # resamples, each in the form of n counts
+    sizes = np.diff(np.r_[0:num_resamples:at_once, num_resamples])
+    return np.concatenate([terms @ rng.multinomial(n, np.full(n, 1 / n), size).T for size in sizes],
+                          axis=-1)
+
+def summarize(frame: Any, num_resamples: int = 1000) -> dict[str, Any]:
+    """RATIOS of sums and mean scores over the rows of a DataFrame (see `report`), with bootstrap
+    95 % intervals; what is resampled are vectors, with all their rows. A measure is left out unless
+    the interval of its denominator lies above 0."""
+    result, intervals = {"rows": len(frame), "rows_text": int(frame["nll_text"].count())}, {}
+    groups = dict(RATIOS)
+    if "samples" in frame:
+        result["samples"] = int(frame["samples"].count())
+        scores = frame.loc[:, "samples":].columns[1:]
+        groups["samples"] = {name: (name, "samples") for name in scores}
+    frame = frame.assign(gap=frame["nll_shuffled"] - frame["nll"],
+                         gap_text=frame["nll_shuffled"] - frame["nll_text"])
+    for column, ratios in groups.items():
+        rows = frame.dropna(subset=column)
+        if rows.empty:
+            continue
+        sums = rows.drop(columns="task").groupby("vector").sum()
+        terms = np.stack([sums[list(names)] for names in zip(*ratios.values(), strict=True)])
+        terms = terms.transpose(2, 0, 1)  # [measures, 2, vectors]
+        resampled = resampled_sums(terms, num_resamples)
+        for name, total, (num, den) in zip(ratios, terms.sum(2), resampled, strict=True):
+            if np.percentile(den, 2.5) > 0:
+                result[name] = float(total[0] / total[1])
+                if terms.shape[2] > 1 and (den > 0).all():
+                    intervals[name] = np.percentile(num / den, (2.5, 97.5)).tolist()
+    return result | {"intervals": intervals}
 
 def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, metrics: list, about: dict) -> dict:
-    """Measure the adapter on `split`; process 0 writes predictions.jsonl, eval.json and report.png,
-    prints what they say and returns the dict of eval.json, the others {}."""
-    measures, folder = loss_measures(elm, split, rt), Path(cfg.output.dir)
-    task, rows = split.rows["task"], sample_rows(split, cfg.eval.samples)
-    which = {"": split.rows["vector"][rows], "_shuffled": shuffled_vectors(split)[rows]}
-    texts = {name: answers(elm, split, rows, vectors, cfg.eval.max_new_tokens, rt)
-             for name, vectors in which.items()}
+    """Measure the adapter on `split`, then free the LLM. Process 0 writes predictions.jsonl,
+    eval.json and report.png, prints the table and returns the dict of eval.json, which begins with
+    `about`; the others {}. All is computed from one DataFrame of rows: vector, task, tokens,
+    losses, and the scores of the sampled rows, NaN in the others."""
+    shuffled, folder, pd = shuffled_vectors(split), Path(cfg.output.dir), import_optional("pandas")
+    nll, tokens = evaluate_nll(elm, split, rt)
+    losses = {"nll": nll, "nll_shuffled": evaluate_nll(elm, split, rt, vectors=shuffled)[0],
+              "nll_text": evaluate_nll(elm, split, rt, "text")[0]}
+    losses["nll_text"][~split.rows["text"]] = math.nan
+    rows = sample_rows(split, cfg.eval.samples)
+    answers = {suffix: generate_answers(elm, split, rows, ids, cfg.eval.max_new_tokens, rt)
+               for suffix, ids in (("", split.rows["vector"][rows]), ("_shuffled", shuffled[rows]))}
+    release(elm.llm)
     if rt.rank > 0:
         return {}
-    raw = split.read(rows)
     keys = {"embedding_file_idx", "task_type", "query", "response"}
-    predictions = [r.model_dump(include=keys) | dict(prediction=a, prediction_shuffled=b)
-                   for r, a, b in zip(raw, texts[""], texts["_shuffled"], strict=True)]
+    predictions = [row.model_dump(include=keys) | dict(prediction=a, prediction_shuffled=b)
+                   for row, a, b in zip(split.read(rows), *answers.values(), strict=True)]
     lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
-    write_text(folder / "predictions.jsonl", lines)  # before anything can go wrong with the scores
+    write_text(folder / "predictions.jsonl", lines)  # before the scores, which may fail
+    frame = pd.DataFrame(dict(vector=split.rows["vector"], tokens=tokens, **losses,
+                              task=pd.Categorical.from_codes(split.rows["task"], split.tasks)))
     if predictions:
-        texts["_reference"] = [r.response for r in raw]
-        scores, about["bertscore_hash"] = score_answers(cfg, texts, rows, split, rt.device)
-        for name, values in scores.items():
-            measures[name] = np.zeros((2, len(task)))
-            measures[name][:, rows] = values, np.ones(len(rows))
-    result = about | summarize(split, measures, task >= 0)
-    result["tasks"] = {split.tasks[t]: summarize(split, measures, task == t)
-                       for t in np.unique(task)}
+        answers["_reference"] = [p["response"] for p in predictions]
+        frame = frame.join(score_answers(cfg, answers, rows, split, rt.device))
+        scorer = load_scorer(cfg.eval.bertscore_model, cfg.eval.bertscore_layers)
+        about = about | {"bertscore_hash": scorer.hash}
+    result = about | summarize(frame)
+    result["tasks"] = {task: summarize(group)
+                       for task, group in frame.groupby("task", observed=True)}
     write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
     with atomic_write(folder / "report.png") as path:
-        draw(path, result, metrics)
-    show(result, predictions, rt)
+        plot_report(path, result, metrics)
+    print_report(result, predictions, rt)
     return result
 
-def draw(path: Path, result: dict, metrics: list[dict]) -> None:
-    """report.png: the losses over the steps, and those at the end for each task."""
-    figure = import_optional("matplotlib.figure").Figure((13, 6), dpi=100)
-    left, right = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.05, right=0.98, wspace=0.33)
-    for key, label, color in (("val_loss_shuffled", "validation, vectors shuffled", "tab:red"),
-                              ("val_loss", "validation, vectors", "tab:blue"),
-                              ("loss", "training", "0.6")):
-        points = [(m["step"], m[key]) for m in metrics if key in m]
-        left.plot(*np.reshape(points, (-1, 2)).T, label=label, color=color)
-    left.set(xlabel="step", ylabel="loss per response token", ylim=(0, None), title="training")
-    tasks = result["tasks"]
-    for shift, (key, label, color) in enumerate((("loss_shuffled", "vectors shuffled", "tab:red"),
-                                                 ("loss", "vectors", "tab:blue"),
-                                                 ("loss_text", "text", "tab:green"))):
-        bars = [(i + 0.27 * (shift - 1), t[key], *t["intervals"].get(key, [t[key]] * 2))
-                for i, t in enumerate(tasks.values()) if key in t]
-        place, value, low, high = np.reshape(bars, (-1, 4)).T
-        right.barh(place, value, 0.25, label=label, color=color, error_kw=dict(lw=0.8),
-                   xerr=np.maximum(0, [value - low, high - value]))
-    carried = f", carried {result['carried']:.2f}" if "carried" in result else ""
-    right.set(xlabel="loss per response token, with 95 % intervals", yticks=range(len(tasks)),
-              yticklabels=list(tasks), title=f"{result['split']}, {result['rows']} rows{carried}")
-    right.invert_yaxis()
-    left.legend()
-    right.legend()
-    figure.savefig(path, format="png")
+def bounds(table: dict, end: int) -> dict[str, float]:
+    return {name: interval[end] for name, interval in table["intervals"].items()}
 
-def show(result: dict, predictions: list[dict], rt: Runtime) -> None:
+def plot_report(path: Path, result: dict, metrics: list[dict]) -> None:
+    """report.png: the losses over the steps, and those of each task at the end."""
+    pd, plt = import_optional("pandas"), import_optional("matplotlib.figure")
+    figure = plt.Figure((13, 6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    curves = pd.DataFrame(metrics, columns=["step", "val_loss_shuffled", "val_loss", "loss"])
+    curves = curves.astype(float).groupby("step").first().interpolate("index", limit_area="inside")
+    curves.plot(ax=left, ylabel="loss per response token", ylim=(0, None), title="training")
+    names, tasks = list(result["tasks"]), list(result["tasks"].values())
+    keys = [key for key in ("loss_shuffled", "loss", "loss_text") if key in result]
+    values = pd.DataFrame(tasks, names, keys)
+    low, high = (pd.DataFrame([bounds(t, end) for t in tasks], names, keys) for end in (0, 1))
+    closed = f", gap closed {result['gap_closed']:.2f}" if "gap_closed" in result else ""
+    values.plot.barh(ax=right, xerr=np.abs([values - low, high - values]).transpose(2, 0, 1),
+                     width=0.8, xlabel="loss per response token, with 95 % intervals",
+                     title=f"{result['split']}, {result['rows']} rows{closed}")
+    right.invert_yaxis()
+    figure.savefig(path, format="png", dpi=100)
+
+def print_report(result: dict, predictions: list[dict], rt: Runtime) -> None:
     """The final table, and five answers beside their references."""
-    columns = {"rows": "rows", "shuffled": "loss_shuffled", "vectors": "loss", "text": "loss_text",
-               "carried": "carried", "answers": "samples",
-               "BERT shuf": "bertscore_composite_shuffled", "BERTScore": "bertscore_composite",
-               "cosine": "consistency", "of refs": "consistency_reference", "MRR": "mrr"}
-    columns = {title: key for title, key in columns.items() if key in result}
-    low, high = ({k: v[end] for k, v in result["intervals"].items()} for end in (0, 1))
-    rows = {"all": result, "  95 %, from": low, "  to": high, **result["tasks"]}
+    titles = {"rows": "rows", "loss_shuffled": "shuffled", "loss": "vectors", "loss_text": "text",
+              "gap_closed": "gap closed", "samples": "answers",
+              "bertscore_composite_shuffled": "BERT shuf", "bertscore_composite": "BERTScore",
+              "consistency": "cosine", "consistency_reference": "of refs", "mrr": "MRR"}
+    rows = {"all": result, "  95 %, from": bounds(result, 0), "  to": bounds(result, 1),
+            **result["tasks"]}
+    columns = [key for key in titles if key in result]
+    pd = import_optional("pandas")
+    table = pd.DataFrame(list(rows.values()), list(rows), columns, dtype=object)
+    table = table.rename(columns=titles)
     lines = ["\n{split}, {rows} rows, {rows_text} with text, adapter of step {adapter_step}"
-             .format(**result), f"{'':21}" + "".join(f"{t:>10}" for t in columns)]
-    for name, row in rows.items():
-        cells = [row.get(key, "") for key in columns.values()]
-        lines.append(f"  {name:<19}" + "".join(
-            f"{x:>10.4f}" if isinstance(x, float) else f"{x:>10}" for x in cells))
+             .format(**result),
+             table.to_string(na_rep="", float_format="{:.4f}".format, col_space=9)]
     lines += ["\n  {task_type}: {query}\n    reference   {response}\n    prediction  {prediction}"
               .format(**p) for p in predictions[:: max(1, len(predictions) // 5)][:5]]
     rt.log("\n".join(lines))
@@ -2084,86 +2113,29 @@ def show(result: dict, predictions: list[dict], rt: Runtime) -> None:
 # -----------------------------------------------------------------------------
 # Commands that use a trained adapter
 
-def table_head(shape: tuple[int, int], dtype: torch.dtype, **about: str) -> bytes:
-    """What stands before the rows of a table in its safetensors file, so that it can be written row
-    by row. https://huggingface.co/docs/safetensors/#format"""
-    name = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
-    entry = dict(dtype=name, shape=shape, data_offsets=[0, math.prod(shape) * dtype.itemsize])
-    head = json.dumps({"__metadata__": about, "embeddings": entry}).encode()
-    head += b" " * (-len(head) % 8)
-    return len(head).to_bytes(8, "little") + head
-
-def row_bytes(rows: Tensor) -> bytes:
-    return rows.contiguous().view(torch.uint8).numpy().tobytes()
-
 class EmbedOptions(Table):
-    model: PathStr = "Qwen/Qwen3-Embedding-4B"  # hub name or folder of an encoder or a decoder
-    pooling: Literal["last", "mean", "cls"] | None = None  # None: last for decoders, else mean
+    model: PathStr = "Qwen/Qwen3-Embedding-4B"  # hub name or folder, for sentence-transformers
     instruction: str | None = None  # what the texts are for, as Qwen3-Embedding takes it
-    max_tokens: PositiveInt | None = None  # None: what the model takes
+    max_tokens: PositiveInt | None = None  # none: what the model takes
+    batch_size: PositiveInt = 32
     bf16: bool = True
 
-def reach(model: Any, tok: Any) -> int:
-    """How many tokens a model reads. RoBERTa's kind begins to count after the padding token."""
-    most = getattr(model.config, "max_position_embeddings", None) or 512
-    for name, part in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
-            most = part.num_embeddings - part.padding_idx - 1
-    return min(most, tok.model_max_length)
-
-def check_embedder(name: str, place: str) -> Any:
-    config = load_pretrained(transformers.AutoConfig, name, place)
-    if config.is_encoder_decoder or config.model_type == "t5":
-        raise UserError(f"{place}: {name} is neither an encoder nor a decoder")
-    return config
-
-class Embedder(NamedTuple):
-    model: Any
-    tokenizer: Any
-    pooling: str
-    limit: int  # tokens
-    prefix: str
-
-    @staticmethod
-    def load(o: EmbedOptions, place: str, device: Any) -> Embedder:
-        config = check_embedder(o.model, place)
-        tok = load_pretrained(transformers.AutoTokenizer, o.model, place)
-        dtype = torch.bfloat16 if o.bf16 else torch.float32
-        model = load_pretrained(transformers.AutoModel, o.model, place, dtype=dtype).to(device).eval()
-        encoder = (config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-                   or getattr(config, "use_bidirectional_attention", False))
-        limit = min(reach(model, tok), o.max_tokens or math.inf)
-        if limit <= tok.num_special_tokens_to_add():
-            raise UserError(f"max_tokens = {limit}: {o.model} needs that many beside the text")
-        return Embedder(model, tok, o.pooling or ("mean" if encoder else "last"), limit,
-                        f"Instruct: {o.instruction}\nQuery:" if o.instruction else "")
-
-    @torch.no_grad()
-    def embed(self, texts: list[str]) -> tuple[Tensor, int]:
-        """n texts -> (unit vectors [n, width] fp32 on the CPU, how many texts were cut). As in
-        https://huggingface.co/Qwen/Qwen3-Embedding-4B, by batches of similar lengths."""
-        texts, device = [self.prefix + t for t in texts], self.model.device
-        ids = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
-        long = [i for i, x in enumerate(ids) if len(x) > self.limit]
-        for i in long:  # once more, so that the end token stays
-            ids[i] = self.tokenizer(texts[i], truncation=True, max_length=self.limit)["input_ids"]
-        order = deque(sorted(range(len(ids)), key=lambda i: -len(ids[i])))
-        out = torch.empty(len(texts), self.model.config.hidden_size)
-        while order:
-            size = max(1, 4 * MICRO_TOKENS[device.type] // len(ids[order[0]]))
-            rows = [order.popleft() for _ in range(min(size, len(order)))]
-            batch = [torch.tensor(ids[i], device=device) for i in rows]
-            lengths = torch.tensor([len(x) for x in batch], device=device)
-            batch = nn.utils.rnn.pad_sequence(batch, batch_first=True)
-            mask = torch.arange(batch.shape[1], device=device) < lengths[:, None]
-            states = self.model(batch, attention_mask=mask.long()).last_hidden_state.float()
-            if self.pooling == "mean":
-                pooled = (states * mask[..., None]).sum(1) / lengths[:, None]
-            else:
-                place = (lengths - 1) * (self.pooling == "last")
-                pooled = states[torch.arange(len(rows), device=device), place]
-            out[rows] = F.normalize(pooled, dim=1).cpu()
-        return out, len(long)
+def write_table(path: Path, shape: tuple[int, int], dtype: torch.dtype, chunks: Any,
+                **metadata: str) -> None:
+    """Write `chunks` of rows, together [N, E] = `shape`, as the one tensor of a safetensors file.
+    A mapped scratch file beside it collects them, so that no table is held in anonymous memory.
+    Raises: UserError."""
+    size = math.prod(shape)
+    with atomic_write(path) as temporary:
+        with tempfile.NamedTemporaryFile(dir=path.parent) as scratch:  # the mapping outlives it
+            # Reserved first: a disk that fills up under a mapping ends the process with SIGBUS.
+            os.posix_fallocate(scratch.fileno(), 0, size * dtype.itemsize)
+            table = torch.from_file(scratch.name, shared=True, size=size, dtype=dtype).view(shape)
+        start = 0
+        for chunk in chunks:
+            table[start : start + len(chunk)] = chunk
+            start += len(chunk)
+        save_file({"embeddings": table}, temporary, metadata)
 
 def read_texts(path: Path):
     """The texts of a file of lines, or of a .jsonl of objects with `text`; the line of a text less
@@ -2186,40 +2158,41 @@ def read_texts(path: Path):
     if not number:
         raise UserError(f"{path}: is empty")
 
+def blocks_folder(o: EmbedOptions, texts: Path, out: Path, block: int) -> Path:
+    """A hidden folder beside `out` whose name is a hash of all that determines the vectors."""
+    files = [texts, *sorted(Path(o.model).rglob("*"))]
+    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    key = hashlib.sha256(repr((o, block, stats)).encode()).hexdigest()[:12]
+    return out.with_name(f".{out.name}.{key}.tmp")
+
 def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> None:
-    """Embed a file of texts into safetensors [N, width] fp32. The file grows by blocks under a name
-    that says what it is made from, so that the same command goes on after a kill."""
+    """Embed a file of texts into a safetensors table [N, width] fp32. Each block of texts is saved
+    to a hidden folder first, so that the same command resumes after a kill. Raises: UserError."""
     check_new(out)
     check_file(texts)
-    num, stat = sum(1 for _ in read_texts(texts)), texts.stat()
-    embedder = Embedder.load(o, "model", "cuda" if torch.cuda.is_available() else "cpu")
-    width, files = embedder.model.config.hidden_size, sorted(Path(o.model).glob("*"))
-    about = o.model_dump() | dict(pooling=embedder.pooling)
-    head = table_head((num, width), torch.float32, **{k: str(v) for k, v in about.items()})
-    made_from = repr((str(texts.resolve()), stat.st_size, stat.st_mtime_ns, head, block,
-                      [(p.name, p.stat().st_mtime_ns) for p in files]))
-    key, cuts = hashlib.sha256(made_from.encode()).hexdigest()[:12], 0
-    growing = out.with_name(f".{out.name}.{key}.tmp")
-    with writing(out), lock(growing) as f:
-        check_new(out)  # or has just ended
-        done = max(0, f.tell() - len(head)) // (4 * width * block) * block
-        f.truncate(len(head) + 4 * width * done if done else 0)
-        f.write(b"" if done else head)
-        bar = tqdm(total=num, initial=done, unit="text")
-        rest = islice(read_texts(texts), done, None)
-        while some := list(islice(rest, block)):
-            vectors, cut_short = embedder.embed(some)
-            if not vectors.isfinite().all():
-                raise UserError(f"model: {o.model} makes vectors that are not finite; bf16=false?")
-            f.write(row_bytes(vectors))
-            f.flush()
-            os.fsync(f.fileno())
-            bar.update(len(some))
-            cuts += cut_short
-        os.replace(growing, out)
-    bar.close()
-    print(f"{out}: {num} vectors of width {width}, {embedder.pooling} pooling; {cuts} texts cut to "
-          f"{embedder.limit} tokens" + f", of the last {num - done}" * bool(done))
+    num = sum(1 for _ in read_texts(texts))
+    model = load_embedder(o.model, o.bf16, "model", o.max_tokens)
+    folder = blocks_folder(o, texts, out, block)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    blocks = [folder / f"{first}.safetensors" for first in range(0, num, block)]
+    lines, prompt = read_texts(texts), f"Instruct: {o.instruction}\nQuery:"
+    with lock(folder / ".lock"), tqdm(total=num, unit="text") as bar:
+        check_new(out)  # another process may have finished it since
+        for path in blocks:
+            batch = list(islice(lines, block))
+            if not path.exists():
+                vectors = embed_texts(model, batch, find_device(), batch_size=o.batch_size,
+                                      prompt=prompt if o.instruction else None)
+                if invalid_rows(vectors).any():
+                    raise UserError(f"model: {o.model} makes vectors that are zero or not finite; "
+                                    "bf16=false?")
+                write_table(path, vectors.shape, vectors.dtype, [vectors])
+            bar.update(len(batch))
+        shape = num, open_vectors(blocks[0]).shape[1]
+        write_table(out, shape, torch.float32, map(open_vectors, blocks), embed=o.model_dump_json())
+        shutil.rmtree(folder)
+    print(f"{out}: {num} vectors of width {shape[1]}; texts cut at {model.max_seq_length} tokens")
 
 def filter_tasks(data: DataConfig, folder: Path) -> None:
     """A data set of data.tasks alone at `folder`, whole or not at all: their rows as they are, but
@@ -2241,9 +2214,8 @@ def filter_tasks(data: DataConfig, folder: Path) -> None:
                 raise UserError(f"{source[1]}: no row of data.tasks = {list(data.tasks)}")
             for path in target:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            with writing(folder), open(target[0], "wb") as f:
-                f.write(table_head((len(kept), vectors.shape[1]), vectors.dtype))
-                f.writelines(row_bytes(vectors[chunk]) for chunk in kept.split(8192))
+            chunks = (vectors[rows] for rows in kept.split(8192))
+            write_table(target[0], (len(kept), vectors.shape[1]), vectors.dtype, chunks)
             with writing(folder), open(target[1], "w", encoding="utf-8") as f:
                 for *_, row in read_rows(source[1], data.tasks, len(vectors), counts):
                     row = row.model_dump(exclude_unset=True)

@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import elm
 
+RT = elm.Runtime()
 ARCHITECTURES = {
     "qwen3": dict(head_dim=8, tie_word_embeddings=True),
     "llama": {},
@@ -76,9 +77,7 @@ def make_data(folder: Path, num_rows: int = 40, num_vectors: int = 10, width: in
         (folder / sub).mkdir(parents=True, exist_ok=True)
     for seed, split in enumerate(("train", "val", "test")):
         vectors = torch.randn(num_vectors, width, generator=torch.Generator().manual_seed(seed))
-        save_file(
-            {"embeddings": vectors}, elm.split_paths(elm.DataConfig(dir=str(folder)), split)[0]
-        )
+        save_file({"embeddings": vectors}, vectors_path(folder, split))
         rows = [
             dict(
                 task_type=elm.TASKS[i % 13],
@@ -93,6 +92,10 @@ def make_data(folder: Path, num_rows: int = 40, num_vectors: int = 10, width: in
     return folder
 
 
+def vectors_path(folder: Path, split: str = "train") -> Path:
+    return elm.split_paths(elm.DataConfig(dir=str(folder)), split)[0]
+
+
 def rows_path(folder: Path, split: str = "train") -> Path:
     return elm.split_paths(elm.DataConfig(dir=str(folder)), split)[1]
 
@@ -100,6 +103,34 @@ def rows_path(folder: Path, split: str = "train") -> Path:
 def write_rows(folder: Path, split: str, rows: list) -> None:
     text = "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows)
     rows_path(folder, split).write_text(text)
+
+
+def open_train(folder: Path, prompt, num_soft=1, limit=256, tasks=elm.TASKS) -> elm.Split:
+    data = elm.DataConfig(dir=str(folder), max_seq_length=limit, tasks=tasks)
+    return elm.open_split(data, "train", prompt, num_soft, RT)
+
+
+def build_elm(llm: Path, split: elm.Split, device="cpu", bf16=False, **settings) -> elm.ELM:
+    """A fresh adapter, the same each time, on an LLM."""
+    model = elm.load_llm(str(llm), torch.device(device), bf16)
+    torch.manual_seed(1)
+    adapter = elm.fresh_adapter(
+        model, split.statistics, hidden_dim=24, tokens=split.num_soft, **settings
+    )
+    return elm.ELM(model, adapter.to(device), split.prompt).eval()
+
+
+def elm_step(model, split, rows, budget, rt=RT):
+    """(mean loss, flat adapter gradient, number of micro-batches) of a step, as the loop takes it;
+    beside naive_step."""
+    model.adapter.zero_grad()
+    step = elm.prepare_step(split, budget, rt, (0, len(rows), rows))
+    terms = elm.loss_terms(elm.LossConfig(), model, None)
+    soft = model(torch.cat([batch["embeddings"] for _, batch in step.micros]))
+    (nll, _), gradient = elm.soft_gradient(model, soft, step.micros, terms, step.counts)
+    soft.backward(gradient / step.counts["labels"])
+    gradient = torch.cat([p.grad.flatten() for p in model.adapter.parameters()])
+    return nll.item() / step.counts["labels"], gradient, len(step.micros)
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -8,15 +8,13 @@ import torch
 import torch.nn.functional as F
 
 
-def token_rows(split, rows, soft: int):
+def token_rows(split, rows, num_soft: int):
     """[(ids with -1 for soft tokens, number of response tokens, vector)] of the split's rows."""
     out = []
-    for i in rows:
-        row = split.rows[i]
-        start, length = row["start"][0], row["length"][0]
-        ids = split.ids[start : start + length].astype("int64")
-        ids[row["slot"] : row["slot"] + soft] = -1
-        out.append((torch.from_numpy(ids), int(row["response"]), split.vectors[int(row["vector"])]))
+    for i, example in zip(rows, split.examples(rows), strict=True):
+        ids = torch.from_numpy(example.ids).clone()
+        ids[example.placeholder : example.placeholder + num_soft] = -1
+        out.append((ids, example.num_labels, split.vectors[int(split.rows["vector"][i])]))
     return out
 
 

@@ -1,33 +1,32 @@
 """The small functions, on whatever Hypothesis finds."""
 
-import dataclasses
 from itertools import islice
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, make_data, open_train, read_jsonl, rows_path, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
-from test_data import decode
+from test_data import PROMPT, decode
+from tokenizers import normalizers
 
 import elm
 
 few = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
-PROMPT = elm.Prompt.of(byte_tokenizer())
 lengths = st.lists(st.integers(1, 3000), min_size=1, max_size=80).map(np.array)
 
 
 @few
 @given(lengths, st.integers(1, 8), st.integers(1, 4000))
-def test_cut(lengths, bins, budget):
+def test_make_micro_batches(lengths, bins, budget):
     """Every example once, none of several over the budget, as many for each process, and no more
     micro-batches than a lower bound times what first fit may waste."""
-    micros = elm.cut(lengths, bins, budget)
+    micros = elm.make_micro_batches(lengths, bins, budget)
     assert sorted(i for m in micros for i in m) == list(range(len(lengths)))
     assert len(micros) % bins == 0
     assert all(len(m) == 1 or lengths[m].sum() <= budget for m in micros if m)
@@ -51,64 +50,84 @@ def test_step_rows(num_rows, seed, size, epochs):
         assert again[:2] == steps[done][:2] and (again[2] == steps[done][2]).all()
 
 
-@few
-@given(st.integers(1, 5000), st.integers(0, 5000), st.floats(1e-8, 10))
-def test_schedule(total, warmup, peak):
-    """Up to the peak in equal steps, down to 0 in equal steps, never above or below."""
-    cfg = dataclasses.replace(elm.TrainConfig(), lr=peak, warmup_steps=warmup)
-    rates = np.array([elm.lr_at(step, total, cfg) for step in range(total + 1)])
-    assert (rates >= 0).all() and rates.max() <= peak * (1 + 1e-9)
-    if warmup <= total:
-        assert rates[-1] == pytest.approx(0, abs=1e-12 * peak) or warmup == total
-    for part in (rates[:warmup], rates[warmup:]):
-        if len(part) > 2:
-            assert np.allclose(np.diff(part), np.diff(part)[0], atol=1e-9 * peak)
-
-
-def split_of(rows, num_vectors, soft, reuse):
-    """A split of made-up rows: (before, text, after, response, vector), token ids by number."""
-    records, ids = np.zeros(len(rows), elm.ROW), []
-    for i, (before, text, after, response, vector) in enumerate(rows):
-        forms = [before + [0] * soft + after + response, before + text + after + response]
-        records[i] = (i + 1, 0, vector, (len(ids), len(ids) + len(forms[0])),
-                      [len(f) for f in forms], len(before), len(response), 0)  # fmt: skip
-        ids += forms[0] + forms[1]
-    vectors = torch.arange(num_vectors * 2.0).reshape(num_vectors, 2)
-    prefixes = tuple(sorted({tuple(r[0]) for r in rows}))
-    return elm.Split(None, records, np.array(ids, np.int32), vectors, {}, {}, soft, prefixes, reuse)
-
-
-tokens = st.lists(st.integers(1, 9), max_size=6)
-made_rows = st.lists(
-    st.tuples(tokens, tokens.filter(len), tokens, tokens.filter(len), st.integers(0, 4)),
-    min_size=1, max_size=12,
-)  # fmt: skip
+ids = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
 
 @few
-@given(made_rows, st.integers(1, 3), st.booleans(), st.sampled_from([0, 1]), st.data())
-def test_pack(rows, soft, reuse, form, data):
-    """Put together from prefixes and packed rows, every example has its own tokens, in place, and
-    its labels are its response."""
-    split = split_of(rows, 5, soft, reuse)
-    which = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=9))
-    batch = elm.pack(split, which, form)
-    kept = torch.tensor(sum(batch["prefixes"], ()) or (0,))
-    keys = kept[batch["prefix_keys"]].index_copy(0, batch["own_keys"], batch["ids"])
-    ends = batch["ends"][1].tolist()
-    assert ends[-1] == len(keys) and batch["ends"][0, -1] == len(batch["ids"])
-    for k, i in enumerate(which):
-        before, text, after, response, vector = rows[i]
-        whole = before + ([0] * soft if form == elm.BY_VECTOR else text) + after + response
-        assert keys[ends[k] : ends[k + 1]].tolist() == whole
-        mine = batch["owner"] == k
-        assert batch["labels"][mine].tolist() == response
-        assert (batch["ids"][batch["targets"][mine] + 1] == batch["labels"][mine]).all()
-        first = batch["ends"][0, k] + (0 if reuse else len(before))
-        if form == elm.BY_VECTOR:
-            slots = batch["slots"][k * soft : (k + 1) * soft]
-            assert slots.tolist() == list(range(first, first + soft))
-            assert batch["embeddings"][k].tolist() == split.vectors[vector].tolist()
+@given(st.lists(st.tuples(ids, ids, st.integers(1, 6)), min_size=1, max_size=12), st.integers(0, 3))
+def test_collate(made, num_soft):
+    """Each example stands alone in the pack, and its labels are its response."""
+    rows = [before + [0] * num_soft + after + [7] * n for before, after, n in made]
+    examples = [elm.Example(np.array(row), len(before), n, False)
+                for row, (before, _, n) in zip(rows, made, strict=True)]  # fmt: skip
+    vectors = torch.randn(len(made), 2) if num_soft else None
+    batch = elm.collate(examples, vectors, num_soft)
+    assert batch["input_ids"].tolist() == sum(rows, [])
+    assert batch["position_ids"].tolist() == [i for row in rows for i in range(len(row))]
+    assert batch["lengths"] == [len(row) for row in rows]
+    ends = batch["cu_seqlens"]
+    assert ends.tolist() == [0, *np.cumsum(batch["lengths"])] and ends.dtype == torch.int32
+    lasts = [(k, i - 1) for k, e in enumerate(examples, 1)
+             for i in range(ends[k] - e.num_labels, ends[k])]  # fmt: skip
+    assert batch["example_index"].tolist() == [k - 1 for k, _ in lasts]
+    assert batch["logit_positions"].tolist() == [i for _, i in lasts]
+    assert batch["labels"].tolist() == [7] * len(lasts)
+    if num_soft:
+        placed = [ends[k] + e.placeholder + i for k, e in enumerate(examples)
+                  for i in range(num_soft)]  # fmt: skip
+        assert batch["placeholder_positions"].tolist() == placed
+    assert batch["embeddings"] is vectors if num_soft else "embeddings" not in batch
+
+
+def normalizing_tokenizer(normalizer):
+    tok = byte_tokenizer()
+    tok.backend_tokenizer.normalizer = normalizer
+    return tok
+
+
+PROMPTS = [elm.Prompt.from_tokenizer(t) for t in (
+    byte_tokenizer(), byte_tokenizer(None),
+    normalizing_tokenizer(normalizers.NFC()), normalizing_tokenizer(normalizers.NFKC()),
+    normalizing_tokenizer(normalizers.Prepend("_")))]  # fmt: skip
+# NFC makes three characters of one of these Hebrew letters, NFKC eighteen of the Arabic ligature.
+alphabets = st.sampled_from(["ab ", "aé ", "\u0958", "\ufb2c", "\ufdfa"])
+pairs = alphabets.flatmap(lambda letters: st.tuples(*[st.text(letters, max_size=25)] * 2))
+
+
+@pytest.fixture(scope="module")
+def made_data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("made"))
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["chat", "plain", "NFC", "NFKC", "prefix"])
+@few
+@given(st.lists(pairs, min_size=1, max_size=3), st.booleans(), st.integers(1, 3),
+       st.sampled_from([1, 0, -1, -2, -3, -20]))  # fmt: skip
+def test_what_is_cut_and_what_is_refused(prompt, made_data, made, slot, num_soft, beyond):
+    """open_split tokenises few rows, yet misses none that tokenising everything finds."""
+    row = read_jsonl(rows_path(made_data))[0]
+    rows = [row | dict(query=q + "<EMB>" * slot, response=r + "b") for q, r in made]
+    write_rows(made_data, "train", rows)
+    named = [r | {"where": f"{rows_path(made_data)}:{i}"} for i, r in enumerate(rows, 1)]
+    whole = elm.tokenize(prompt, named, num_soft, 10**6)
+    limit = max(1, len(whole[0].ids) + beyond)
+    too_long = [i for i, e in enumerate(whole, 1) if len(e.ids) - e.num_labels >= limit]
+    if too_long:
+        with pytest.raises(elm.UserError, match=f"jsonl:{too_long[0]}: the prompt takes all"):
+            open_train(made_data, prompt, num_soft, limit)
+        return
+    split = open_train(made_data, prompt, num_soft, limit)
+    assert split.counts["responses_cut"] == sum(len(e.ids) > limit for e in whole)
+    for source in ("embedding", "text"):
+        found = split.examples(range(len(rows)), source)
+        for example, uncut in zip(found, whole, strict=True):
+            prompt_length = len(uncut.ids) - uncut.num_labels
+            answer = uncut.ids[prompt_length:limit]
+            assert (example.ids[len(example.ids) - len(answer) :] == answer).all()
+            assert example.num_labels == len(answer) and len(example.ids) <= limit
+            assert example.truncated == (len(uncut.ids) > limit)
+            if source == "embedding":
+                assert (example.ids == uncut.ids[:limit]).all()
 
 
 @few
@@ -117,7 +136,8 @@ def test_shuffled_vectors(vectors):
     """A permutation of the vectors that moves each one."""
     rows = np.zeros(len(vectors), elm.ROW)
     rows["vector"] = vectors
-    other = elm.shuffled_vectors(elm.Split(None, rows, None, None, {}, {}, 1))
+    split = elm.Split(None, rows, None, {}, {}, PROMPT, elm.TASKS, 1, 256)
+    other = elm.shuffled_vectors(split)
     assert (other != rows["vector"]).all()
     mapped = dict(zip(vectors, other.tolist(), strict=True))
     assert sorted(mapped.values()) == sorted(set(vectors))
@@ -152,15 +172,15 @@ def test_config_written_and_read_again(llm, project, lr, flag, tasks):
 @few
 @given(anything, st.booleans(), anything)
 def test_prompt_parts_keep_the_query(before, slot, after):
-    query = before + elm.SLOT * slot + after
-    if query.count(elm.SLOT) > 1:
+    query = before + elm.PLACEHOLDER * slot + after
+    if query.count(elm.PLACEHOLDER) > 1:
         with pytest.raises(elm.UserError, match="at most"):
             PROMPT.parts(query)
         return
     head, tail = PROMPT.parts(query)
     assert head.startswith(PROMPT.head) and tail.endswith(PROMPT.tail)
     said = head[len(PROMPT.head) :], tail[: -len(PROMPT.tail)]
-    wanted = query.strip().split(elm.SLOT) if slot else ["", "\n" + query.strip()]
+    wanted = query.strip().split(elm.PLACEHOLDER) if slot else ["", "\n" + query.strip()]
     assert list(said) == wanted
     assert decode(PROMPT.ids([head])[0]) == head or "\ufffd" in head
 
