@@ -461,34 +461,33 @@ class Prompt:
             tokenizer(part, add_special_tokens=False)["input_ids"] for part in (head, tail, end))
 
     @staticmethod
-    def load(llm: str, template: dict[str, Any], stored: dict[str, str] | None = None,
-             key: str = "model.llm") -> Prompt:
-        """Render the chat template of `llm` with keyword arguments `template`, or take the parts
-        that are stored with an adapter. Without a template: a line break after the query.
+    def from_tokenizer(tokenizer: Any, template: dict[str, Any] | None = None,
+                       stored: dict[str, str] | None = None) -> Prompt:
+        """Render the chat template with keyword arguments `template`; parts that are stored with an
+        adapter come before it. Without a chat template: a line break after the query.
         Raises: UserError if the template fails or does not contain the turn once."""
-        tokenizer = load_pretrained(transformers.AutoTokenizer, llm, key)
-        if not tokenizer.chat_template:
-            text = dict(head="", tail="\n", end=tokenizer.eos_token)
-        else:
+        name, text = tokenizer.name_or_path, dict(head="", tail="\n", end=tokenizer.eos_token)
+        if tokenizer.chat_template:
             chat = [{"role": "user", "content": PLACEHOLDER}]
-            render = partial(tokenizer.apply_chat_template, tokenize=False, **template)
+            render = partial(tokenizer.apply_chat_template, tokenize=False, **(template or {}))
             try:
                 head, tail = render(chat, add_generation_prompt=True).split(PLACEHOLDER)
                 answered = render([*chat, {"role": "assistant", "content": "<ANSWER>"}])
             except Exception as e:  # of jinja
-                raise UserError(f"{key}: the chat template of {llm} fails: {e}") from None
+                raise UserError(f"{name}: its chat template fails: {e}") from None
             after = answered.rpartition("<ANSWER>")[2]  # up to and with its first control token
             control = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
             ends = [after.index(t) + len(t) for t in control if t in after]
-            end = after[: min(ends)] if ends else tokenizer.eos_token
-            text = dict(head=head, tail=tail, end=end)
+            text = dict(head=head, tail=tail,
+                        end=after[: min(ends)] if ends else tokenizer.eos_token)
         if stored and stored != text:
-            warn(f"the chat template of {llm} differs from training; the adapter's prompt is used")
-        if not (stored or text)["end"]:
-            raise UserError(f"{key}: the tokenizer of {llm} has no token that ends an answer")
-        if (stored or text)["tail"].rstrip().endswith("<think>"):
-            warn("the prompt ends within <think>; model.template = {enable_thinking = false}?")
-        return Prompt(tokenizer, **(stored or text))
+            warn(f"{name}: its chat template differs from training; the adapter's prompt is used")
+        text = stored or text
+        if not text["end"]:
+            raise UserError(f"{name}: the tokenizer has no token that ends an answer")
+        if text["tail"].rstrip().endswith("<think>"):
+            warn(f"{name}: the prompt ends within <think>; model.template.enable_thinking = false?")
+        return Prompt(tokenizer, **text)
 
     def parts(self, query: str) -> list[str]:
         """[text before, text after] the vector. Raises: UserError at several placeholders."""
@@ -993,7 +992,8 @@ class ELM(nn.Module):
         try:
             origin, stored, identity = (metadata[k] for k in ("llm", "prompt", "identity"))
             name, bf16 = llm or origin["name"], origin["bf16"] if bf16 is None else bf16
-            prompt = Prompt.load(name, origin["template"], stored, "llm")
+            tokenizer = load_pretrained(transformers.AutoTokenizer, name, "llm")
+            prompt = Prompt.from_tokenizer(tokenizer, origin["template"], stored)
         except (LookupError, TypeError):
             raise UserError(f"{path}: does not say which LLM it was trained for") from None
         model = load_llm(name, device := find_device(), bf16, "llm", zero)
@@ -1009,7 +1009,8 @@ class ELM(nn.Module):
         vectors = torch.as_tensor(embeddings).float()
         used, device = torch.ones(len(vectors), dtype=torch.bool), find_device()
         statistics, _, _ = scan_vectors(vectors, used, "embeddings")
-        prompt, model = Prompt.load(llm, {}, key="llm"), load_llm(llm, device, bf16, "llm")
+        tokenizer = load_pretrained(transformers.AutoTokenizer, llm, "llm")
+        prompt, model = Prompt.from_tokenizer(tokenizer), load_llm(llm, device, bf16, "llm")
         adapter = fresh_adapter(model, vectors, statistics, hidden_dim=hidden_dim, **settings)
         return ELM(model, adapter.to(device), prompt)
 
@@ -1488,7 +1489,8 @@ def open_data(data: DataConfig, scoring: EvalConfig, llm: str, template: str,
     or that of the LLM's template, with keyword arguments in JSON. Raises: UserError."""
     import_optional("matplotlib")
     import_optional("pandas")
-    prompt = Prompt.load(llm, json.loads(template), stored)
+    tokenizer = load_pretrained(transformers.AutoTokenizer, llm, "model.llm")
+    prompt = Prompt.from_tokenizer(tokenizer, json.loads(template), stored)
     splits = {name: open_split(data, name, prompt, num_soft, rt) for name in names}
     widths = {name: split.vectors.shape[1] for name, split in splits.items()}
     if len(set(widths.values())) > 1:

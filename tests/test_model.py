@@ -334,11 +334,11 @@ def test_an_llm_that_cannot_be_packed_is_refused(tmp_path):
         p.data += 0.1 * torch.randn_like(p)
     model = elm.ELM(llm, elm.Adapter(12, 8, 32), elm.Prompt.from_tokenizer(tok))
     with pytest.raises(elm.UserError, match="MambaForCausalLM .* cannot be packed"):
-        elm.check_packing(model)
+        elm.check_llm(model)
 
 
 def test_packing_check_accepts(parts):
-    elm.check_packing(parts[0])
+    elm.check_llm(parts[0])
 
 
 def test_learning_rate_is_a_function_of_the_step():
