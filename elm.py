@@ -36,6 +36,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -69,7 +70,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-__version__ = "0.1.0"
+__version__, START = "0.1.0", time.perf_counter()
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 class UserError(ValueError):
@@ -253,7 +254,8 @@ def read_override(text: str) -> tuple[str, Any]:
 def read_toml(path: str | None, over: dict[str, Any]) -> dict[str, dict]:
     """The tables of a TOML file (none: empty ones) under values by dotted name."""
     try:
-        tables = tomllib.loads(Path(expand_path(path)).read_bytes().decode()) if path else {}
+        text = Path(expand_path(path)).read_text("utf-8-sig") if path else ""
+        tables = tomllib.loads(text)
     except (ValueError, RecursionError) as e:  # of TOML, of UTF-8, of nesting
         raise UserError(f"{path}: not valid TOML: {e}") from None
     for name, value in over.items():
@@ -902,21 +904,14 @@ class Zero3:  # what transformers needs of accelerate's HfDeepSpeedConfig to bui
     def is_zero3(self) -> bool:
         return True
 
-def zero_config(cfg: Config) -> dict | None:
-    """DeepSpeed's config at stage 3; None below, where each process holds the whole LLM."""
-    extra, zero = cfg.deepspeed.model_extra, cfg.deepspeed.zero_optimization or {}
-    return None if cfg.deepspeed.zero_stage < 3 else {
-        **extra, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": cfg.model.bf16},
-        "zero_optimization": {**zero, "stage": 3}}
-
 def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm",
-             zero: dict | None = None) -> Any:
-    """The frozen LLM in eval mode. With a DeepSpeed config of stage 3 its parameters are shared out
-    among the processes as they are created, so that none ever holds the whole LLM."""
+             options: DeepSpeedConfig | None = None) -> Any:
+    """The frozen LLM in eval mode. At ZeRO stage 3 its parameters are shared out among the
+    processes as they are created, so that none ever holds the whole LLM. Raises: UserError."""
     dtype, cuda = torch.bfloat16 if bf16 else torch.float32, device.type == "cuda"
     if cuda and bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"model.bf16: not on {torch.cuda.get_device_name()}, set model.bf16=false")
-    if zero is None:
+    if not options or options.zero_stage < 3:
         llm = load_pretrained(transformers.AutoModelForCausalLM, name, key, dtype=dtype)
         return llm.to(device).eval().requires_grad_(False)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
@@ -927,6 +922,8 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     from transformers.integrations import deepspeed as integration
+    zero = {**options.model_extra, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": bf16},
+            "zero_optimization": {**(options.zero_optimization or {}), "stage": 3}}
     shared = Zero3(zero)  # of which transformers keeps a weak reference
     integration.set_hf_deepspeed_config(shared)
     try:
@@ -980,12 +977,12 @@ class ELM(nn.Module):
     def __init__(self, llm: Any, adapter: Adapter, prompt: Prompt):
         super().__init__()
         self.llm, self.adapter, self.prompt = llm, adapter, prompt
-        self.lockstep = False  # whether all processes must run equally many passes: under ZeRO 3
+        self.lockstep = False
         llm.train = lambda mode=True: llm  # frozen: it stays in eval mode, without dropout
 
     @staticmethod
     def load(path: str | Path, llm: str | None = None, bf16: bool | None = None,
-             zero: dict | None = None) -> ELM:
+             options: DeepSpeedConfig | None = None) -> ELM:
         """The adapter of a file with the LLM that it names, or the same one at `llm`.
         Raises: UserError if that is not the LLM it was trained for."""
         adapter, metadata = Adapter.load(path)
@@ -996,8 +993,9 @@ class ELM(nn.Module):
             prompt = Prompt.from_tokenizer(tokenizer, origin["template"], stored)
         except (LookupError, TypeError):
             raise UserError(f"{path}: does not say which LLM it was trained for") from None
-        model = load_llm(name, device := find_device(), bf16, "llm", zero)
+        model = load_llm(name, device := find_device(), bf16, "llm", options)
         elm = ELM(model, adapter.to(device), prompt).eval()
+        elm.set_lockstep(options)
         check_identity(identity, elm.identity(), f"{path}: {name}")
         return elm
 
@@ -1013,6 +1011,11 @@ class ELM(nn.Module):
         prompt, model = Prompt.from_tokenizer(tokenizer), load_llm(llm, device, bf16, "llm")
         adapter = fresh_adapter(model, vectors, statistics, hidden_dim=hidden_dim, **settings)
         return ELM(model, adapter.to(device), prompt)
+
+    def set_lockstep(self, options: DeepSpeedConfig | None) -> None:
+        """Under ZeRO 3 all processes must run equally many passes through the LLM."""
+        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        self.lockstep = several and bool(options) and options.zero_stage == 3
 
     def identity(self) -> dict[str, Any]:
         """What must be the same wherever the adapter is used. Collective under ZeRO 3."""
@@ -1638,14 +1641,18 @@ def warm_start(elm: ELM, split: Split, rt: Runtime, max_vectors: int = 32768) ->
            f"of {int(heldout.sum())} held-out ones")
 
 def validation_losses(elm: ELM, split: Split, cfg: Config, rt: Runtime, signals: list,
-                      scored: bool) -> dict[str, float]:
-    """Losses per response token by the right and by shuffled vectors and, if `scored`, the
-    BERTScore composite of answers; nothing if a signal arrives meanwhile."""
+                      first: bool, scored: bool) -> dict[str, float]:
+    """Losses per response token by the right and by shuffled vectors; at the `first` validation by
+    the texts; if `scored`, the BERTScore composite of answers. Nothing if a signal arrives."""
     elm.eval()
-    losses, other = {}, shuffled_vectors(split)
+    kinds = {"val_loss": ("embedding", None),
+             "val_loss_shuffled": ("embedding", shuffled_vectors(split))}
+    if first and split.rows["text"].all():  # the ceiling stays the same
+        kinds["val_loss_text"] = "text", None
+    losses = {}
     try:
-        for name, vector_ids in ("val_loss", None), ("val_loss_shuffled", other):
-            nll, num_labels = evaluate_nll(elm, split, rt, "embedding", vector_ids, signals)
+        for name, (source, vector_ids) in kinds.items():
+            nll, num_labels = evaluate_nll(elm, split, rt, source, vector_ids, signals)
             losses[name] = float(nll.sum() / num_labels.sum())
     except Stopped:
         return {}
@@ -1665,7 +1672,7 @@ def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt
     adapter = fresh_adapter(llm, source.vectors, statistics, hidden_dim=m.hidden_dim,
                             tokens=m.tokens, dropout=m.dropout, residual_scale=m.residual_scale)
     elm = ELM(llm, adapter.to(rt.device), source.prompt)
-    elm.lockstep = cfg.deepspeed.zero_stage == 3 and rt.world > 1
+    elm.set_lockstep(cfg.deepspeed)
     check_llm(elm)
     trained, frozen = (sum(getattr(p, "ds_numel", p.numel()) for p in part.parameters())
                        for part in (adapter, llm))
@@ -1710,8 +1717,8 @@ def train(cfg: Config, trial: Any = None) -> dict:
     if saved and (finished := finished_report(saved, cfg, total)):
         rt.log(f"{folder} holds a finished run of {state.step} steps; nothing to do{changed}")
         return finished
-    get_llm = sweep_llm if trial and cfg.deepspeed.zero_stage < 3 else load_llm
-    llm = get_llm(cfg.model.llm, rt.device, cfg.model.bf16, zero=zero_config(cfg))
+    get_llm = sweep_llm if trial else load_llm
+    llm = get_llm(cfg.model.llm, rt.device, cfg.model.bf16, options=cfg.deepspeed)
     elm, optimizer, probe, identity = build_trainable(cfg, llm, source, saved, rt)
     terms = loss_terms(cfg.loss, elm, probe)
     budget = plan_memory(cfg, elm, terms, rt)
@@ -1739,7 +1746,8 @@ def train(cfg: Config, trial: Any = None) -> dict:
 
     def validate() -> None:
         scored = trial is not None and 0 < state.step < total
-        losses = validation_losses(elm, data["val"], cfg, rt, signals, scored) or leave()
+        first, split = state.validated < 0, data["val"]
+        losses = validation_losses(elm, split, cfg, rt, signals, first, scored) or leave()
         state.validated = state.step
         log.record("  ".join(f"{k} {v:.4f}" for k, v in losses.items()), state.step, **losses)
         if losses["val_loss"] < state.best or not state.best_adapter:
@@ -1994,44 +2002,28 @@ def score_now(elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime) -> float:
     references = [row.response for row in split.read(rows)]
     return float(bert_scores(cfg, answers, references, rt.device)[:, 3].mean())
 
-RATIOS = {  # by the column that a row must have: measures as (numerator, denominator)
-    "nll": {"loss": ("nll", "tokens"), "loss_shuffled": ("nll_shuffled", "tokens"),
-            "gap": ("gap", "tokens")},
-    "nll_text": {"loss_text": ("nll_text", "tokens"), "gap_closed": ("gap", "gap_text")}}
-
-def resampled_sums(terms: np.ndarray, num_resamples: int) -> np.ndarray:
-    """[..., n] -> [..., num_resamples]: sums of n terms drawn with replacement."""
-    n, rng = terms.shape[-1], np.random.default_rng(0)
-    at_once = max(1, 10**6 // n)  # resamples, each in the form of n counts
-    sizes = np.diff(np.r_[0:num_resamples:at_once, num_resamples])
-    return np.concatenate([terms @ rng.multinomial(n, np.full(n, 1 / n), size).T for size in sizes],
-                          axis=-1)
+RATIOS = {"loss": ("nll", "tokens"), "loss_shuffled": ("nll_shuffled", "tokens"),
+          "gap": ("gap", "tokens"), "loss_text": ("nll_text", "tokens_text"),
+          "gap_closed": ("gap_told", "gap_text")}  # and each score per sample
 
 def summarize(frame: Any, num_resamples: int = 1000) -> dict[str, Any]:
     """RATIOS of sums and mean scores over the rows of a DataFrame (see `report`), with bootstrap
-    95 % intervals; what is resampled are vectors, with all their rows. A measure is left out unless
-    the interval of its denominator lies above 0."""
-    result, intervals = {"rows": len(frame), "rows_text": int(frame["nll_text"].count())}, {}
-    groups = dict(RATIOS)
-    if "samples" in frame:
-        result["samples"] = int(frame["samples"].count())
-        scores = frame.loc[:, "samples":].columns[1:]
-        groups["samples"] = {name: (name, "samples") for name in scores}
-    frame = frame.assign(gap=frame["nll_shuffled"] - frame["nll"],
-                         gap_text=frame["nll_shuffled"] - frame["nll_text"])
-    for column, ratios in groups.items():
-        rows = frame.dropna(subset=column)
-        if rows.empty:
-            continue
-        sums = rows.drop(columns="task").groupby("vector").sum()
-        terms = np.stack([sums[list(names)] for names in zip(*ratios.values(), strict=True)])
-        terms = terms.transpose(2, 0, 1)  # [measures, 2, vectors]
-        resampled = resampled_sums(terms, num_resamples)
-        for name, total, (num, den) in zip(ratios, terms.sum(2), resampled, strict=True):
-            if np.percentile(den, 2.5) > 0:
-                result[name] = float(total[0] / total[1])
-                if terms.shape[2] > 1 and (den > 0).all():
-                    intervals[name] = np.percentile(num / den, (2.5, 97.5)).tolist()
+    95 % intervals: vectors are drawn with replacement, with all their rows. gap_closed is left out
+    unless the interval of its denominator lies above 0."""
+    sums = frame.groupby("vector").sum(numeric_only=True)
+    n, rng, total = len(sums), np.random.default_rng(0), sums.sum()
+    at_once = max(1, 10**6 // n)  # resamples, each a row of n counts
+    sizes = np.diff(np.r_[0:num_resamples:at_once, num_resamples])
+    draws = [rng.multinomial(n, np.full(n, 1 / n), size) @ sums.to_numpy() for size in sizes]
+    drawn = dict(zip(sums, np.concatenate(draws).T, strict=True))
+    scores = sums.loc[:, "samples":].columns[1:] if total.get("samples") else ()
+    result, intervals = {"rows": len(frame), "rows_text": int((frame["tokens_text"] > 0).sum()),
+                         **({"samples": int(total["samples"])} if len(scores) else {})}, {}
+    for name, (num, den) in (RATIOS | {score: (score, "samples") for score in scores}).items():
+        if total[den] > 0 and (den != "gap_text" or np.percentile(drawn[den], 2.5) > 0):
+            result[name] = float(total[num] / total[den])
+            if n > 1 and (drawn[den] > 0).all():
+                intervals[name] = np.percentile(drawn[num] / drawn[den], (2.5, 97.5)).tolist()
     return result | {"intervals": intervals}
 
 def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, metrics: list, about: dict) -> dict:
@@ -2041,9 +2033,8 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, metrics: list, abou
     losses, and the scores of the sampled rows, NaN in the others."""
     shuffled, folder, pd = shuffled_vectors(split), Path(cfg.output.dir), import_optional("pandas")
     nll, tokens = evaluate_nll(elm, split, rt)
-    losses = {"nll": nll, "nll_shuffled": evaluate_nll(elm, split, rt, vectors=shuffled)[0],
-              "nll_text": evaluate_nll(elm, split, rt, "text")[0]}
-    losses["nll_text"][~split.rows["text"]] = math.nan
+    nll_shuffled, _ = evaluate_nll(elm, split, rt, vectors=shuffled)
+    nll_text, tokens_text = evaluate_nll(elm, split, rt, "text")
     rows = sample_rows(split, cfg.eval.samples)
     answers = {suffix: generate_answers(elm, split, rows, ids, cfg.eval.max_new_tokens, rt)
                for suffix, ids in (("", split.rows["vector"][rows]), ("_shuffled", shuffled[rows]))}
@@ -2055,8 +2046,12 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, metrics: list, abou
                    for row, a, b in zip(split.read(rows), *answers.values(), strict=True)]
     lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
     write_text(folder / "predictions.jsonl", lines)  # before the scores, which may fail
-    frame = pd.DataFrame(dict(vector=split.rows["vector"], tokens=tokens, **losses,
-                              task=pd.Categorical.from_codes(split.rows["task"], split.tasks)))
+    gap, told = nll_shuffled - nll, tokens_text > 0  # rows with a text
+    frame = pd.DataFrame(dict(
+        task=pd.Categorical.from_codes(split.rows["task"], split.tasks),
+        vector=split.rows["vector"], tokens=tokens, tokens_text=tokens_text, nll=nll,
+        nll_shuffled=nll_shuffled, nll_text=nll_text, gap=gap, gap_told=gap * told,
+        gap_text=(nll_shuffled - nll_text) * told))
     if predictions:
         answers["_reference"] = [p["response"] for p in predictions]
         frame = frame.join(score_answers(cfg, answers, rows, split, rt.device))
@@ -2067,49 +2062,77 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, metrics: list, abou
                        for task, group in frame.groupby("task", observed=True)}
     write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
     with atomic_write(folder / "report.png") as path:
-        plot_report(path, result, metrics)
-    print_report(result, predictions, rt)
+        plot_report(path, result, metrics, folder.name)
+    print_report(result, predictions, metrics, cfg, rt)
     return result
 
-def bounds(table: dict, end: int) -> dict[str, float]:
-    return {name: interval[end] for name, interval in table["intervals"].items()}
+def gap_history(metrics: list[dict]) -> dict[int, float]:
+    """The gap closed on the validation split by step, as far as metrics.jsonl has it."""
+    text = [m["val_loss_text"] for m in metrics if "val_loss_text" in m]
+    return {m["step"]: (m["val_loss_shuffled"] - m["val_loss"]) / (m["val_loss_shuffled"] - text[0])
+            for m in metrics if text and m.get("val_loss_shuffled", -math.inf) > text[0]}
 
-def plot_report(path: Path, result: dict, metrics: list[dict]) -> None:
+def describe_gap(result: dict, metrics: list[dict]) -> str:
+    closed = (f"{result['gap_closed']:.4f} on {result['split']}" if "gap_closed" in result else
+              "none, as this LLM does not do these tasks from the text either")
+    steps = [f"{gap:.4f} at step {step}" for step, gap in gap_history(metrics).items()]
+    return closed + (f"; on val {steps[0]}, {steps[-1]}" if len(steps) > 1 else "")
+
+def plot_report(path: Path, result: dict, metrics: list[dict], name: str) -> None:
     """report.png: the losses over the steps, and those of each task at the end."""
     pd, plt = import_optional("pandas"), import_optional("matplotlib.figure")
     figure = plt.Figure((13, 6), layout="constrained")
+    figure.suptitle(f"{name}: gap closed {describe_gap(result, metrics)}")
     left, right = figure.subplots(1, 2)
-    curves = pd.DataFrame(metrics, columns=["step", "val_loss_shuffled", "val_loss", "loss"])
-    curves = curves.astype(float).groupby("step").first().interpolate("index", limit_area="inside")
-    curves.plot(ax=left, ylabel="loss per response token", ylim=(0, None), title="training")
+    curves = pd.DataFrame(metrics, columns=["step", "loss", "val_loss_shuffled", "val_loss"])
+    curves = curves.astype(float).set_index("step")
+    curves["loss"].dropna().plot(ax=left, color="0.6", label="training")
+    for key, color in ("val_loss_shuffled", "tab:red"), ("val_loss", "tab:blue"):
+        curves[key].dropna().plot(ax=left, color=color, marker="o")
+    for text in [m["val_loss_text"] for m in metrics if "val_loss_text" in m]:
+        left.axhline(text, color="tab:green", label="val_loss_text")
+    left.set(ylabel="loss per response token", ylim=(0, None), title="training")
+    left.legend()
     names, tasks = list(result["tasks"]), list(result["tasks"].values())
     keys = [key for key in ("loss_shuffled", "loss", "loss_text") if key in result]
     values = pd.DataFrame(tasks, names, keys)
-    low, high = (pd.DataFrame([bounds(t, end) for t in tasks], names, keys) for end in (0, 1))
-    closed = f", gap closed {result['gap_closed']:.2f}" if "gap_closed" in result else ""
+    low, high = (pd.DataFrame([{k: v[end] for k, v in t["intervals"].items()} for t in tasks],
+                              names, keys) for end in (0, 1))
+    mrr = f", MRR {result['mrr']:.2f}" if "mrr" in result else ""
     values.plot.barh(ax=right, xerr=np.abs([values - low, high - values]).transpose(2, 0, 1),
-                     width=0.8, xlabel="loss per response token, with 95 % intervals",
-                     title=f"{result['split']}, {result['rows']} rows{closed}")
+                     color=["tab:red", "tab:blue", "tab:green"], width=0.8,
+                     xlabel="loss per response token, with 95 % intervals",
+                     title=f"{result['split']}, {result['rows']} rows{mrr}")
     right.invert_yaxis()
     figure.savefig(path, format="png", dpi=100)
 
-def print_report(result: dict, predictions: list[dict], rt: Runtime) -> None:
-    """The final table, and five answers beside their references."""
-    titles = {"rows": "rows", "loss_shuffled": "shuffled", "loss": "vectors", "loss_text": "text",
-              "gap_closed": "gap closed", "samples": "answers",
-              "bertscore_composite_shuffled": "BERT shuf", "bertscore_composite": "BERTScore",
-              "consistency": "cosine", "consistency_reference": "of refs", "mrr": "MRR"}
-    rows = {"all": result, "  95 %, from": bounds(result, 0), "  to": bounds(result, 1),
-            **result["tasks"]}
-    columns = [key for key in titles if key in result]
-    pd = import_optional("pandas")
-    table = pd.DataFrame(list(rows.values()), list(rows), columns, dtype=object)
-    table = table.rename(columns=titles)
-    lines = ["\n{split}, {rows} rows, {rows_text} with text, adapter of step {adapter_step}"
-             .format(**result),
-             table.to_string(na_rep="", float_format="{:.4f}".format, col_space=9)]
-    lines += ["\n  {task_type}: {query}\n    reference   {response}\n    prediction  {prediction}"
-              .format(**p) for p in predictions[:: max(1, len(predictions) // 5)][:5]]
+def print_report(result: dict, predictions: list, metrics: list, cfg: Config, rt: Runtime) -> None:
+    """Five answers beside their references, the table, and lines of `key: value`."""
+    lines = ["", *("{task_type}: {query}\n    reference   {response}\n    prediction  {prediction}"
+                   .format(**p) for p in predictions[:: max(1, len(predictions) // 5)][:5])]
+    columns = {"loss_shuffled": "shuffled", "loss": "vectors", "loss_text": "text",
+               "gap_closed": "gap closed", "bertscore_composite": "BERTScore", "mrr": "MRR"}
+    columns = {key: title for key, title in columns.items() if key in result}
+    lines += ["", f"{'':20}{'rows':>5}" + "".join(f"{t:>13}" for t in columns.values())]
+    tasks = sorted(result["tasks"].items(), key=lambda item: -item[1].get("gap_closed", -math.inf))
+    for name, row in [("all", result), *tasks]:
+        cells = []
+        for key in columns:
+            low, high = row["intervals"].get(key, (0.0, 0.0)) if row is result else (0.0, 0.0)
+            scored = key not in ("bertscore_composite", "mrr") or row is result
+            known = key in row and (scored or row["samples"] >= 20)
+            cells.append(f"{row[key]:.3f}" + f" ±{(high - low) / 2:.3f}" * (high > low)
+                         if known else "")
+        lines.append(f"{name:20}{row['rows']:5}" + "".join(f"{cell:>13}" for cell in cells))
+    lines += ["losses per response token: by the vectors of other rows, the right ones, the text; "
+              "± 95 %", "", f"gap_closed: {describe_gap(result, metrics)}"]
+    lines += [f"{key}: {result[key]:.4f}" for key in columns if key != "gap_closed"]
+    folder, final = cfg.output.dir, split_paths(cfg.data, result["split"])[0]
+    lines += [f"steps: {result['step']}", f"seconds: {time.perf_counter() - START:.0f}",
+              f"files: {folder}"]
+    if predictions and (best := Path(folder, "adapter_best.safetensors")).exists():
+        lines.append(f"next: python elm.py generate adapter={best} embeddings={final} "
+                     f"rows=[0] query={shlex.quote(predictions[0]['query'])}")
     rt.log("\n".join(lines))
 
 # -----------------------------------------------------------------------------
@@ -2146,7 +2169,7 @@ def read_texts(path: Path):
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                text = line.decode().rstrip("\r\n")
+                text = line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n")
                 if text.strip() and path.suffix == ".jsonl":
                     text = json.loads(text)["text"]
                 text.encode()  # a lone surrogate is a ValueError
@@ -2237,8 +2260,7 @@ def evaluate(cfg: Config, path: Path) -> dict:
     num_soft = adapter.settings["tokens"]
     split = open_inputs(cfg, [final], num_soft, rt, about["prompt"])[final]
     check_vectors(split.vectors[:8192], adapter, f"data.dir: {final}")
-    elm = ELM.load(path, cfg.model.llm, cfg.model.bf16, zero_config(cfg))
-    elm.lockstep = cfg.deepspeed.zero_stage == 3 and rt.world > 1
+    elm = ELM.load(path, cfg.model.llm, cfg.model.bf16, cfg.deepspeed)
     check_llm(elm)
     folder.mkdir(parents=True, exist_ok=True)
     names = ("metrics.jsonl", "predictions.jsonl", "eval.json", "report.png")
@@ -2256,6 +2278,7 @@ class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM
     llm: PathStr | None = None  # the adapter's LLM at another place
     batch_size: PositiveInt = 16
     seed: Seed = 42
+    zero_stage: Literal[0, 3] = 0  # 3: the LLM is shared out among the launcher's processes
 
 def generate(o: GenerateOptions) -> None:
     """Print answers about the vectors of a file as lines of JSON, as they come. Raises:
@@ -2277,7 +2300,8 @@ def generate(o: GenerateOptions) -> None:
     if o.out:
         check_new(Path(o.out))
     check_vectors(vectors[list(rows[:1024])], adapter, o.embeddings)
-    elm, out = ELM.load(o.adapter, o.llm), None
+    rt, options = start_runtime(Config()), DeepSpeedConfig(zero_stage=o.zero_stage)
+    elm, out = ELM.load(o.adapter, o.llm, options=options), None
     torch.manual_seed(o.seed)
     pairs, total = ((row, q) for q in queries for row in rows), len(queries) * len(rows)
     bar = tqdm(total=total, unit="answer", disable=not o.out and sys.stdout.isatty())
@@ -2287,6 +2311,8 @@ def generate(o: GenerateOptions) -> None:
                                    batch_size=o.batch_size, **o.model_extra)
         except (ValueError, TypeError, ArithmeticError, LookupError) as e:  # at an option's value
             raise UserError(f"generate: {' '.join(str(e).split())[:300]}") from None
+        if rt.rank > 0:
+            continue
         out = out or (open(o.out, "x", encoding="utf-8") if o.out else sys.stdout)
         for (row, query), answer in zip(batch, answers, strict=True):
             entry = dict(row=row, query=query, answer=answer)
