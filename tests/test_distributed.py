@@ -1,101 +1,237 @@
-"""Real launches by DeepSpeed's own launcher, and real kills. Ratios are of fp32 numbers."""
+"""Real launches by DeepSpeed's own launcher: processes, ZeRO stages, hosts, and what ends a job."""
 
 import os
 import signal
 import subprocess
 import time
 
+import numpy as np
+import psutil
 import pytest
 import torch
-from conftest import ROOT, deepspeed_launcher, make_data, read_jsonl, run
+import torture
+from conftest import ROOT, deepspeed_launcher, make_data, make_llm, read_jsonl
+from test_train import final_state, go
+from torture import same_tree
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import elm
 
 pytestmark = pytest.mark.slow
 
 
-def launch(settings, folder, *more, processes=1):
-    config = folder.parent / "run.toml"
-    config.write_text("")
-    start = deepspeed_launcher(processes) if processes else ()
-    done = run(config, *settings, f"output.dir={folder}", *more, launcher=start)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+def launch(folder, *arguments, script=ROOT / "elm.py", processes=2, code=0):
+    """What `script` says when started by the launcher; with all its processes it ends in time."""
+    (folder / "run.toml").touch()
+    words = [*deepspeed_launcher(processes), script, *arguments]
+    with open(folder / "log", "w") as log:
+        job = subprocess.Popen(list(map(str, words)), stdout=log, stderr=log,
+                               start_new_session=True)
+        try:
+            ended = job.wait(200)
+        finally:  # also the processes that hang, if they do
+            if job.poll() is None:
+                os.killpg(job.pid, signal.SIGKILL)
+    said = (folder / "log").read_text()
+    assert ended == code, said[-3000:]
+    return said
+
+
+def changed(folder, code):
+    """elm.py with lines of code before it runs."""
+    path = folder / "changed.py"
+    path.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport elm, torch\n"
+                    f"RANK = os.environ['RANK']\n{code}\nelm.run()\n")
+    return path
 
 
 def losses(folder):
     return [m.get("loss", m.get("val_loss")) for m in read_jsonl(folder / "metrics.jsonl")]
 
 
-def flat(folder, kind="adapter"):
-    saved = torch.load(folder / "checkpoint_final.pt", weights_only=True)[kind]
-    return torch.cat([saved[k].flatten() for k in sorted(saved)])
+def test_processes_and_stages_agree_and_resume_each_other(tmp_path):
+    """Losses of 20 steps, adapters, Adam's moments and the report; 4 of the 16 resumes."""
+    n, *worst = torture.stages(torture.small_settings(tmp_path), tmp_path, everything=False)
+    print(n, worst)
+    assert n == 8 and max(worst) < 1e-5
 
 
-@pytest.fixture
-def larger(settings, tmp_path):
-    """Steps of 80 rows: several micro-batches for each process."""
-    make_data(tmp_path / "data", num_rows=90)
-    return [*settings, "train.batch_size=80", "loss.drift_weight=0.1"]
+def test_no_process_holds_more_of_the_llm_than_its_share(settings, tmp_path, monkeypatch):
+    """ZeRO 3 on two processes, from the first byte: the parameters right after loading and at the
+    start of training and of `eval`, and the memory that loading takes. Nothing is compiled."""
+    config = AutoConfig.from_pretrained(make_llm(tmp_path / "llm"))
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 1024, 2048, 8
+    config.layer_types = config.layer_types[:1] * 8
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llm")
+    size = (tmp_path / "llm" / "model.safetensors").stat().st_size
+    script = changed(tmp_path, f"""
+import deepspeed, threading, time
+def anonymous():
+    return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) * 1024
+def held(llm, most=0):
+    live = sum((p.numel() + p.ds_tensor.numel()) * p.element_size() for p in llm.parameters())
+    with open({str(tmp_path / "held")!r} + RANK, "a") as f:
+        f.write(f"{{live / {size}}} {{most / {size}}}\\n")
+def load_and_measure(*arguments, **options):
+    peaks, loaded, before = [0], threading.Event(), anonymous()
+    def watch():
+        while not loaded.wait(0.002):
+            peaks.append(anonymous() - before)
+    threading.Thread(target=watch).start()
+    try:
+        llm = load(*arguments, **options)
+    finally:
+        loaded.set()
+    held(llm, max(peaks))
+    return llm
+def start(function):
+    def measured(model, *arguments):
+        held(model.llm)
+        return function(model, *arguments)
+    return measured
+load, elm.load_llm = elm.load_llm, load_and_measure
+elm.validation_losses, elm.report = start(elm.validation_losses), start(elm.report)
+""")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed is not held
+    (tmp_path / "run.toml").write_text(
+        "[deepspeed.zero_optimization]\nstage3_param_persistence_threshold = 0\n")
+    more = [tmp_path / "run.toml", *settings, f"model.llm={tmp_path / 'llm'}", "eval.samples=0",
+            "train.max_steps=1", "train.batch_size=8", "deepspeed.zero_stage=3"]
+    launch(tmp_path, *more, script=script)
+    adapter = tmp_path / "out" / "adapter_best.safetensors"
+    launch(tmp_path, "eval", *more, f"adapter={adapter}", f"output.dir={tmp_path / 'eval'}",
+           script=script)
+    for rank in (0, 1):
+        numbers = np.loadtxt(tmp_path / f"held{rank}")
+        print(numbers)
+        assert len(numbers) == 6  # two loads, two validations, two reports
+        assert (numbers[:, 0] < 0.6).all() and (numbers[:, 1] < 0.75).all()
+    assert not list((tmp_path / "extensions").glob("*"))
 
 
-def test_processes_stay_in_step_where_one_has_more_logits(larger, tmp_path):
+def test_processes_stay_in_step_where_one_has_more_logits(settings, tmp_path):
     """ZeRO 3 gathers the head for every chunk of logits: as many on each process, or they hang."""
-    script = tmp_path / "small_chunks.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import elm\n"
-        "elm.CHUNK_LOGITS = dict(cpu=3000, cuda=3000); elm.run()"
-    )
-    one, two = tmp_path / "one", tmp_path / "two"
-    launch(larger, one, processes=0)
+    make_data(tmp_path / "data", num_rows=90)
+    settings = [*settings, "loss.drift_weight=0.1"]
+    _, one = go(settings, "train.batch_size=80", f"output.dir={tmp_path / 'one'}")
+    script = changed(tmp_path, "elm.CHUNK_LOGITS = dict(cpu=3000, cuda=3000)")
     config = tmp_path / "run.toml"
     config.write_text("[deepspeed.zero_optimization]\nstage3_param_persistence_threshold = 0\n")
-    more = ["train.batch_size=40", "deepspeed.zero_stage=3", f"output.dir={two}"]
-    command = [*deepspeed_launcher(2), script, config, *larger, *more]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log,
-                                   start_new_session=True)  # fmt: skip
-        try:
-            assert process.wait(120) == 0, (tmp_path / "log").read_text()[-3000:]
-        finally:  # also the processes that hang, if they do
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    assert (flat(two) - flat(one)).norm() / flat(one).norm() < 1e-4
+    launch(tmp_path, config, *settings, "train.batch_size=40", "deepspeed.zero_stage=3",
+           script=script)
+    assert losses(tmp_path / "out") == pytest.approx(losses(one), rel=1e-5)
+    a, b = (torch.cat([v.flatten() for v in final_state(f)["adapter"].values()])
+            for f in (one, tmp_path / "out"))
+    assert (a - b).norm() / a.norm() < 1e-4
+
+
+def test_answers_of_unequal_length_under_zero_3(tmp_path):
+    """Two processes that share the LLM out; one that ends earlier must not leave the other."""
+    settings = [ROOT / "train.toml", "train.max_steps=1", "eval.samples=6", "train.save_steps=9",
+                'data.tasks=["keywords", "summary", "category"]', "eval.split=val",
+                "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch(tmp_path, *settings, f"output.dir={one}", processes=1)
+    launch(tmp_path, *settings, f"output.dir={two}", "deepspeed.zero_stage=3",
+           "train.batch_size=16")
+    said = [[p["prediction"] for p in read_jsonl(f / "predictions.jsonl")] for f in (one, two)]
+    assert said[0] == said[1] and len({len(x.split()) for x in said[0]}) > 2
+
+
+def test_two_hosts_by_a_hostfile(settings, tmp_path):
+    """As the README has it, a launcher on each, here both on this machine."""
+    (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    (tmp_path / "run.toml").touch()
+    deepspeed, _, port = deepspeed_launcher(1)
+    nodes = []
+    for rank in (0, 1):
+        words = [deepspeed, "--hostfile", tmp_path / "hosts", "--no_ssh", "--node_rank", rank,
+                 "--master_addr", "127.0.0.1", port, ROOT / "elm.py", tmp_path / "run.toml",
+                 *settings, "train.batch_size=8"]
+        nodes.append(subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL))
+    assert [node.wait(200) for node in nodes] == [0, 0]
+    _, alone = go(settings, f"output.dir={tmp_path / 'alone'}")
+    assert losses(tmp_path / "out") == pytest.approx(losses(alone), rel=1e-5)
 
 
 def test_bad_input_under_the_launcher_is_told_once(settings, tmp_path):
-    config = tmp_path / "run.toml"
-    config.write_text("")
-    done = run(config, *settings, "model.llm=/nowhere/llm", launcher=deepspeed_launcher(2))
-    assert done.returncode == 2
-    assert (done.stdout + done.stderr).count("model.llm: no folder /nowhere/llm") == 1
-    assert "Traceback" not in done.stdout + done.stderr
+    said = launch(tmp_path, tmp_path / "run.toml", *settings, "model.llm=/nowhere/llm", code=2)
+    assert said.count("model.llm: no folder /nowhere/llm") == 1 and "Traceback" not in said
 
 
 def test_ctrl_c_under_the_launcher_saves_and_resumes(settings, tmp_path):
     """As a terminal does it: SIGINT to the whole process group, with two processes."""
+    config, metrics = tmp_path / "run.toml", tmp_path / "out" / "metrics.jsonl"
+    config.touch()
     settings = [*settings, "train.max_steps=400", "train.eval_steps=400", "train.save_steps=400"]
-    config, folder = tmp_path / "run.toml", tmp_path / "out"
-    config.write_text("")
     command = [*deepspeed_launcher(2), ROOT / "elm.py", config, *settings]
-    process = subprocess.Popen(list(map(str, command)), start_new_session=True)
-    end = time.time() + 120
-    while time.time() < end and (
-        not (folder / "metrics.jsonl").exists() or len(read_jsonl(folder / "metrics.jsonl")) < 9
-    ):
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) != 0
-    (checkpoint,) = folder.glob("checkpoint_step_*.pt")
-    step = torch.load(checkpoint, weights_only=True)["state"]["step"]
+    job = subprocess.Popen(list(map(str, command)), start_new_session=True)
+    torture.until(job, lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 8)
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.wait(60) != 0
+    (checkpoint,) = metrics.parent.glob("checkpoint_step_*.pt")
+    step = elm.load_checkpoint(checkpoint)["state"].step
     assert 8 <= step < 400
-    launch(settings, folder, "train.resume=auto", f"train.max_steps={step + 2}", processes=0)
-    steps = [m["step"] for m in read_jsonl(folder / "metrics.jsonl") if "loss" in m]
-    assert steps == list(range(1, step + 3))
+    go(settings, "train.resume=auto", f"train.max_steps={step + 2}")
+    assert [m["step"] for m in read_jsonl(metrics) if "loss" in m] == list(range(1, step + 3))
 
 
-def test_first_run_compiles_nothing(settings, tmp_path, monkeypatch):
-    """Two processes without a compiler: the folder where extensions are built stays empty."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    monkeypatch.setenv("CXX", "/nowhere/c++")
-    launch(settings, tmp_path / "out2", processes=2)
-    assert not (tmp_path / "extensions").exists() or not list((tmp_path / "extensions").iterdir())
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_bad_step_of_one_process_stops_both_before_the_update(settings, tmp_path, part):
+    """Loss (0) or gradient (1) of step 3 is NaN on process 1 alone."""
+    script = changed(tmp_path, f"""
+soft_gradient, models = elm.soft_gradient, []
+def spoiled(model, *arguments):
+    sums, gradient = soft_gradient(model, *arguments)
+    models.append(model)
+    if len(models) == 3 and RANK == "1":
+        (sums[0], gradient[0, 0, 0])[{part}].fill_(torch.nan)
+    return sums, gradient
+def checked(*arguments):
+    torch.save(dict(models[-1].adapter.state_dict()), {str(tmp_path / "left")!r} + RANK)
+    check(*arguments)
+check, elm.check_finite, elm.soft_gradient = elm.check_finite, checked, spoiled
+""")
+    said = launch(tmp_path, tmp_path / "run.toml", *settings, "train.batch_size=8", script=script,
+                  code=2)
+    assert said.count("elm: step 3: the loss or its gradient is not finite, and nothing was") == 1
+    assert "train_synthesis.jsonl:" in said and "Traceback" not in said
+    saved = dict(final_state(tmp_path / "out", "step_2")["adapter"])
+    assert not list((tmp_path / "out").glob("*step_3*"))
+    assert all(same_tree(torch.load(tmp_path / f"left{rank}"), saved) for rank in (0, 1))
+
+
+@pytest.mark.parametrize("how", ["killed", "raises"])
+def test_one_process_that_dies_ends_the_job(settings, tmp_path, how):
+    """Within a minute, its own error before any other's, and no process is left."""
+    script = changed(tmp_path, "def broken(*_): raise ArithmeticError('only process 1 has this')\n"
+                     f"if RANK == '1' and {how == 'raises'}: elm.soft_gradient = broken")
+    config, metrics, log = (tmp_path / n for n in ("run.toml", "out/metrics.jsonl", "log"))
+    config.touch()
+    words = [*deepspeed_launcher(2), script, config, *settings, "train.max_steps=9999",
+             "train.eval_steps=9999", "train.save_steps=9999"]
+    with open(log, "w") as f:
+        job = subprocess.Popen(list(map(str, words)), stdout=f, stderr=f)
+    if how == "killed":
+        torture.until(job, lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 3)
+        (child,) = (p for p in psutil.Process(job.pid).children(recursive=True)
+                    if "--local_rank=1" in p.cmdline())
+        child.send_signal(signal.SIGKILL)
+    else:
+        torture.until(job, lambda: "only process 1 has this" in log.read_text())
+    begin = time.time()
+    assert job.wait(60) != 0
+    said = log.read_text()
+    if how == "raises":
+        first = said.index("Traceback")
+        assert said.index("only process 1 has this", first) < said.find("[rank0]: Traceback") % 1e9
+
+    def left():
+        return [p for p in psutil.process_iter(["cmdline"])
+                if str(script) in (p.info["cmdline"] or [])]
+
+    while left() and time.time() - begin < 70:
+        time.sleep(0.1)
+    assert not left()

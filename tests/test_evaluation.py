@@ -13,17 +13,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import (
-    ROOT,
-    byte_tokenizer,
-    deepspeed_launcher,
-    make_llm,
-    read_jsonl,
-    rows_path,
-    run,
-    write_rows,
-)
+    ROOT, RT, byte_tokenizer, deepspeed_launcher, make_llm, open_train, read_jsonl, rows_path, run,
+    vectors_path, write_rows,
+)  # fmt: skip
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel
+from sentence_transformers import SentenceTransformer
+from transformers import (
+    AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model, RobertaConfig, RobertaModel,
+)  # fmt: skip
 
 import elm
 
@@ -235,8 +232,6 @@ def test_consistency_is_the_cosine_and_the_rank_of_the_source():
 def test_consistency_is_that_of_the_answers_embedded_by_hand(settings, tmp_path):
     """With an embedder whose vectors are wider than the stored ones: cut to their width, as a
     Matryoshka embedding is."""
-    from sentence_transformers import SentenceTransformer
-
     embedder = make_embedder(tmp_path / "embedder", width=16)
     cfg, folder = evaluate(settings, "train.max_steps=1", f"eval.embedder={embedder}")
     result = elm.train(cfg)
@@ -256,13 +251,17 @@ def evaluate(settings, *more):
     return cfg, Path(cfg.output.dir)
 
 
-def test_eval_repeats_the_report_of_training_to_the_byte(settings, tmp_path, data_dir):
-    """The same files from `eval`, twice; every number is there with its interval."""
-    embedder = make_embedder(tmp_path / "embedder", width=12)
-    settings += [f"eval.embedder={embedder}", "eval.samples=20"]
+def test_eval_repeats_the_report_of_training_to_the_byte(settings, tmp_path, capsys):
+    """The same files from `eval`, twice, even while a run writes its metrics: a half line is passed
+    over. Every number is there with its interval; that a random LLM makes nothing of texts, so that
+    there is no gap to close, is said in words."""
+    settings += [f"eval.embedder={make_embedder(tmp_path / 'embedder', 12)}", "eval.samples=20"]
     cfg, folder = evaluate(settings)
     result = elm.train(cfg)
+    assert "gap_closed" not in result and "gap_closed: none, as this LLM" in capsys.readouterr().out
     for name in ("again", "twice"):
+        with open(folder / "metrics.jsonl", "a") as f:
+            f.write('{"step": 9, "lo')
         other = elm.load_config(None, [*settings, f"output.dir={tmp_path / name}"])
         elm.evaluate(other, folder / "adapter_best.safetensors")
         told = json.loads((tmp_path / name / "eval.json").read_text())
@@ -280,29 +279,45 @@ def test_eval_repeats_the_report_of_training_to_the_byte(settings, tmp_path, dat
         for key, (low, high) in table["intervals"].items():
             assert low - 1e-9 <= high and key in table
     assert sum(t["samples"] for t in result["tasks"].values()) == result["samples"] == 20
-    predictions = read_jsonl(folder / "predictions.jsonl")
-    rows = elm.open_data(cfg, ("test",), elm.Prompt.of(byte_tokenizer()), 1, elm.Runtime())["test"]
-    assert len(predictions) == result["samples"] == 20 and len(rows.rows) == 40
+    assert result["rows"] == 40 and len(read_jsonl(folder / "predictions.jsonl")) == 20
     from matplotlib.image import imread
 
     assert imread(folder / "report.png").shape == (600, 1300, 4)
 
 
-def make_embedder(folder: Path, width: int) -> Path:
-    """A random Qwen3 of any width whose tokenizer appends its end."""
-    from transformers import Qwen3Config, Qwen3Model
-
-    tok = byte_tokenizer()
+def make_embedder(folder: Path, width: int, pooling: str = "lasttoken") -> Path:
+    """A random Qwen3 of any width as a folder of sentence-transformers."""
+    tok, config = byte_tokenizer(), folder / "1_Pooling" / "config.json"
     torch.manual_seed(0)
-    Qwen3Model(
-        Qwen3Config(
-            vocab_size=len(tok), hidden_size=width, intermediate_size=16, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
-        )
-    ).save_pretrained(folder)  # fmt: skip
+    Qwen3Model(Qwen3Config(
+        vocab_size=len(tok), hidden_size=width, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+    )).save_pretrained(folder)  # fmt: skip
     tok.save_pretrained(folder)
     make.save_modules(folder, width)
+    config.write_text(config.read_text().replace("lasttoken", pooling))
     return folder
+
+
+def test_the_embedder_is_compared_with_the_stored_vectors(data_dir, tmp_path, capsys):
+    """Those of a decoder with mean pooling, stored at 12 of its 40 dimensions; warned about where
+    the pooling is another."""
+    by_mean = make_embedder(tmp_path / "mean", 40, "mean")
+    rows = [r | {"embedding_file_idx": i} for i, r in enumerate(read_jsonl(rows_path(data_dir)))]
+    texts = [r["text"] for r in rows]
+    vectors = SentenceTransformer(str(by_mean), device="cpu").encode(texts, convert_to_tensor=True)
+    own = elm.embed_texts(elm.load_embedder(str(by_mean)), texts, "cpu")
+    assert torch.nn.functional.cosine_similarity(own, vectors).min() > 0.999
+    write_rows(data_dir, "train", rows)
+    save_file({"x": vectors[:, :12].contiguous()}, vectors_path(data_dir))
+    split, told = open_train(data_dir, elm.Prompt.from_tokenizer(byte_tokenizer())), []
+    for folder in (by_mean, make_embedder(tmp_path / "last", 40)):
+        cfg = elm.EvalConfig(embedder=str(folder), bertscore_model=SCORER)
+        elm.load_report_models(cfg, split, RT)
+        out, err = capsys.readouterr()
+        told.append(float(re.search(r"mean cosine ([\d.]+) with the stored .* 32 texts", out)[1]))
+        assert ("does not make the vectors of" in err) == (told[-1] < 0.95)
+    assert told[0] > 0.999 and told[1] < 0.95
 
 
 @pytest.mark.slow
@@ -346,6 +361,7 @@ def test_bad_input_of_eval(settings, tmp_path, capsys):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "predictions.jsonl").write_text("precious")
     before = {p: p.read_bytes() for p in folder.iterdir()}
+    capsys.readouterr()
     out = f"output.dir={tmp_path / 'new'}"
     cases = [
         ([], "metrics.jsonl: exists already"),
@@ -386,29 +402,16 @@ def test_answers_are_kept_where_the_scores_fail(settings, monkeypatch):
     assert len(read_jsonl(folder / "predictions.jsonl")) == 6
 
 
-def test_rows_of_one_vector_have_no_control(settings, data_dir):
+def test_what_the_report_lacks_is_told_before_training(settings, data_dir, capsys, tmp_path):
+    bad = [*settings, f"eval.bertscore_model={tmp_path / 'none'}"]
+    with pytest.raises(elm.UserError, match="eval.bertscore_model: no folder"):
+        elm.train(elm.load_config(None, bad))
     rows = [r | {"embedding_file_idx": 3} for r in read_jsonl(rows_path(data_dir, "val"))]
     write_rows(data_dir, "val", rows)
     with pytest.raises(elm.UserError, match="val_synthesis.jsonl: all rows are about one vector"):
-        elm.train(evaluate(settings)[0])
-
-
-def test_eval_beside_a_run_that_is_being_written(settings, tmp_path):
-    """A half line of metrics is passed over."""
-    cfg, folder = evaluate(settings, "train.max_steps=1")
-    elm.train(cfg)
-    with open(folder / "metrics.jsonl", "a") as f:
-        f.write('{"step": 9, "lo')
-    other = elm.load_config(None, [*settings, f"output.dir={tmp_path / 'again'}"])
-    assert elm.evaluate(other, folder / "adapter_best.safetensors")["rows"] == 40
-
-
-def test_a_missing_scorer_is_told_before_training(settings, capsys, tmp_path):
-    config = tmp_path / "run.toml"
-    config.write_text("")
-    bad = [*settings, f"eval.bertscore_model={tmp_path / 'none'}"]
-    assert elm.main([str(config), *bad]) == 2
-    assert "eval.bertscore_model: no folder" in capsys.readouterr().err
+        elm.train(elm.load_config(None, settings))
     assert not (tmp_path / "out").exists()
+    (data_dir / "synthesis" / "val_synthesis.jsonl").write_bytes(
+        rows_path(data_dir, "test").read_bytes())  # fmt: skip
     result = elm.train(elm.load_config(None, [*bad, "eval.samples=0", "train.max_steps=1"]))
     assert "loss" in result and "bertscore_f1" not in result  # nothing to score, none needed
