@@ -57,6 +57,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import huggingface_hub
 import numpy as np
 import pydantic
 import torch
@@ -231,7 +232,7 @@ def build(kind: type[Table], tables: dict, prefix: str = "", overridden: Iterabl
         known = [n for n in list_options(kind) if n.count(".") >= key.count(".")]
         line = {"missing": f"{key}: is missing",
                 "extra_forbidden": f"{key}: unknown key{did_you_mean(key, known)}",
-                "value_error": f"{key}.{message.removeprefix('Value error, ')}",  # of check_keys
+                "value_error": f"{key}.{message.removeprefix('Value error, ')}".lstrip("."),
                 }.get(error["type"], f"{key} = {error['input']!r}: {message}")
         is_override = any(f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")
                           for name in overridden)
@@ -886,6 +887,9 @@ def loading(name: str, key: str):
     """Raises: UserError that names the config key if loading `name` fails."""
     if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"{key}: no folder {name}, nor is that the name of a model on the hub")
+    here = Path(name).is_dir() or huggingface_hub.try_to_load_from_cache(name, "config.json")
+    if not here and not huggingface_hub.is_offline_mode():
+        warn(f"{key}: {name} is not on this machine yet; it is downloaded from the hub")
     try:
         yield
     except torch.OutOfMemoryError:
@@ -1459,7 +1463,9 @@ class Log:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.bar.close()
-        self.wandb(lambda run: run.finish(exit_code=getattr(error, "code", 1) if error else 0))
+        codes = {"NoneType": 0, "TrialPruned": 0, "UserError": 2}
+        code = codes.get(type(error).__name__, getattr(error, "code", 1))
+        self.wandb(lambda run: run.finish(exit_code=code))
 
     def record(self, line: str, step: int, **entry: float) -> None:
         self.rt.log(f"step {step:6d}  {line}")
@@ -2280,20 +2286,26 @@ class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM
     seed: Seed = 42
     zero_stage: Literal[0, 3] = 0  # 3: the LLM is shared out among the launcher's processes
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def check_keys(cls, values: dict) -> dict:
+        """Refuse misspelled keys, and those by which an answer would not be one text."""
+        known = cls.model_fields.keys() | vars(transformers.GenerationConfig()).keys()
+        known -= {"num_return_sequences", "return_dict_in_generate"}
+        for key in sorted(values.keys() - known):
+            raise ValueError(f"{key}: not an option here{did_you_mean(key, sorted(known))}")
+        return values
+
 def generate(o: GenerateOptions) -> None:
     """Print answers about the vectors of a file as lines of JSON, as they come. Raises:
     UserError."""
-    vectors, known = open_vectors(Path(o.embeddings)), vars(transformers.GenerationConfig())
-    adapter, _ = Adapter.load(o.adapter)
+    vectors, (adapter, _) = open_vectors(Path(o.embeddings)), Adapter.load(o.adapter)
     rows = range(len(vectors)) if o.rows is None else o.rows
     for row in rows or [None]:
         if row not in range(len(vectors)):
             raise UserError(f"rows: no row {row} among {len(vectors)}")
     if (o.query is None) == (o.queries is None):
         raise UserError("query or queries: give one of them")
-    for key in o.model_extra:
-        if key not in known or key in ("num_return_sequences", "return_dict_in_generate"):
-            raise UserError(f"{key}: not an option here{did_you_mean(key, known)}")
     queries = [o.query] if o.queries is None else [*read_texts(Path(o.queries))]
     for query in queries:
         check_query(query)
@@ -2309,14 +2321,17 @@ def generate(o: GenerateOptions) -> None:
         try:
             answers = elm.generate(vectors[[row for row, _ in batch]], [q for _, q in batch],
                                    batch_size=o.batch_size, **o.model_extra)
-        except (ValueError, TypeError, ArithmeticError, LookupError) as e:  # at an option's value
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # of transformers, at an option's value
             raise UserError(f"generate: {' '.join(str(e).split())[:300]}") from None
         if rt.rank > 0:
             continue
         out = out or (open(o.out, "x", encoding="utf-8") if o.out else sys.stdout)
+        escape = str(out.encoding).lower() != "utf-8"
         for (row, query), answer in zip(batch, answers, strict=True):
             entry = dict(row=row, query=query, answer=answer)
-            out.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            out.write(json.dumps(entry, ensure_ascii=escape) + "\n")
         out.flush()
         bar.update(len(batch))
     bar.close()
@@ -2535,8 +2550,8 @@ class EvalOptions(Config):
     adapter: PathStr  # a file adapter_*.safetensors
 
 def start_command(command: str, *rest: str) -> None:
-    places = [a for a in rest if not re.match(r"[\w.\"]+\s*=", a)]
-    options = [a for a in rest if a not in places]
+    options = [a for a in rest if re.match(r"[\w.\"]+\s*=", a)]
+    places = [expand_path(a) for a in rest if a not in options]
     wanted = dict(eval=["TRAIN.TOML"], generate=[], embed=["TEXTS", "OUT"],
                   filter=["TRAIN.TOML", "OUT"], sweep=["SWEEP.TOML"])
     if len(places) != len(wanted.get(command, places)):
@@ -2595,6 +2610,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 def run() -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     code = main()
     print(end="", flush=True)
     os._exit(code)  # threads of torch and DeepSpeed abort now and then when the interpreter ends
