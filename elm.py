@@ -591,8 +591,8 @@ def invalid_rows(vectors: Tensor) -> Tensor:
     return ~(vectors.isfinite().all(1) & vectors.any(1))
 
 def scan_vectors(vectors: Tensor, used: Tensor, path: Path) -> tuple[dict, np.ndarray, int]:
-    """(mean and std [E] fp32 of the `used` vectors, [N] bool; for each vector the index of its
-    first copy [N]; the number of dimensions without spread, below 1 % of the typical deviation,
+    """(mean, std [E] and norm fp32 of the `used` vectors, [N] bool; for each vector the index of
+    its first copy [N]; the number of dimensions without spread, below 1 % of the typical deviation,
     which get that). Raises: UserError at any NaN, infinite or zero vector."""
     total, first, copies = torch.zeros(2, vectors.shape[1], dtype=torch.float64), {}, []
     for start in range(0, len(vectors), 8192):
@@ -610,11 +610,13 @@ def scan_vectors(vectors: Tensor, used: Tensor, path: Path) -> tuple[dict, np.nd
     typical = std.square().mean().sqrt()
     flat = std < 0.01 * typical
     std[flat] = typical
-    return {"mean": mean.float(), "std": std}, np.array(copies), int(flat.sum())
+    norm = square.sum().sqrt().float()  # the root of the mean square
+    return {"mean": mean.float(), "std": std, "norm": norm}, np.array(copies), int(flat.sum())
 
 class Row(BaseModel, frozen=True, strict=True, extra="allow"):
     task_type: str
-    embedding_file_idx: Annotated[NonNegativeInt, pydantic.Strict(False)]  # 3.0, as Arrow has it
+    embedding_file_idx: Annotated[NonNegativeInt, pydantic.BeforeValidator(
+        lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)]  # 3.0, as of pandas
     query: str
     response: Annotated[str, Field(pattern=r"\S")]  # not empty
     text: str | None = None  # what was embedded
@@ -629,8 +631,8 @@ def parse_row(line: bytes, tasks: tuple[str, ...], num_vectors: int) -> Row | No
             if json.loads(line)["task_type"] in REMOVED_TASKS:
                 return None  # whatever its other fields
         error = e.errors()[0]
-        field = f"field {error['loc'][0]!r}: " if error["loc"] else ""
-        raise ValueError(field + error["msg"]) from None
+        name = f"field {error['loc'][0]!r}: " if error["loc"] else ""
+        raise ValueError(name + error["msg"]) from None
     if row.task_type in REMOVED_TASKS:
         return None
     if row.task_type not in (known := (*tasks, *TASKS)):
@@ -662,7 +664,7 @@ class Split:  # of a data set, opened
     path: Path  # of its rows
     rows: np.ndarray  # [N] of ROW: where each row stands, its vector and task
     vectors: Tensor  # [number of vectors, E], memory-mapped
-    statistics: dict[str, Tensor]  # mean and std [E] of the vectors that rows use
+    statistics: dict[str, Tensor]  # mean and std [E], and norm, of the vectors that rows use
     counts: dict[str, int]
     prompt: Prompt
     tasks: tuple[str, ...]  # what `task` of ROW counts
@@ -715,7 +717,7 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, num_soft: int, rt: 
     used[table["vector"]] = True
     statistics, copies, flat = scan_vectors(vectors, torch.from_numpy(used), vectors_path)
     table["vector"] = copies[table["vector"]]  # rows of equal vectors are rows of one
-    counts["dimensions without spread"] = flat
+    counts.update({"dimensions without spread": flat} if flat else {})
     return Split(path, table, vectors, statistics, dict(counts), prompt, data.tasks, num_soft,
                  data.max_seq_length)
 
@@ -819,10 +821,6 @@ def check_identity(trained: dict[str, Any], current: dict[str, Any], where: Any)
             raise UserError(f"{where}: {key} was {trained.get(key)} in training and is {value} "
                             "here; give it what it was trained with")
 
-def root_mean_square_norm(vectors: Tensor) -> float:  # of up to 8,192 of [n, E]
-    sample = vectors[:: len(vectors) // 8192 + 1].float()
-    return sample.square().sum(1).mean().sqrt().item()
-
 def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors") -> Tensor:
     """[n, E] or [E], numpy or torch -> [n, E] fp32. Raises: UserError at another width, a row that
     is zero, NaN or infinite, or a root mean square norm that is not that of training, by half."""
@@ -833,7 +831,7 @@ def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors") -> 
     if len(invalid := invalid_rows(vectors).nonzero()):
         raise UserError(f"{where}: row {int(invalid[0])} is zero, NaN or infinite; embed its text "
                         "again")
-    norm, trained = root_mean_square_norm(vectors), settings["norm"]
+    norm, trained = vectors.square().sum(1).mean().sqrt().item(), settings["norm"]
     if trained and not trained / 1.5 < norm < trained * 1.5:
         raise UserError(f"{where}: the vectors' norm was {trained:.4g} in training and is "
                         f"{norm:.4g} here; give it vectors as it was trained with")
@@ -968,11 +966,13 @@ def embedding_scale(llm: Any) -> tuple[int, float]:
     rows = embed(ids).float()
     return rows.shape[1], rows.square().mean().sqrt().item()
 
-def fresh_adapter(llm: Any, vectors: Tensor, statistics: dict, **settings: Any) -> Adapter:
+def fresh_adapter(llm: Any, statistics: dict[str, Tensor], standardize: bool = True,
+                  **settings: Any) -> Adapter:
     """An untrained adapter from vectors of these statistics to the LLM's token embeddings."""
-    (d_llm, scale), norm = embedding_scale(llm), root_mean_square_norm(vectors)
-    adapter = Adapter(vectors.shape[1], d_llm=d_llm, scale=scale, norm=norm, **settings)
-    adapter.load_state_dict(statistics, strict=False)
+    (d_llm, scale), norm = embedding_scale(llm), statistics["norm"].item()
+    adapter = Adapter(len(statistics["mean"]), d_llm=d_llm, scale=scale, norm=norm, **settings)
+    if standardize:
+        adapter.load_state_dict({k: statistics[k] for k in ("mean", "std")}, strict=False)
     return adapter
 
 class ELM(nn.Module):
@@ -1013,7 +1013,7 @@ class ELM(nn.Module):
         statistics, _, _ = scan_vectors(vectors, used, "embeddings")
         tokenizer = load_pretrained(transformers.AutoTokenizer, llm, "llm")
         prompt, model = Prompt.from_tokenizer(tokenizer), load_llm(llm, device, bf16, "llm")
-        adapter = fresh_adapter(model, vectors, statistics, hidden_dim=hidden_dim, **settings)
+        adapter = fresh_adapter(model, statistics, hidden_dim=hidden_dim, **settings)
         return ELM(model, adapter.to(device), prompt)
 
     def set_lockstep(self, options: DeepSpeedConfig | None) -> None:
@@ -1674,8 +1674,7 @@ def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt
     if cfg.data.max_seq_length > limit:
         raise UserError(f"data.max_seq_length = {cfg.data.max_seq_length}: {m.llm} reads {limit}")
     torch.manual_seed(cfg.train.seed)
-    statistics = source.statistics if m.standardize else {}
-    adapter = fresh_adapter(llm, source.vectors, statistics, hidden_dim=m.hidden_dim,
+    adapter = fresh_adapter(llm, source.statistics, m.standardize, hidden_dim=m.hidden_dim,
                             tokens=m.tokens, dropout=m.dropout, residual_scale=m.residual_scale)
     elm = ELM(llm, adapter.to(rt.device), source.prompt)
     elm.set_lockstep(cfg.deepspeed)
