@@ -255,8 +255,8 @@ def read_override(text: str) -> tuple[str, Any]:
 def read_toml(path: str | None, over: dict[str, Any]) -> dict[str, dict]:
     """The tables of a TOML file (none: empty ones) under values by dotted name."""
     try:
-        text = Path(expand_path(path)).read_text("utf-8-sig") if path else ""
-        tables = tomllib.loads(text)
+        data = Path(expand_path(path)).read_bytes() if path else b""
+        tables = tomllib.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:  # of TOML, of UTF-8, of nesting
         raise UserError(f"{path}: not valid TOML: {e}") from None
     for name, value in over.items():

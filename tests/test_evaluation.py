@@ -13,13 +13,27 @@ import pandas as pd
 import pytest
 import torch
 from conftest import (
-    ROOT, RT, byte_tokenizer, deepspeed_launcher, make_llm, open_train, read_jsonl, rows_path, run,
-    vectors_path, write_rows,
+    ROOT,
+    RT,
+    byte_tokenizer,
+    deepspeed_launcher,
+    make_llm,
+    open_train,
+    read_jsonl,
+    rows_path,
+    run,
+    vectors_path,
+    write_rows,
 )  # fmt: skip
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from transformers import (
-    AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model, RobertaConfig, RobertaModel,
+    AutoModel,
+    AutoTokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    RobertaConfig,
+    RobertaModel,
 )  # fmt: skip
 
 import elm
