@@ -658,6 +658,9 @@ def read_rows(path: Path, tasks: tuple[str, ...], num_vectors: int, counts: Coun
             elif line.strip():
                 counts["other_tasks" if row else "pair_tasks"] += 1
             byte += len(line)
+    if not counts["rows"]:
+        hint = "".join(did_you_mean(task, TASKS) for task in tasks if task not in TASKS)
+        raise UserError(f"{path}: no row of data.tasks = {list(tasks)}{hint}")
 
 @dataclass(frozen=True, eq=False)
 class Split:  # of a data set, opened
@@ -711,8 +714,6 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, num_soft: int, rt: 
                 if max_bytes(row.query + row.response) > room]  # 8: a space before each part
         examples = tokenize(prompt, long, num_soft, data.max_seq_length)
         counts["responses_cut"] += sum(e.truncated for e in examples)
-    if not chunks:
-        raise UserError(f"{path}: no row of data.tasks = {list(data.tasks)}")
     table, used = np.concatenate(chunks), np.zeros(len(vectors), bool)
     used[table["vector"]] = True
     statistics, copies, flat = scan_vectors(vectors, torch.from_numpy(used), vectors_path)
@@ -1821,7 +1822,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
             result = {"bertscore_composite": score_now(elm, data["val"], cfg.eval, rt)}
         else:
             about = dict(split=final, step=state.step, adapter_step=state.best_step)
-            result = report(elm, data[final], cfg, rt, read_metrics(log.path), about)
+            result = report(elm, data[final], cfg, rt, folder, about)
         log.wandb(lambda run: run.summary.update(result))
     return result
 
@@ -2015,15 +2016,19 @@ def summarize(frame: Any, num_resamples: int = 1000) -> dict[str, Any]:
     """RATIOS of sums and mean scores over the rows of a DataFrame (see `report`), with bootstrap
     95 % intervals: vectors are drawn with replacement, with all their rows. gap_closed is left out
     unless the interval of its denominator lies above 0."""
-    sums = frame.groupby("vector").sum(numeric_only=True)
+    told, gap = frame["nll_text"].notna(), frame["nll_shuffled"] - frame["nll"]
+    sums = frame.drop(columns="task", errors="ignore").assign(
+        tokens_text=frame["tokens"] * told, gap=gap, gap_told=gap * told,
+        gap_text=frame["nll_shuffled"] - frame["nll_text"]).groupby("vector").sum()
     n, rng, total = len(sums), np.random.default_rng(0), sums.sum()
     at_once = max(1, 10**6 // n)  # resamples, each a row of n counts
     sizes = np.diff(np.r_[0:num_resamples:at_once, num_resamples])
     draws = [rng.multinomial(n, np.full(n, 1 / n), size) @ sums.to_numpy() for size in sizes]
     drawn = dict(zip(sums, np.concatenate(draws).T, strict=True))
-    scores = sums.loc[:, "samples":].columns[1:] if total.get("samples") else ()
-    result, intervals = {"rows": len(frame), "rows_text": int((frame["tokens_text"] > 0).sum()),
-                         **({"samples": int(total["samples"])} if len(scores) else {})}, {}
+    result, intervals, scores = {"rows": len(frame), "rows_text": int(told.sum())}, {}, ()
+    if total.get("samples"):
+        result["samples"] = int(total["samples"])
+        scores = frame.loc[:, "samples":].columns[1:]
     for name, (num, den) in (RATIOS | {score: (score, "samples") for score in scores}).items():
         if total[den] > 0 and (den != "gap_text" or np.percentile(drawn[den], 2.5) > 0):
             result[name] = float(total[num] / total[den])
@@ -2031,15 +2036,16 @@ def summarize(frame: Any, num_resamples: int = 1000) -> dict[str, Any]:
                 intervals[name] = np.percentile(drawn[num] / drawn[den], (2.5, 97.5)).tolist()
     return result | {"intervals": intervals}
 
-def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, metrics: list, about: dict) -> dict:
-    """Measure the adapter on `split`, then free the LLM. Process 0 writes predictions.jsonl,
-    eval.json and report.png, prints the table and returns the dict of eval.json, which begins with
-    `about`; the others {}. All is computed from one DataFrame of rows: vector, task, tokens,
-    losses, and the scores of the sampled rows, NaN in the others."""
+def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, run: Path, about: dict) -> dict:
+    """Measure the adapter, trained in the folder `run`, on `split`, then free the LLM. Process 0
+    writes predictions.jsonl, eval.json and report.png, prints the table and returns the dict of
+    eval.json, which begins with `about`; the others {}. All is computed from one DataFrame of rows:
+    vector, task, tokens, losses, and the scores of the sampled rows, NaN in the others."""
     shuffled, folder, pd = shuffled_vectors(split), Path(cfg.output.dir), import_optional("pandas")
     nll, tokens = evaluate_nll(elm, split, rt)
     nll_shuffled, _ = evaluate_nll(elm, split, rt, vectors=shuffled)
-    nll_text, tokens_text = evaluate_nll(elm, split, rt, "text")
+    nll_text, _ = evaluate_nll(elm, split, rt, "text")
+    nll_text[~split.rows["text"]] = math.nan
     rows = sample_rows(split, cfg.eval.samples)
     answers = {suffix: generate_answers(elm, split, rows, ids, cfg.eval.max_new_tokens, rt)
                for suffix, ids in (("", split.rows["vector"][rows]), ("_shuffled", shuffled[rows]))}
@@ -2051,12 +2057,9 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, metrics: list, abou
                    for row, a, b in zip(split.read(rows), *answers.values(), strict=True)]
     lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
     write_text(folder / "predictions.jsonl", lines)  # before the scores, which may fail
-    gap, told = nll_shuffled - nll, tokens_text > 0  # rows with a text
     frame = pd.DataFrame(dict(
-        task=pd.Categorical.from_codes(split.rows["task"], split.tasks),
-        vector=split.rows["vector"], tokens=tokens, tokens_text=tokens_text, nll=nll,
-        nll_shuffled=nll_shuffled, nll_text=nll_text, gap=gap, gap_told=gap * told,
-        gap_text=(nll_shuffled - nll_text) * told))
+        vector=split.rows["vector"], tokens=tokens, nll=nll, nll_shuffled=nll_shuffled,
+        nll_text=nll_text, task=pd.Categorical.from_codes(split.rows["task"], split.tasks)))
     if predictions:
         answers["_reference"] = [p["response"] for p in predictions]
         frame = frame.join(score_answers(cfg, answers, rows, split, rt.device))
@@ -2067,7 +2070,7 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, metrics: list, abou
                        for task, group in frame.groupby("task", observed=True)}
     write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
     with atomic_write(folder / "report.png") as path:
-        plot_report(path, result, metrics, folder.name)
+        plot_report(path, result, metrics := read_metrics(run / "metrics.jsonl"), run.name)
     print_report(result, predictions, metrics, cfg, rt)
     return result
 
@@ -2125,7 +2128,7 @@ def print_report(result: dict, predictions: list, metrics: list, cfg: Config, rt
         for key in columns:
             low, high = row["intervals"].get(key, (0.0, 0.0)) if row is result else (0.0, 0.0)
             scored = key not in ("bertscore_composite", "mrr") or row is result
-            known = key in row and (scored or row["samples"] >= 20)
+            known = key in row and (scored or row.get("samples", 0) >= 20)
             cells.append(f"{row[key]:.3f}" + f" ±{(high - low) / 2:.3f}" * (high > low)
                          if known else "")
         lines.append(f"{name:20}{row['rows']:5}" + "".join(f"{cell:>13}" for cell in cells))
@@ -2240,8 +2243,6 @@ def filter_tasks(data: DataConfig, folder: Path) -> None:
             for *_, row in read_rows(source[1], data.tasks, len(vectors), dict(counts)):
                 used[row.embedding_file_idx] = True
             place, kept = np.cumsum(used) - 1, torch.from_numpy(np.flatnonzero(used))
-            if not len(kept):
-                raise UserError(f"{source[1]}: no row of data.tasks = {list(data.tasks)}")
             for path in target:
                 path.parent.mkdir(parents=True, exist_ok=True)
             chunks = (vectors[rows] for rows in kept.split(8192))
@@ -2270,8 +2271,8 @@ def evaluate(cfg: Config, path: Path) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     names = ("metrics.jsonl", "predictions.jsonl", "eval.json", "report.png")
     check_new(*(folder / name for name in names))
-    step, metrics = about.get("step"), read_metrics(path.parent / "metrics.jsonl")
-    return report(elm, split, cfg, rt, metrics, dict(split=final, step=step, adapter_step=step))
+    step, run = about.get("step"), path.resolve().parent
+    return report(elm, split, cfg, rt, run, dict(split=final, step=step, adapter_step=step))
 
 class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM's own `generate`
     adapter: PathStr

@@ -116,7 +116,7 @@ VECTORS = "train_embeddings.safetensors"
         (bad_row(lambda r: "[1]"), r":5: Input should be an object"),
         (bad_row(lambda r: "[" * 99999), r":5: Invalid JSON"),
         (bad_value(response="a \ud83d b"), r":5: Invalid JSON"),
-        (bad_row(lambda r: {k: r[k] for k in r if k != "query"}), r":5: field 'query': Field required"),
+        (bad_row(lambda r: {k: r[k] for k in r if k != "query"}), "field 'query': Field required"),
         (bad_value(response=3), r":5: field 'response': Input should be a valid string"),
         (bad_value(response=" \n"), r":5: field 'response': String should match"),
         (bad_value(text=3), r":5: field 'text': Input should be a valid string"),
