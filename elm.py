@@ -581,7 +581,8 @@ def open_vectors(path: Path) -> Tensor:
                 tensors = [f.get_tensor(k) for k in f.keys()]
     except (SafetensorError, ValueError, TypeError, EOFError) as e:
         raise UserError(f"{path}: not a whole {path.suffix[1:]} file: {e}") from None
-    if [t.ndim * (t.numel() > 0) * t.is_floating_point() for t in tensors] != [2]:
+    floats = torch.float32, torch.float16, torch.bfloat16, torch.float64
+    if [t.ndim * (t.numel() > 0) * (t.dtype in floats) for t in tensors] != [2]:
         found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors[:3])
         raise UserError(f"{path}: holds {found or 'nothing'}, not one table [N, E] of floats")
     return tensors[0]
@@ -762,6 +763,8 @@ def prepare_step(split: Split, budget: int, rt: Runtime, step: tuple) -> Step:
 # -----------------------------------------------------------------------------
 # Model: the adapter, and the frozen LLM with the vector spliced in
 
+NORM = "the vectors' norm"  # the root of its mean square
+
 class Adapter(nn.Module):
     """norm(W2 gelu(W1 x + b1) + b2 + residual), x the standardised embedding: [n, E] -> [n, K, D].
     The residual, times residual_scale, is x itself where E = D and else a linear map of it without
@@ -816,13 +819,18 @@ class Adapter(nn.Module):
         return adapter.eval(), metadata
 
 def check_identity(trained: dict[str, Any], current: dict[str, Any], where: Any) -> None:
-    """Raises: UserError that names the first property in `current` that differs from training."""
+    """Raises: UserError that names the first property in `current` that differs from training; the
+    norm of the vectors may differ by half."""
     for key, value in current.items():
-        if trained.get(key) != value:
-            raise UserError(f"{where}: {key} was {trained.get(key)} in training and is {value} "
-                            "here; give it what it was trained with")
+        old = trained.get(key)
+        near = type(old) is type(value) is float and old / 1.5 < value < old * 1.5
+        if old != value and not near:
+            old, value = (f"{x:.4g}" if isinstance(x, float) else x for x in (old, value))
+            raise UserError(f"{where}: {key} was {old} in training and is {value} here; give it "
+                            "what it was trained with")
 
-def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors") -> Tensor:
+def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors",
+                  rows: Iterable[int] | None = None) -> Tensor:
     """[n, E] or [E], numpy or torch -> [n, E] fp32. Raises: UserError at another width, a row that
     is zero, NaN or infinite, or a root mean square norm that is not that of training, by half."""
     vectors, settings = torch.atleast_2d(torch.as_tensor(embeddings)).float(), adapter.settings
@@ -830,12 +838,11 @@ def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors") -> 
         raise UserError(f"{where}: {list(vectors.shape)}, but the adapter reads "
                         f"[n, {settings['d_emb']}]")
     if len(invalid := invalid_rows(vectors).nonzero()):
-        raise UserError(f"{where}: row {int(invalid[0])} is zero, NaN or infinite; embed its text "
-                        "again")
-    norm, trained = vectors.square().sum(1).mean().sqrt().item(), settings["norm"]
-    if trained and not trained / 1.5 < norm < trained * 1.5:
-        raise UserError(f"{where}: the vectors' norm was {trained:.4g} in training and is "
-                        f"{norm:.4g} here; give it vectors as it was trained with")
+        row = list(rows or range(len(vectors)))[int(invalid[0])]
+        raise UserError(f"{where}: row {row} is zero, NaN or infinite; embed its text again")
+    norm = vectors.square().sum(1).mean().sqrt().item()
+    if settings["norm"]:
+        check_identity({NORM: settings["norm"]}, {NORM: norm}, where)
     return vectors
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, lengths=None,
@@ -979,7 +986,7 @@ def fresh_adapter(llm: Any, statistics: dict[str, Tensor], standardize: bool = T
 class ELM(nn.Module):
     """A frozen LLM and the adapter that lets it read vectors."""
 
-    def __init__(self, llm: Any, adapter: Adapter, prompt: Prompt):
+    def __init__(self, llm: Any, adapter: Adapter, prompt: Prompt | None = None):
         super().__init__()
         self.llm, self.adapter, self.prompt = llm, adapter, prompt
         self.lockstep = False
@@ -994,14 +1001,15 @@ class ELM(nn.Module):
         try:
             origin, stored, identity = (metadata[k] for k in ("llm", "prompt", "identity"))
             name, bf16 = llm or origin["name"], origin["bf16"] if bf16 is None else bf16
-            tokenizer = load_pretrained(transformers.AutoTokenizer, name, "llm")
-            prompt = Prompt.from_tokenizer(tokenizer, origin["template"], stored)
+            template = dict(origin["template"])
         except (LookupError, TypeError):
             raise UserError(f"{path}: does not say which LLM it was trained for") from None
+        tokenizer = load_pretrained(transformers.AutoTokenizer, name, "llm")
         model = load_llm(name, device := find_device(), bf16, "llm", options)
-        elm = ELM(model, adapter.to(device), prompt).eval()
+        elm = ELM(model, adapter.to(device)).eval()
         elm.set_lockstep(options)
         check_identity(identity, elm.identity(), f"{path}: {name}")
+        elm.prompt = Prompt.from_tokenizer(tokenizer, template, stored)
         return elm
 
     @staticmethod
@@ -1025,7 +1033,8 @@ class ELM(nn.Module):
     def identity(self) -> dict[str, Any]:
         """What must be the same wherever the adapter is used. Collective under ZeRO 3."""
         sizes = {k: self.adapter.settings[k] for k in ("d_emb", "hidden_dim", "d_llm", "tokens")}
-        return sizes | {"hash of the LLM's weights": fingerprint(self.llm)}
+        return sizes | {NORM: self.adapter.settings["norm"],
+                        "hash of the LLM's weights": fingerprint(self.llm)}
 
     @property
     def device(self) -> torch.device:
@@ -1568,8 +1577,9 @@ def finished_report(saved: dict, cfg: Config, total: int) -> dict | None:
     """The report of a run that has nothing left to do."""
     path, step = Path(cfg.output.dir, "eval.json"), saved["state"].step
     if step >= total and path.exists() and saved["config"]["model"] == cfg.tables()["model"]:
-        report = json.loads(path.read_bytes())
-        return report if report["step"] == step else None
+        with suppress(ValueError, TypeError, LookupError, RecursionError):  # else it is made again
+            report = dict(json.loads(path.read_bytes()))
+            return report if report["step"] == step else None
 
 def open_folder(cfg: Config, state: TrainState) -> Any:
     """Lock output.dir, write config.toml, and drop what a killed run logged after `state`: returns
@@ -1643,7 +1653,7 @@ def warm_start(elm: ELM, split: Split, rt: Runtime, max_vectors: int = 32768) ->
     adapter.fc2.bias.copy_(mean - center @ weights)
     for p in adapter.parameters():
         p.copy_(rt.sum(p * (rt.rank == 0)))
-    cosine = F.cosine_similarity(adapter(embeddings[heldout]), y[heldout], dim=-1).mean()
+    cosine = F.cosine_similarity(adapter(embeddings), y, dim=-1)[heldout].mean()
     rt.log(f"warm start on {int((~heldout).sum())} vectors; cosine {cosine:.3f} with the targets "
            f"of {int(heldout.sum())} held-out ones")
 
@@ -2026,7 +2036,7 @@ def summarize(frame: Any, num_resamples: int = 1000) -> dict[str, Any]:
     draws = [rng.multinomial(n, np.full(n, 1 / n), size) @ sums.to_numpy() for size in sizes]
     drawn = dict(zip(sums, np.concatenate(draws).T, strict=True))
     result, intervals, scores = {"rows": len(frame), "rows_text": int(told.sum())}, {}, ()
-    if total.get("samples"):
+    if "samples" in frame:
         result["samples"] = int(total["samples"])
         scores = frame.loc[:, "samples":].columns[1:]
     for name, (num, den) in (RATIOS | {score: (score, "samples") for score in scores}).items():
@@ -2264,7 +2274,7 @@ def evaluate(cfg: Config, path: Path) -> dict:
     rt, folder, final = start_runtime(cfg), Path(cfg.output.dir), final_split(cfg)
     adapter, about = Adapter.load(path)
     num_soft = adapter.settings["tokens"]
-    split = open_inputs(cfg, [final], num_soft, rt, about["prompt"])[final]
+    split = open_inputs(cfg, [final], num_soft, rt, about.get("prompt"))[final]
     check_vectors(split.vectors[:8192], adapter, f"data.dir: {final}")
     elm = ELM.load(path, cfg.model.llm, cfg.model.bf16, cfg.deepspeed)
     check_llm(elm)
@@ -2311,7 +2321,7 @@ def generate(o: GenerateOptions) -> None:
         check_query(query)
     if o.out:
         check_new(Path(o.out))
-    check_vectors(vectors[list(rows[:1024])], adapter, o.embeddings)
+    check_vectors(vectors[list(rows[:1024])], adapter, o.embeddings, rows[:1024])
     rt, options = start_runtime(Config()), DeepSpeedConfig(zero_stage=o.zero_stage)
     elm, out = ELM.load(o.adapter, o.llm, options=options), None
     torch.manual_seed(o.seed)

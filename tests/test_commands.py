@@ -174,7 +174,7 @@ def test_bad_input_of_generate(trained, tmp_path, capsys):
         "narrow.safetensors", "none.txt", "taken.jsonl"]  # fmt: skip
     model = elm.ELM.load(adapter)
     with pytest.raises(elm.UserError, match="2 queries or responses for 3 vectors"):
-        model.generate(torch.ones(3, 128), ["a", "b"])
+        model.generate(elm.open_vectors(VECTORS)[:3], ["a", "b"])
     with pytest.raises(elm.UserError, match=r"\[3, 4\], but the adapter reads \[n, 128\]"):
         model.generate(torch.ones(3, 4), "a")
 
