@@ -7,7 +7,7 @@
 
 Every contestant takes one optimizer step over the same rows per round, in turn; the medians of the
 rounds are compared. Time is that of the process's CPU, or of CUDA events. elm is its own loop:
-plan_step, soft_gradient, the DeepSpeed engine at ZeRO 0. The naive loop is tests/naive.py (batches
+prepare_step, soft_gradient, AdamW on the adapter. The naive loop is tests/naive.py (batches
 padded to the longest, checkpointing on, all logits); HF Trainer has its defaults (no checkpointing)
 and the LLM frozen; both take batches of --batch rows in the order of the data. Peak memory is what
 a step needs beyond the loaded model, at most over the rounds. padding_efficiency is the share of
@@ -59,28 +59,38 @@ SHAPES = {
 }  # fmt: skip
 
 
-def make_split(num_rows: int, vocab: int, width: int, prefix: int, seed: int) -> elm.Split:
+class MadeSplit:
+    """Random rows as an opened split has them."""
+
+    num_soft = 1
+
+    def __init__(self, made, width, seed):
+        self.made, self.rows = made, np.zeros(len(made), elm.ROW)
+        self.rows["vector"] = np.arange(len(made))
+        generator = torch.Generator().manual_seed(seed)
+        self.vectors = torch.randn(len(made), width, generator=generator)
+
+    def examples(self, rows):
+        return [self.made[i] for i in rows]
+
+    def embeddings(self, vector_ids):
+        return self.vectors[torch.from_numpy(vector_ids.astype(np.int64))]
+
+
+def make_split(num_rows: int, vocab: int, width: int, prefix: int, seed: int) -> MadeSplit:
     """Random rows: responses log-normal with median 80 and sigma 0.8, at most 512 tokens; prompts
     of 10 to 40 tokens, the vector after the first 3, as in Qwen's chat template; or `prefix` shared
     tokens, the vector and 1 to 9 more. Every row has its own random ids but for the shared ones."""
     rng = np.random.default_rng(seed)
     shared = rng.integers(0, vocab, prefix or 3)
-    rows, ids = np.zeros(num_rows, elm.ROW), []
-    start = 0
-    for i in range(num_rows):
+    made = []
+    for _ in range(num_rows):
         rest = rng.integers(2, 11) if prefix else rng.integers(10, 41) - len(shared)
         response = int(min(512, max(1, rng.lognormal(np.log(80), 0.8))))
         own = rng.integers(0, vocab, rest + response)
         own[0] = 0  # the soft token's place
-        ids += [shared, own]
-        length = len(shared) + len(own)
-        rows[i] = (i + 1, 0, i, (start, start), (length, 0), len(shared), response, 3)
-        start += length
-    vectors = torch.randn(num_rows, width, generator=torch.Generator().manual_seed(seed))
-    before = (tuple(shared.tolist()),)
-    return elm.Split(
-        None, rows, np.concatenate(ids).astype(np.int32), vectors, {}, {}, 1, before
-    )  # fmt: skip
+        made.append(elm.Example(np.r_[shared, own], len(shared), response, False))
+    return MadeSplit(made, width, seed)
 
 
 class TrainerModel(torch.nn.Module):
@@ -169,9 +179,9 @@ def peak_tflops(device, dtype) -> float:
 def contestants(cfg, llm, adapters, split, rows, batch_size, budget, recomputed):
     """{name: step(meter)}, each with its own adapter and AdamW, over the same rows."""
     rt = elm.Runtime(0, 1, llm.device)
-    model = elm.ELM(llm, adapters["elm"], None)
-    engine = elm.start_engine(cfg, model)
-    engine.train()
+    model = elm.ELM(llm, adapters["elm"]).train()
+    terms = elm.loss_terms(cfg.loss, model, None)
+    optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=1e-4, fused=True)
     examples = token_rows(split, rows, 1)
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     adam = torch.optim.AdamW(adapters["naive loop"].parameters(), lr=1e-4)
@@ -179,15 +189,18 @@ def contestants(cfg, llm, adapters, split, rows, batch_size, budget, recomputed)
     def run_elm(meter):
         elm.recompute_layers(llm, recomputed)
         meter.begin()
-        *_, labels, micros = elm.plan_step(split, budget, rt, (0, len(rows), rows))
-        soft = engine(torch.cat([batch["embeddings"] for _, batch in micros]))
-        (total, _), gradient = elm.soft_gradient(model, soft, micros)
-        engine.backward((soft * gradient).sum() / labels)
-        elm.take_step(engine, 1e-4, 1.0)
+        step = elm.prepare_step(split, budget, rt, (0, len(rows), rows))
+        soft = model(torch.cat([batch["embeddings"] for _, batch in step.micros]))
+        sums, gradient = elm.soft_gradient(model, soft, step.micros, terms, step.counts)
+        optimizer.zero_grad()
+        soft.backward(gradient / step.counts["labels"])
+        torch.nn.utils.clip_grad_norm_(model.adapter.parameters(), 1.0)
+        loss = sums[0].item() / step.counts["labels"]  # the wait of a step
+        optimizer.step()
         meter.end()
         for m in llm.modules():  # the others share it
             m.__dict__.pop("forward", None)
-        return (total / labels).item()
+        return loss
 
     def run_naive(meter):
         # Checkpointing works in train mode only, which elm denies this LLM; Qwen3 has no dropout.
@@ -276,12 +289,12 @@ def main() -> None:
         adapters[name] = elm.Adapter(**first.settings, scale=scale).to(rt.device)
         adapters[name].load_state_dict(first.state_dict())
     rows = np.arange(a.rows)
-    lengths = split.rows["length"][:, 0]
+    lengths = np.array([len(example.ids) for example in split.made])
     batches = [lengths[i : i + a.batch] for i in range(0, a.rows, a.batch)]
     padded = sum(len(batch) * batch.max() for batch in batches)
     efficiency, tokens = lengths.sum() / padded, int(lengths.sum())
-    budget, recomputed = elm.plan_memory(llm, a.checkpoint, rt.free_memory())
-    budget = a.budget or budget
+    budget = a.budget or elm.MICRO_TOKENS[rt.device.type]
+    recomputed = shape["num_hidden_layers"] * (a.checkpoint is True)
     steps = contestants(cfg, llm, adapters, split, rows, a.batch, budget, recomputed)
     meters = {name: Meter(rt.device) for name in steps}
     losses = {}

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 
-def token_rows(split, rows, num_soft: int):
+def token_rows(split, rows, num_soft: int | None = None):
     """[(ids with -1 for soft tokens, number of response tokens, vector)] of the split's rows."""
-    out = []
+    out, num_soft = [], num_soft or split.num_soft
     for i, example in zip(rows, split.examples(rows), strict=True):
         ids = torch.from_numpy(example.ids).clone()
         ids[example.placeholder : example.placeholder + num_soft] = -1

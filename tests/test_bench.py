@@ -20,13 +20,12 @@ def test_data_of_the_benchmark(prefix):
     import bench
 
     split = bench.make_split(2000, 100, 8, prefix, seed=0)
-    r = split.rows
-    assert (r["length"][:, 0] <= 40 + 512).all() and 70 < sorted(r["response"])[1000] < 90
-    prompts = r["length"][:, 0] - r["response"]
-    assert prompts.min() == (prefix + 2 if prefix else 10) and prompts.max() == 40
-    starts = {tuple(split.ids[a : a + n]) for a, n in zip(r["start"][:, 0], r["slot"], strict=True)}
-    assert starts == set(split.prefixes) and len(split.prefixes[0]) == (prefix or 3)
-    assert len(split.ids) == r["length"][:, 0].sum()
+    assert 70 < sorted(e.num_labels for e in split.made)[1000] < 90
+    prompts = [len(e.ids) - e.num_labels for e in split.made]
+    assert min(prompts) == (prefix + 2 if prefix else 10) and max(prompts) == 40
+    starts = {tuple(e.ids[: e.placeholder]) for e in split.made}
+    assert len(starts) == 1 and len(starts.pop()) == (prefix or 3)
+    assert all(len(e.ids) <= 40 + 512 for e in split.made)
 
 
 @pytest.mark.slow
@@ -46,9 +45,9 @@ def test_benchmark_compares_the_same_losses(tmp_path):
 
 @pytest.mark.slow
 def test_memory_of_a_start_does_not_grow_with_the_data():
-    """50 times the rows: less than 32 MB of anonymous memory more once the cache is there."""
+    """50 times the rows: less than 200 MB of anonymous memory more."""
     lines = script("scale.py", "--rows=50000", "--vectors=10000").splitlines()
     gib = {x.split(":")[0]: float(x.split(", ")[-1].split()[0]) for x in lines}
-    assert len(gib) == 6
-    for start in ("with its token cache", "resumed after step 1"):
-        assert gib[f"large, {start}"] - gib[f"small, {start}"] < 0.032
+    assert len(gib) == 4
+    for start in ("started", "resumed"):
+        assert gib[f"large, {start}"] - gib[f"small, {start}"] < 0.2

@@ -387,7 +387,7 @@ def test_bad_input_of_eval(settings, tmp_path, capsys):
         ([out, f"adapter={tmp_path / 'foreign.safetensors'}"], "not a whole elm adapter"),
         ([out, f"adapter={tmp_path / 'narrow.safetensors'}"],
          "data.dir: test: \[10, 12\], but the adapter reads \[n, 8\]"),
-        ([out, f"model.llm={other}"], "llm2: the hash of the LLM's weights was .* in training"),
+        ([out, f"model.llm={other}"], "llm2: hash of the LLM's weights was .* in training"),
         ([out, f"eval.bertscore_model={tmp_path / 'none'}"], "eval.bertscore_model: no folder"),
         ([out, "eval.bertscore_layers=4"], "cannot load .*scorer: Invalid num_layers"),
         ([out, f"eval.embedder={thin}"],

@@ -22,7 +22,7 @@ def test_packed_rows_on_a_gpu_agree_with_the_naive_reference(tmp_path, kind):
     loss, gradient = naive_step(naive.llm, naive.adapter, [token_rows(split, rows, 2)])
     for bf16, tolerance in ((False, 1e-4), (True, 5e-2)):
         model = build_elm(folder, split, "cuda", bf16)
-        elm.check_packing(model)
+        elm.check_llm(model)
         for budget in (100_000, 150):
             found, at_adapter, _ = elm_step(model, split, rows, budget, rt)
             assert abs(found - loss) / loss < tolerance

@@ -453,7 +453,7 @@ def bad_cases(tmp_path, out):
         "resume dims": ([f"output.dir={out}", "train.resume=auto", "model.hidden_dim=16"],
                         "hidden_dim was 24 in training and is 16 here"),
         "resume llm": ([f"output.dir={out}", "train.resume=auto", "train.max_steps=8",
-                        f"model.llm={wide}"], "train.resume: the hash of the LLM's weights was"),
+                        f"model.llm={wide}"], "train.resume: hash of the LLM's weights was"),
         "resume none": (["train.resume=/nowhere/checkpoint_step_2.pt"], "there is no such file"),
         "resume other": ([f"train.resume={path}"], "no whole checkpoint"),
     }

@@ -1,6 +1,7 @@
 """The closed-form warm start, against dense loops in double precision."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import make_data, read_jsonl, rows_path, write_rows
-from test_train import final_state, go, parts_of, same
+from test_train import final_state, go, parts_of, same_tree
 
 import elm
 
@@ -54,7 +55,7 @@ def test_the_naive_reference_agrees(settings, data_dir, tokens, width):
     for row in rows[::2]:  # some vectors without a text: their responses
         del row["text"]
     write_rows(data_dir, "train", rows)
-    _, split, model = parts_of(settings, f"model.tokens={tokens}")
+    _, split, model = parts_of(settings, f"model.tokens={tokens}", "train.warm_start=false")
     adapter = model.adapter
     x = split.vectors[sorted({r["embedding_file_idx"] for r in rows})].double()
     x, y = (x - adapter.mean) / adapter.std, naive_targets(split, model, tokens)
@@ -91,30 +92,30 @@ def test_a_resume_goes_on_from_zero_steps_and_never_fits_again(settings, tmp_pat
     assert (zero / "adapter_step_0.safetensors").exists()
     assert go(settings, "train.max_steps=0", "train.resume=auto")[0] == result  # nothing to do
     _, cold = go(settings, "train.warm_start=false", f"output.dir={tmp_path / 'cold'}")
-    assert not same(final_state(whole), final_state(cold))
+    assert not same_tree(final_state(whole), final_state(cold))
     monkeypatch.setattr(elm, "warm_start", None)
     _, after = go(settings, f"train.resume={zero / 'checkpoint_final.pt'}",
                   f"output.dir={tmp_path / 'after'}")  # fmt: skip
     go(settings, "train.resume=auto")  # in its own folder
     for folder in (after, zero):
-        assert same(final_state(whole), final_state(folder))
+        assert same_tree(final_state(whole), final_state(folder))
     assert [m["step"] for m in read_jsonl(zero / "metrics.jsonl") if "val_loss" in m] == [0, 3, 6]
 
 
 def fit_as_one_of_two(rank, settings, folder):
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", world_size=2, rank=rank)
-    _, split, model = parts_of(settings)
+    _, split, model = parts_of(settings, "train.warm_start=false")
     if rank:  # what process 0 has fitted counts
-        split = split._replace(vectors=split.vectors + 0.1)
+        split = replace(split, vectors=split.vectors + 0.1)
     elm.warm_start(model, split, elm.Runtime(rank, 2))
     torch.save(model.adapter.state_dict(), folder / f"{rank}.pt")
 
 
 @pytest.mark.slow
 def test_all_processes_have_the_fit_of_the_first(settings, tmp_path):
-    _, split, model = parts_of(settings)
+    _, split, model = parts_of(settings, "train.warm_start=false")
     elm.warm_start(model, split, RT)
     mp.spawn(fit_as_one_of_two, (settings, tmp_path), 2)
     for rank in range(2):
         state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert same(state, model.adapter.state_dict())
+        assert same_tree(state, model.adapter.state_dict())

@@ -326,7 +326,8 @@ def vectors_are_right(split, path):
     header.pop("__metadata__", None)
     ((_, entry),) = header.items()
     a, b = entry["data_offsets"]
-    kind = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}[entry["dtype"]]
+    kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+    kind = kinds[entry["dtype"]]
     table = np.frombuffer(raw[8 + size + a : 8 + size + b], kind)
     if entry["dtype"] == "BF16":
         table = (table.astype(np.uint32) << 16).view(np.float32)
