@@ -1589,7 +1589,7 @@ def open_folder(cfg: Config, state: TrainState) -> Any:
     held = lock(folder / ".lock")
     kept = [json.dumps(m) + "\n" for m in read_metrics(folder / "metrics.jsonl")
             if m["step"] <= (state.validated if "val_loss" in m else state.step)]
-    write_text(folder / "metrics.jsonl", "".join(kept) if state.step else "")
+    write_text(folder / "metrics.jsonl", "".join(kept))
     write_text(folder / "config.toml", config_text(cfg))
     return held
 

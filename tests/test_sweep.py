@@ -248,10 +248,10 @@ def test_bad_input_of_sweep(sweep_file, tmp_path, capsys, monkeypatch):
         lines = [line for line in said.splitlines() if line.startswith("elm: ")]
         assert lines and re.search(message, lines[0]), (message, said)
         assert "Traceback" not in said and "secret" not in said
-    several = ["space.train.lrr=[1]", "space.model.dropout=[2.0]", "study.trials=0"]
+    several = ["space.train.lrr=[1]", "space.model.dropout=[2.0]"]
     assert elm.main(["sweep", str(sweep_file), *several]) == 2
     said = capsys.readouterr().err
-    assert all(key in said for key in ("space.train.lrr", "space.model.dropout", "study.trials"))
+    assert all(key in said for key in ("space.train.lrr", "space.model.dropout"))
     assert not list(tmp_path.glob("out/trial*"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert elm.main(["sweep", str(sweep_file)]) == 2

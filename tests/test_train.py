@@ -99,7 +99,7 @@ def test_adapter_file_of_a_run_speaks(settings):
 @pytest.mark.parametrize("stage", [0, 3])
 def test_the_loop_is_the_naive_loop(settings, stage):
     """Steps of several micro-batches: losses, clipped updates by AdamW, moments."""
-    more = ["train.batch_size=40", "train.max_grad_norm=0.05", f"deepspeed.zero_stage={stage}"]
+    more = ["train.batch_size=40", "train.max_grad_norm=0.02", f"deepspeed.zero_stage={stage}"]
     cfg, split, model = parts_of(settings, *more)
     llm, adapter = model.llm, model.adapter
     adam = torch.optim.AdamW(adapter.parameters(), weight_decay=cfg.train.weight_decay)
@@ -109,7 +109,7 @@ def test_the_loop_is_the_naive_loop(settings, stage):
     for step in range(6):
         adam.param_groups[0]["lr"] = elm.lr_at(step, 6, cfg.train)
         losses.append(naive_step(llm, adapter, [token_rows(split, np.arange(40))])[0])
-        assert torch.nn.utils.clip_grad_norm_(adapter.parameters(), 0.05) > 0.05
+        assert torch.nn.utils.clip_grad_norm_(adapter.parameters(), 0.02) > 0.02
         adam.step()
     _, folder = go(settings, *more)
     found = [m["loss"] for m in read_jsonl(folder / "metrics.jsonl") if "loss" in m]
