@@ -1322,9 +1322,13 @@ class TrainState:  # what the loop carries on, beside the adapter and its optimi
     validated: int = -1  # step of the last validation
     best: float = math.inf  # lowest validation loss, of the adapter below
     best_step: int = 0
+    since_best: int = 0  # validations
     best_adapter: dict[str, Tensor] | None = None
     sums: dict[str, float] = field(default_factory=dict)  # of terms and counts since the last log
     wandb_id: str | None = None
+
+    def ended(self, total: int, patience: int | None) -> bool:
+        return self.step >= total or bool(patience and self.since_best >= patience)
 
     def advance(self, step: Step, sums: dict[str, float]) -> None:
         self.step, self.epoch, self.position = self.step + 1, step.epoch, step.position
@@ -1575,8 +1579,9 @@ def changes(old: dict, new: dict) -> str:
 
 def finished_report(saved: dict, cfg: Config, total: int) -> dict | None:
     """The report of a run that has nothing left to do."""
-    path, step = Path(cfg.output.dir, "eval.json"), saved["state"].step
-    if step >= total and path.exists() and saved["config"]["model"] == cfg.tables()["model"]:
+    path, state, step = Path(cfg.output.dir, "eval.json"), saved["state"], saved["state"].step
+    ended = state.ended(total, cfg.train.patience)
+    if ended and path.exists() and saved["config"]["model"] == cfg.tables()["model"]:
         with suppress(ValueError, TypeError, LookupError, RecursionError):  # else it is made again
             report = dict(json.loads(path.read_bytes()))
             return report if report["step"] == step else None
@@ -1764,10 +1769,10 @@ def train(cfg: Config, trial: Any = None) -> dict:
         scored = trial is not None and 0 < state.step < total
         first, split = state.validated < 0, data["val"]
         losses = validation_losses(elm, split, cfg, rt, signals, first, scored) or leave()
-        state.validated = state.step
+        state.validated, state.since_best = state.step, state.since_best + 1
         log.record("  ".join(f"{k} {v:.4f}" for k, v in losses.items()), state.step, **losses)
         if losses["val_loss"] < state.best or not state.best_adapter:
-            state.best, state.best_step = losses["val_loss"], state.step
+            state.best, state.best_step, state.since_best = losses["val_loss"], state.step, 0
             state.best_adapter = {k: v.cpu().clone() for k, v in elm.adapter.state_dict().items()}
             save_adapter("adapter_best.safetensors", state.best_adapter, state.step)
         if scored:
@@ -1787,7 +1792,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
     if saved:
         save_adapter("adapter_best.safetensors", state.best_adapter, state.best_step)
     steps = step_rows(len(source.rows), c.seed, size, state.epoch, state.position)
-    steps = islice(steps, max(0, total - state.step))
+    steps = islice(steps, 0 if state.ended(total, c.patience) else total - state.step)
     steps = read_ahead(partial(prepare_step, source, budget, rt), steps, cfg.data.num_workers)
     with log:
         with received_signals() as signals:
@@ -1821,6 +1826,8 @@ def train(cfg: Config, trial: Any = None) -> dict:
                     leave()
                 if due(eval_steps):
                     validate()
+                if state.ended(total, c.patience):
+                    break
             if fingerprint(elm.llm) != identity["hash of the LLM's weights"]:
                 raise RuntimeError(f"{cfg.model.llm} is frozen, yet its weights have changed")
             if not trial:
