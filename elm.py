@@ -596,15 +596,15 @@ def scan_vectors(vectors: Tensor, used: Tensor, path: Path) -> tuple[dict, np.nd
     its first copy [N]; the number of dimensions without spread, below 1 % of the typical deviation,
     which get that). Raises: UserError at any NaN, infinite or zero vector."""
     total, first, copies = torch.zeros(2, vectors.shape[1], dtype=torch.float64), {}, []
-    for start in range(0, len(vectors), 8192):
-        chunk = vectors[start : start + 8192]
+    for start in range(0, len(vectors), 2048):
+        chunk = vectors[start : start + 2048]
         for i, row in enumerate(chunk.contiguous().view(torch.uint8).numpy(), start):
             copies.append(first.setdefault(hash(row.tobytes()), i))
         chunk = chunk.double()
         if len(invalid := invalid_rows(chunk).nonzero()):
             i = start + int(invalid[0])
             raise UserError(f"{path}: vector {i} is zero, NaN or infinite; embed its text again")
-        chunk = chunk[used[start : start + 8192]]
+        chunk = chunk[used[start : start + 2048]]
         total += torch.stack([chunk.sum(0), chunk.square().sum(0)])
     mean, square = total / max(1, int(used.sum()))
     std = (square - mean.square()).clamp(min=0).sqrt().float()
@@ -2429,7 +2429,8 @@ def suggest(trial: Any, key: str, spec: dict | list) -> None:
 def open_study(sweep: Sweep) -> Any:
     """The Optuna study of a sweep, created or loaded. Raises: UserError if its storage cannot be
     opened, or if it was created with other settings."""
-    optuna, url = import_optional("optuna"), sweep.study.storage or f"sqlite:///{sweep.folder}/study.db"
+    optuna = import_optional("optuna")
+    url = sweep.study.storage or f"sqlite:///{sweep.folder}/study.db"
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats are
     sweep.folder.mkdir(parents=True, exist_ok=True)

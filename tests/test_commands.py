@@ -280,7 +280,7 @@ def test_embed_killed_and_started_again_ends_with_the_same_bytes(texts, tmp_path
                                  env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
         while child.poll() is None:
             if blocks() > before and not refused:
-                with pytest.raises(elm.UserError, match="another process is at it"):
+                with pytest.raises(elm.UserError, match="another process holds it"):
                     elm.embed_file(options, many, out, block=64)
                 refused = True
             if blocks() >= before + 10:

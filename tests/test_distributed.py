@@ -130,11 +130,11 @@ def test_processes_stay_in_step_where_one_has_more_logits(settings, tmp_path):
 def test_answers_of_unequal_length_under_zero_3(tmp_path):
     """Two processes that share the LLM out; one that ends earlier must not leave the other."""
     settings = [ROOT / "train.toml", "train.max_steps=1", "eval.samples=6", "train.save_steps=9",
-                'data.tasks=["keywords", "summary", "category"]', "eval.split=val",
-                "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"]
+                'data.tasks=["keywords", "summary", "category"]', "eval.split=val"]
     one, two = tmp_path / "one", tmp_path / "two"
     launch(tmp_path, *settings, f"output.dir={one}", processes=1)
     launch(tmp_path, *settings, f"output.dir={two}", "deepspeed.zero_stage=3",
+           "deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
            "train.batch_size=16")
     said = [[p["prediction"] for p in read_jsonl(f / "predictions.jsonl")] for f in (one, two)]
     assert said[0] == said[1] and len({len(x.split()) for x in said[0]}) > 2

@@ -67,7 +67,7 @@ def test_what_a_sweep_leaves_and_going_on(sweep_file, out, capsys, monkeypatch):
     monkeypatch.setattr(elm, "load_pretrained", lambda kind, *rest, **options: (
         loaded.append(kind), load(kind, *rest, **options))[1])  # fmt: skip
     assert elm.main(["sweep", str(sweep_file)]) == 0
-    assert loaded.count(elm.AutoModelForCausalLM) <= 1
+    assert loaded.count(elm.transformers.AutoModelForCausalLM) <= 1
     rows = read_jsonl(out / "trials.jsonl")
     assert [list(r) for r in rows] == [
         ["number", "state", "value", "params", "seconds", "reason"]] * 8  # fmt: skip

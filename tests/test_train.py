@@ -483,5 +483,5 @@ def test_command_line_of_its_own_process(settings, tmp_path):
     config.write_text("")
     done = run(config, *settings)
     assert done.returncode == 0, done.stderr
-    assert "shuffled   vectors      text" in done.stdout
+    assert "gap_closed: " in done.stdout
     assert done.stdout.count("prediction  ") == 5
