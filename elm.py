@@ -146,7 +146,6 @@ class TrainConfig(Table):
 class LossConfig(Table):
     drift_weight: NonNegativeFloat = 0.0
     drift_target: Annotated[float, Field(ge=-1, le=1)] = 1.0
-    distill_weight: Annotated[float, Field(ge=0, le=0)] = 0.0  # not built yet
 
 class EvalConfig(Table):
     samples: NonNegativeInt = 100  # rows that are generated; losses use the whole split
