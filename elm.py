@@ -71,7 +71,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-__version__, START = "0.1.0", time.perf_counter()
+__version__ = "0.1.0"
+START = time.perf_counter()  # of the process, for the report
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 class UserError(ValueError):
