@@ -1445,7 +1445,7 @@ def config_text(cfg: Config) -> str:
     return "\n".join(lines) + "\n"
 
 def start_wandb(cfg: Config, run_id: str | None, rt: Runtime) -> Any:
-    wandb, mode = import_optional("wandb"), os.environ.get("WANDB_MODE", cfg.wandb.mode)
+    wandb, mode = import_optional("wandb"), os.environ.get("WANDB_MODE") or cfg.wandb.mode
     if mode == "online" and not wandb.login(prompt=False):  # it would ask, and wait
         mode = "offline"
         rt.log("W&B: no login, so the run is kept offline; `wandb sync` uploads it")
