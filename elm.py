@@ -1445,8 +1445,8 @@ def config_text(cfg: Config) -> str:
     return "\n".join(lines) + "\n"
 
 def start_wandb(cfg: Config, run_id: str | None, rt: Runtime) -> Any:
-    wandb, mode = import_optional("wandb"), os.environ.get("WANDB_MODE") or cfg.wandb.mode
-    if mode == "online" and not wandb.login(prompt=False):  # it would ask, and wait
+    wandb, mode = import_optional("wandb"), os.environ.get("WANDB_MODE", cfg.wandb.mode)
+    if mode == "online" and not wandb.login(prompt=False, verify=False):  # it would ask
         mode = "offline"
         rt.log("W&B: no login, so the run is kept offline; `wandb sync` uploads it")
     return wandb.init(project=cfg.wandb.project, name=cfg.wandb.run_name, id=run_id, mode=mode,

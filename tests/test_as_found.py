@@ -173,7 +173,7 @@ def test_wandb_without_a_login_goes_offline(settings, tmp_path):
     pytest.importorskip("wandb")
     (tmp_path / "run.toml").touch()
     done = run(tmp_path / "run.toml", *settings, "wandb.enabled=true", "train.max_steps=1",
-               WANDB_MODE="", HOME=str(tmp_path), NETRC=str(tmp_path / "none"))  # fmt: skip
+               WANDB_MODE="online", HOME=str(tmp_path), NETRC=str(tmp_path / "none"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "no login" in done.stdout and list((tmp_path / "out" / "wandb").glob("offline-run*"))
 
