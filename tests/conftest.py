@@ -50,7 +50,9 @@ def byte_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def make_llm(folder: Path, kind: str = "qwen3", chat_template: str | None = CHAT) -> Path:
+def make_llm(
+    folder: Path, kind: str = "qwen3", chat_template: str | None = CHAT, **shape: int
+) -> Path:
     """A random LLM of 2 layers and width 32, with its tokenizer."""
     tok = byte_tokenizer(chat_template)
     common = dict(
@@ -61,7 +63,7 @@ def make_llm(folder: Path, kind: str = "qwen3", chat_template: str | None = CHAT
     if kind == "gpt2":
         common = {k: v for k, v in common.items() if k.endswith("_id") or k == "vocab_size"}
     torch.manual_seed(0)
-    llm = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**common | ARCHITECTURES[kind]))
+    llm = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**common | ARCHITECTURES[kind] | shape))
     for p in llm.parameters():  # away from the flat start, so that differences show
         p.data += 0.1 * torch.randn_like(p)
     llm.save_pretrained(folder)

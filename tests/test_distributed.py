@@ -2,8 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
+from datetime import timedelta
 
 import numpy as np
 import psutil
@@ -235,3 +238,92 @@ def test_one_process_that_dies_ends_the_job(settings, tmp_path, how):
     while left() and time.time() - begin < 70:
         time.sleep(0.1)
     assert not left()
+
+
+def test_torchrun_is_as_good_a_launcher(settings, tmp_path):
+    (tmp_path / "run.toml").touch()
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+             f"--master-port={free_port()}", ROOT / "elm.py", tmp_path / "run.toml", *settings]
+    done = subprocess.run(list(map(str, [*words, "train.batch_size=8"])), capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    _, alone = go(settings, f"output.dir={tmp_path / 'alone'}")
+    assert losses(tmp_path / "out") == pytest.approx(losses(alone), rel=1e-5)
+
+
+def free_port():
+    return deepspeed_launcher(1)[2].partition("=")[2]
+
+
+def test_busy_ports(settings, tmp_path, monkeypatch):
+    """One process needs none; of several the message names the option."""
+    port = free_port()
+    environment = dict(RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    (tmp_path / "run.toml").touch()
+    command = [sys.executable, ROOT / "elm.py", tmp_path / "run.toml", *settings]
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", int(port)))
+        busy.listen()
+        ends = [subprocess.run(list(map(str, [*command, "train.max_steps=0"])), text=True,
+                               env=os.environ | environment | {"WORLD_SIZE": n},
+                               capture_output=True) for n in "12"]
+    assert [e.returncode for e in ends] == [0, 2], ends
+    assert "another --master_port" in ends[1].stderr and "Traceback" not in ends[1].stderr
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(elm.UserError, match="srun started several tasks without RANK"):
+        elm.start_runtime(elm.load_config())
+
+
+def wait_for_the_first(rank, folder):
+    """Process 0 works on for longer than the training group's patience."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", f"file://{folder}/meet", world_size=2, rank=rank,
+                            timeout=timedelta(seconds=2))
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    rt = elm.Runtime(rank, 2, torch.device("cpu"), patient)
+    assert rt.on_first(lambda: time.sleep(5) or "done") == "done"
+    assert rt.sum(torch.ones(1)).item() == 2
+    try:
+        rt.on_first(lambda: elm.check_file(folder / "nothing"))
+    except elm.UserError as e:
+        (folder / f"told{rank}").write_text(str(e))
+
+
+def test_all_wait_for_what_process_0_does_alone(tmp_path):
+    torch.multiprocessing.spawn(wait_for_the_first, (tmp_path,), 2)
+    for rank in (0, 1):
+        assert "there is no such file" in (tmp_path / f"told{rank}").read_text()
+
+
+def test_traffic_and_offload_of_zero_3(settings, tmp_path):
+    """The head is gathered once per micro-batch, not per chunk of logits; with limits on live
+    parameters few are live before a layer; parameters kept on the CPU train as well."""
+    script = changed(tmp_path, f"""
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+gather, chunked, counts = PartitionedParameterCoordinator.fetch_sub_module, [0], [0, 0]
+elm.CHUNK_LOGITS = dict(cpu=3000, cuda=3000)
+def fetch(self, module, *rest, **options):
+    counts[0] += any(p.ds_status.name == "NOT_AVAILABLE" for p in module.parameters(recurse=False)
+                     if type(module).__name__ == "Linear" and p.ds_shape[0] == 264)
+    return gather(self, module, *rest, **options)
+PartitionedParameterCoordinator.fetch_sub_module = fetch
+head = elm.ELM.lm_head
+def lm_head(self, hidden):
+    counts[1] += 1
+    with open({str(tmp_path / "counts")!r} + RANK, "w") as f:
+        f.write(f"{{counts[0]}} {{counts[1]}}")
+    return head(self, hidden)
+elm.ELM.lm_head = lm_head
+""")
+    (tmp_path / "run.toml").write_text(
+        "[deepspeed]\nzero_stage = 3\n[deepspeed.zero_optimization]\n"
+        "stage3_param_persistence_threshold = 0\nstage3_max_live_parameters = 1000\n"
+        "stage3_max_reuse_distance = 1000\noffload_param = {device = 'cpu'}\n")
+    settings = [*settings, "train.batch_size=8", "eval.samples=0"]
+    launch(tmp_path, tmp_path / "run.toml", *settings, script=script)
+    gathered, chunks = map(int, (tmp_path / "counts0").read_text().split())
+    print(gathered, chunks)
+    assert chunks > 60 and gathered < chunks / 3
+    _, alone = go(settings[:-2], "eval.samples=0", "train.batch_size=16",
+                  f"output.dir={tmp_path / 'alone'}")
+    assert losses(tmp_path / "out") == pytest.approx(losses(alone), rel=1e-5)

@@ -1,0 +1,66 @@
+"""Train and evaluate at the exact shape of Qwen3-4B-Instruct-2507, with random weights, on a CPU.
+
+    python tests/full_size.py [--folder /tmp]
+
+4,022,468,096 frozen parameters in bf16, vectors of width 2560, an adapter of 20,980,736; 16 rows,
+two steps, a report on four answers of four tokens. Prints seconds, peak memory and the sizes of
+what is left. Needs 8 GB of disk in the folder and 11 GB of memory. Not part of the suite.
+"""
+
+import argparse
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch
+from conftest import byte_tokenizer, make_data
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import elm
+
+SHAPE = dict(hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, head_dim=128,
+             num_key_value_heads=8, intermediate_size=9728, vocab_size=151_936,
+             max_position_embeddings=262_144, tie_word_embeddings=True)  # fmt: skip
+
+
+def make_llm(folder: Path) -> None:
+    torch.manual_seed(0)
+    tok = byte_tokenizer()
+    torch.set_default_dtype(torch.bfloat16)
+    llm = Qwen3ForCausalLM(Qwen3Config(**SHAPE, eos_token_id=tok.eos_token_id))
+    torch.set_default_dtype(torch.float32)
+    llm.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    print(f"{sum(p.numel() for p in llm.parameters()):,} parameters", flush=True)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--folder", help="for temporary files", default=tempfile.gettempdir())
+    with tempfile.TemporaryDirectory(dir=p.parse_args().folder) as folder:
+        folder = Path(folder)
+        if os.fork() == 0:  # its memory does not count
+            make_llm(folder / "llm")
+            os._exit(0)
+        assert os.wait()[1] == 0
+        make_data(folder / "data", 16, 8, 2560)
+        begin = time.time()
+        elm.train(elm.load_config(None, [
+            f"model.llm={folder / 'llm'}", f"data.dir={folder / 'data'}", "train.max_steps=2",
+            "train.batch_size=8", "train.grad_accum=1", "train.logging_steps=1", "eval.samples=4",
+            "eval.max_new_tokens=4", f"eval.bertscore_model={ROOT / 'data/tiny/scorer'}",
+            f"output.dir={folder / 'run'}"]))  # fmt: skip
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"\n{time.time() - begin:.0f} s, at most {peak:.1f} GiB of memory")
+        for path in sorted((folder / "run").iterdir()):
+            print(f"{path.stat().st_size / 1e6:10.1f} MB  {path.name}")
+
+
+if __name__ == "__main__":
+    main()
