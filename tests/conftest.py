@@ -63,7 +63,8 @@ def make_llm(
     if kind == "gpt2":
         common = {k: v for k, v in common.items() if k.endswith("_id") or k == "vocab_size"}
     torch.manual_seed(0)
-    llm = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**common | ARCHITECTURES[kind] | shape))
+    config = CONFIG_MAPPING[kind](**common | ARCHITECTURES[kind] | shape)
+    llm = AutoModelForCausalLM.from_config(config)
     for p in llm.parameters():  # away from the flat start, so that differences show
         p.data += 0.1 * torch.randn_like(p)
     llm.save_pretrained(folder)
