@@ -220,6 +220,22 @@ def test_a_warm_up_longer_than_the_run_is_told(settings, capsys):
     assert "train.warmup_steps = 9: no shorter than the run of 1 steps" in capsys.readouterr().err
 
 
+def test_a_signal_ends_a_validation(llm_dir, data_dir):
+    split = open_train(data_dir, PROMPT)
+    model = build_elm(llm_dir, split)
+    cfg = elm.load_config()
+    assert len(elm.validation_losses(model, split, cfg, RT, [], True, False)) == 3
+    assert elm.validation_losses(model, split, cfg, RT, [15], True, False) == {}
+
+
+def test_stop_strings(llm_dir, data_dir):
+    model = build_elm(llm_dir, open_train(data_dir, PROMPT))
+    vector = elm.open_vectors(vectors_path(data_dir))[0]
+    (whole,) = model.generate(vector, "What?", max_new_tokens=9)
+    (cut,) = model.generate(vector, "What?", max_new_tokens=9, stop_strings=[whole[2]])
+    assert cut == whole[: whole.index(whole[2]) + 1]
+
+
 def test_patience_ends_a_run_as_finished(settings, tmp_path, capsys):
     more = ["train.patience=2", "train.eval_steps=1", "train.max_steps=60", "train.lr=1.0",
             "train.warmup_steps=0"]  # fmt: skip

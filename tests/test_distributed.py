@@ -300,9 +300,17 @@ def test_traffic_and_offload_of_zero_3(settings, tmp_path):
     parameters few are live before a layer; parameters kept on the CPU train as well."""
     script = changed(tmp_path, f"""
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-gather, chunked, counts = PartitionedParameterCoordinator.fetch_sub_module, [0], [0, 0]
+gather, counts = PartitionedParameterCoordinator.fetch_sub_module, [0, 0, 0, 0]
 elm.CHUNK_LOGITS = dict(cpu=3000, cuda=3000)
+llms, load = [], elm.load_llm
+def kept(*arguments, **options):
+    llms.append(load(*arguments, **options))
+    return llms[-1]
+elm.load_llm = kept
 def fetch(self, module, *rest, **options):
+    live = sum(p.numel() for llm in llms for p in llm.parameters())
+    counts[2] = max(counts[2], live if "Layer" in type(module).__name__ else 0)
+    counts[3] += self.is_complete_trace()
     counts[0] += any(p.ds_status.name == "NOT_AVAILABLE" for p in module.parameters(recurse=False)
                      if type(module).__name__ == "Linear" and p.ds_shape[0] == 264)
     return gather(self, module, *rest, **options)
@@ -311,7 +319,7 @@ head = elm.ELM.lm_head
 def lm_head(self, hidden):
     counts[1] += 1
     with open({str(tmp_path / "counts")!r} + RANK, "w") as f:
-        f.write(f"{{counts[0]}} {{counts[1]}}")
+        f.write(" ".join(map(str, counts)))
     return head(self, hidden)
 elm.ELM.lm_head = lm_head
 """)
@@ -321,9 +329,11 @@ elm.ELM.lm_head = lm_head
         "stage3_max_reuse_distance = 1000\noffload_param = {device = 'cpu'}\n")
     settings = [*settings, "train.batch_size=8", "eval.samples=0"]
     launch(tmp_path, tmp_path / "run.toml", *settings, script=script)
-    gathered, chunks = map(int, (tmp_path / "counts0").read_text().split())
-    print(gathered, chunks)
+    gathered, chunks, live, prefetching = map(int, (tmp_path / "counts0").read_text().split())
+    print(gathered, chunks, live, prefetching)
     assert chunks > 60 and gathered < chunks / 3
+    assert live < 0.6 * 24_000  # of which the embeddings, tied to the head, have 8,448
+    assert not prefetching  # as README has it: the trace of modules is never complete
     _, alone = go(settings[:-2], "eval.samples=0", "train.batch_size=16",
                   f"output.dir={tmp_path / 'alone'}")
     assert losses(tmp_path / "out") == pytest.approx(losses(alone), rel=1e-5)

@@ -67,3 +67,28 @@ def test_the_trial_pass_needs_what_a_step_needs(tmp_path):
 def test_train_end_to_end(settings):
     result, folder = go(settings, "model.bf16=true", "train.max_steps=4")
     assert result["step"] == 4 and (folder / "report.png").exists()
+
+
+def test_a_loss_that_is_not_finite_leaves_the_adapter(settings, monkeypatch):
+    gradient, models = elm.soft_gradient, []
+
+    def spoiled(model, *arguments):
+        sums, at_soft = gradient(model, *arguments)
+        models.append({k: v.clone() for k, v in model.adapter.state_dict().items()})
+        return sums, at_soft * torch.nan
+
+    monkeypatch.setattr(elm, "soft_gradient", spoiled)
+    with pytest.raises(elm.UserError, match="step 1: the loss or its gradient is not finite"):
+        go(settings)
+    assert all(v.isfinite().all() for v in models[-1].values())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_two_gpus(settings, tmp_path):
+    from test_distributed import launch, losses
+
+    _, one = go(settings, f"output.dir={tmp_path / 'one'}")
+    for stage in (0, 3):
+        launch(tmp_path, tmp_path / "run.toml", *settings, "train.batch_size=8",
+               f"deepspeed.zero_stage={stage}", f"output.dir={tmp_path / str(stage)}")
+        assert losses(tmp_path / str(stage)) == pytest.approx(losses(one), rel=1e-4)

@@ -325,6 +325,27 @@ def test_an_llm_that_cannot_be_packed_is_refused(tmp_path):
         elm.check_llm(model)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_attention_that_sees_what_comes_later_is_refused(llm_dir, data_dir, bf16):
+    prompt = elm.Prompt.from_tokenizer(byte_tokenizer())
+    model = build_elm(llm_dir, open_train(data_dir, prompt), bf16=bf16)
+    elm.check_llm(model)
+
+    def bidirectional(module, query, key, value, mask, scaling=None, lengths=None, **_):
+        groups = query.shape[1] // key.shape[1]
+        parts = zip(query.split(lengths, 2), *(
+            x.repeat_interleave(groups, 1).split(lengths, 2) for x in (key, value)), strict=True)
+        out = [F.scaled_dot_product_attention(*qkv, scale=scaling) for qkv in parts]
+        return torch.cat(out, 2).transpose(1, 2), None
+
+    AttentionInterface.register("elm_packed", bidirectional)
+    try:
+        with pytest.raises(elm.UserError, match="its attention is more than causal"):
+            elm.check_llm(model)
+    finally:
+        AttentionInterface.register("elm_packed", elm.packed_attention)
+
+
 def test_packing_check_accepts(parts):
     elm.check_llm(parts[0])
 
