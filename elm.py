@@ -427,7 +427,7 @@ def check_new(*paths: Path) -> None:
     """Raises: UserError if a path exists or could not be created."""
     for path in paths:
         if path.exists():
-            raise UserError(f"{path}: exists already; choose another place")
+            raise UserError(f"{path}: exists already; choose another place or delete it")
         if not os.access(path.parent, os.W_OK):
             raise UserError(f"{path}: its folder does not exist or cannot be written to")
 
@@ -600,12 +600,12 @@ def scan_vectors(vectors: Tensor, used: Tensor, path: Path) -> tuple[dict, np.nd
         chunk = vectors[start : start + 2048]
         for i, row in enumerate(chunk.contiguous().view(torch.uint8).numpy(), start):
             copies.append(first.setdefault(hash(row.tobytes()), i))
-        chunk = chunk.double()
-        if len(invalid := invalid_rows(chunk).nonzero()):
+        square, mask = chunk.double().square(), used[start : start + 2048]
+        norms = square.sum(1)
+        if len(invalid := (~norms.isfinite() | (norms == 0)).nonzero()):
             i = start + int(invalid[0])
             raise UserError(f"{path}: vector {i} is zero, NaN or infinite; embed its text again")
-        chunk = chunk[used[start : start + 2048]]
-        total += torch.stack([chunk.sum(0), chunk.square().sum(0)])
+        total += torch.stack([chunk[mask].double().sum(0), square[mask].sum(0)])
     mean, square = total / max(1, int(used.sum()))
     std = (square - mean.square()).clamp(min=0).sqrt().float()
     typical = std.square().mean().sqrt()
@@ -805,7 +805,12 @@ class Adapter(nn.Module):
 
     @staticmethod
     def load(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
-        """The adapter of a file, in eval mode on the CPU, and its metadata. Raises: UserError."""
+        """The adapter of a file, or of a repository on the hub, in eval mode on the CPU, and its
+        metadata. Raises: UserError."""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name := str(path)) and not Path(path).exists():
+            if not name.endswith(".safetensors"):  # user/name on the hub
+                with loading(name, "adapter"):
+                    path = huggingface_hub.hf_hub_download(name, "adapter_best.safetensors")
         check_file(path)
         try:
             with safe_open(path, framework="pt") as f:
@@ -896,6 +901,10 @@ def loading(name: str, key: str):
     here = Path(name).is_dir() or huggingface_hub.try_to_load_from_cache(name, "config.json")
     if not here and not huggingface_hub.is_offline_mode():
         warn(f"{key}: {name} is not on this machine yet; it is downloaded from the hub")
+    transformers.logging.set_verbosity_error()  # no table of what a headless model leaves out
+    bar = key.endswith("llm")  # one bar: the LLM's
+    (transformers.logging.enable_progress_bar if bar else
+     transformers.logging.disable_progress_bar)()
     try:
         yield
     except torch.OutOfMemoryError:
@@ -1485,6 +1494,9 @@ class Log:
         self.rt.log(f"step {step:6d}  {line}")
         if self.rt.rank == 0:
             append(self.path, json.dumps(dict(step=step) | entry) + "\n")
+            if "val_loss" in entry and step and not self.rt.quiet:
+                with atomic_write(self.path.with_name("report.png")) as path:
+                    plot_report(path, read_metrics(self.path), self.path.parent.name)
         self.wandb(lambda run: run.log(entry, step=step))
         self.clock, self.tokens = time.perf_counter(), 0
 
@@ -2087,7 +2099,7 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, run: Path, about: d
                        for task, group in frame.groupby("task", observed=True)}
     write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
     with atomic_write(folder / "report.png") as path:
-        plot_report(path, result, metrics := read_metrics(run / "metrics.jsonl"), run.name)
+        plot_report(path, metrics := read_metrics(run / "metrics.jsonl"), run.name, result)
     print_report(result, predictions, metrics, cfg, rt)
     return result
 
@@ -2103,32 +2115,34 @@ def describe_gap(result: dict, metrics: list[dict]) -> str:
     steps = [f"{gap:.4f} at step {step}" for step, gap in gap_history(metrics).items()]
     return closed + (f"; on val {steps[0]}, {steps[-1]}" if len(steps) > 1 else "")
 
-def plot_report(path: Path, result: dict, metrics: list[dict], name: str) -> None:
-    """report.png: the losses over the steps, and those of each task at the end."""
+def plot_report(path: Path, metrics: list, name: str, result: dict | None = None) -> None:
+    """report.png: the losses over the steps and, with a result, those of each task at the end."""
     pd, plt = import_optional("pandas"), import_optional("matplotlib.figure")
-    figure = plt.Figure((13, 6), layout="constrained")
-    figure.suptitle(f"{name}: gap closed {describe_gap(result, metrics)}")
-    left, right = figure.subplots(1, 2)
+    figure = plt.Figure((13 if result else 6.5, 6), layout="constrained")
+    left, *right = figure.subplots(1, 1 + bool(result), squeeze=False)[0]
     curves = pd.DataFrame(metrics, columns=["step", "loss", "val_loss_shuffled", "val_loss"])
     curves = curves.astype(float).set_index("step")
-    curves["loss"].dropna().plot(ax=left, color="0.6", label="training")
-    for key, color in ("val_loss_shuffled", "tab:red"), ("val_loss", "tab:blue"):
-        curves[key].dropna().plot(ax=left, color=color, marker="o")
+    for key, options in (("loss", dict(color="0.6", label="loss, training")),
+                         ("val_loss_shuffled", dict(color="tab:red", marker="o")),
+                         ("val_loss", dict(color="tab:blue", marker="o"))):
+        curves[key].dropna().plot(ax=left, **options)
     for text in [m["val_loss_text"] for m in metrics if "val_loss_text" in m]:
         left.axhline(text, color="tab:green", label="val_loss_text")
-    left.set(ylabel="loss per response token", ylim=(0, None), title="training")
+    left.set(ylabel="loss per response token", ylim=(0, None), title=name)
     left.legend()
-    names, tasks = list(result["tasks"]), list(result["tasks"].values())
-    keys = [key for key in ("loss_shuffled", "loss", "loss_text") if key in result]
-    values = pd.DataFrame(tasks, names, keys)
-    low, high = (pd.DataFrame([{k: v[end] for k, v in t["intervals"].items()} for t in tasks],
-                              names, keys) for end in (0, 1))
-    mrr = f", MRR {result['mrr']:.2f}" if "mrr" in result else ""
-    values.plot.barh(ax=right, xerr=np.abs([values - low, high - values]).transpose(2, 0, 1),
-                     color=["tab:red", "tab:blue", "tab:green"], width=0.8,
-                     xlabel="loss per response token, with 95 % intervals",
-                     title=f"{result['split']}, {result['rows']} rows{mrr}")
-    right.invert_yaxis()
+    if result:
+        names, tasks = list(result["tasks"]), list(result["tasks"].values())
+        keys = [key for key in ("loss_shuffled", "loss", "loss_text") if key in result]
+        values = pd.DataFrame(tasks, names, keys)
+        low, high = (pd.DataFrame([{k: v[end] for k, v in t["intervals"].items()} for t in tasks],
+                                  names, keys) for end in (0, 1))
+        mrr = f", MRR {result['mrr']:.2f}" if "mrr" in result else ""
+        values.plot.barh(ax=right[0], xerr=np.abs([values - low, high - values]).transpose(2, 0, 1),
+                         color=["tab:red", "tab:blue", "tab:green"], width=0.8,
+                         xlabel="loss per response token, with 95 % intervals",
+                         title=f"{result['split']}, {result['rows']} rows{mrr}")
+        right[0].invert_yaxis()
+        figure.suptitle(f"gap closed: {describe_gap(result, metrics)}")
     figure.savefig(path, format="png", dpi=100)
 
 def print_report(result: dict, predictions: list, metrics: list, cfg: Config, rt: Runtime) -> None:
@@ -2275,20 +2289,25 @@ def filter_tasks(data: DataConfig, folder: Path) -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
-def evaluate(cfg: Config, path: Path) -> dict:
-    """The report of training's end on the adapter of a file: returns the dict of eval.json.
-    Raises: UserError."""
-    rt, folder, final = start_runtime(cfg), Path(cfg.output.dir), final_split(cfg)
-    adapter, about = Adapter.load(path)
+class EvalOptions(Config):
+    adapter: PathStr  # a file adapter_*.safetensors
+
+def evaluate(cfg: EvalOptions, beside: bool = False) -> dict:
+    """The report of training's end on the adapter of a file, in output.dir or in a folder beside
+    the adapter: returns the dict of eval.json. Raises: UserError."""
+    rt, final, path = start_runtime(cfg), final_split(cfg), Path(cfg.adapter)
+    (adapter, about), run = Adapter.load(path), path.resolve().parent
+    step = about.get("step")
+    folder = run / f"eval_{final}_step_{step}" if beside else Path(cfg.output.dir)
+    names = ("metrics.jsonl", "predictions.jsonl", "eval.json", "report.png")
+    rt.on_first(lambda: (folder.mkdir(parents=True, exist_ok=True),
+                         check_new(*(folder / name for name in names))))
+    cfg = cfg.model_copy(update=dict(output=OutputConfig(dir=str(folder))))
     num_soft = adapter.settings["tokens"]
     split = open_inputs(cfg, [final], num_soft, rt, about.get("prompt"))[final]
     check_vectors(split.vectors[:8192], adapter, f"data.dir: {final}")
     elm = ELM.load(path, cfg.model.llm, cfg.model.bf16, cfg.deepspeed)
     check_llm(elm)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = ("metrics.jsonl", "predictions.jsonl", "eval.json", "report.png")
-    check_new(*(folder / name for name in names))
-    step, run = about.get("step"), path.resolve().parent
     return report(elm, split, cfg, rt, run, dict(split=final, step=step, adapter_step=step))
 
 class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM's own `generate`
@@ -2564,33 +2583,33 @@ def run_sweep(sweep: Sweep) -> None:
 # -----------------------------------------------------------------------------
 # Command line
 
-class EvalOptions(Config):
-    adapter: PathStr  # a file adapter_*.safetensors
+OPERANDS = dict(train=["TRAIN.TOML"], eval=["TRAIN.TOML"], generate=[], embed=["TEXTS", "OUT"],
+                filter=["TRAIN.TOML", "OUT"], sweep=["SWEEP.TOML"])  # of each command
 
-def start_command(command: str, *rest: str) -> None:
-    options = [a for a in rest if re.match(r"[\w.\"]+\s*=", a)]
-    places = [expand_path(a) for a in rest if a not in options]
-    wanted = dict(eval=["TRAIN.TOML"], generate=[], embed=["TEXTS", "OUT"],
-                  filter=["TRAIN.TOML", "OUT"], sweep=["SWEEP.TOML"])
-    if len(places) != len(wanted.get(command, places)):
-        raise UserError(f"{command}: takes {' '.join([*wanted[command], 'key=value …'])}, in "
-                        f"quotes where it has spaces; given: {' '.join(places) or 'no path'}")
-    if command == "eval":
-        cfg = load_config(places[0], options, EvalOptions)
-        evaluate(cfg, Path(cfg.adapter))
+def start_command(*arguments: str) -> None:
+    options = [a for a in arguments if re.match(r"[\w.\"]+\s*=", a)]
+    command, *paths = [expand_path(a) for a in arguments if a not in options] or [""]
+    if command not in OPERANDS and (Path(command).suffix == ".toml" or Path(command).exists()):
+        command, paths = "train", [command, *paths]
+    if command not in OPERANDS:
+        raise UserError(f"{command}: no command{did_you_mean(command, OPERANDS)}; nor a TOML file "
+                        "to train by: elm.py TRAIN.TOML")
+    if len(paths) != len(OPERANDS[command]):
+        raise UserError(f"{command}: takes {' '.join([*OPERANDS[command], 'key=value …'])}, in "
+                        f"quotes where it has spaces; given: {' '.join(paths) or 'no path'}")
+    if command == "train":
+        train(load_config(paths[0], options))
+    elif command == "eval":
+        beside = not any(option.startswith("output.dir") for option in options)
+        evaluate(load_config(paths[0], options, EvalOptions), beside)
     elif command == "generate":
         generate(parse_options(GenerateOptions, options))
     elif command == "embed":
-        embed_file(parse_options(EmbedOptions, options), *map(Path, places))
+        embed_file(parse_options(EmbedOptions, options), *map(Path, paths))
     elif command == "filter":
-        filter_tasks(load_config(places[0], options).data, Path(places[1]))
-    elif command == "sweep":
-        run_sweep(load_sweep(places[0], options))
-    elif Path(command).suffix == ".toml" or Path(command).exists():
-        train(load_config(command, rest))
+        filter_tasks(load_config(paths[0], options).data, Path(paths[1]))
     else:
-        raise UserError(f"{command}: no command{did_you_mean(command, wanted)}; nor a TOML file to "
-                        "train by: elm.py TRAIN.TOML")
+        run_sweep(load_sweep(paths[0], options))
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 only if the job is done, 2 after an error its user can mend."""
