@@ -596,6 +596,7 @@ def scan_vectors(vectors: Tensor, used: Tensor, path: Path) -> tuple[dict, np.nd
     its first copy [N]; the number of dimensions without spread, below 1 % of the typical deviation,
     which get that). Raises: UserError at any NaN, infinite or zero vector."""
     total, first, copies = torch.zeros(2, vectors.shape[1], dtype=torch.float64), {}, []
+    lengths = []
     for start in range(0, len(vectors), 2048):
         chunk = vectors[start : start + 2048]
         for i, row in enumerate(chunk.contiguous().view(torch.uint8).numpy(), start):
@@ -606,12 +607,13 @@ def scan_vectors(vectors: Tensor, used: Tensor, path: Path) -> tuple[dict, np.nd
             i = start + int(invalid[0])
             raise UserError(f"{path}: vector {i} is zero, NaN or infinite; embed its text again")
         total += torch.stack([chunk[mask].double().sum(0), square[mask].sum(0)])
+        lengths += norms[mask].sqrt().tolist()
     mean, square = total / max(1, int(used.sum()))
     std = (square - mean.square()).clamp(min=0).sqrt().float()
     typical = std.square().mean().sqrt()
     flat = std < 0.01 * typical
     std[flat] = typical
-    norm = square.sum().sqrt().float()  # the root of the mean square
+    norm = torch.tensor([min(lengths), square.sum().sqrt(), max(lengths)]).float()
     return {"mean": mean.float(), "std": std, "norm": norm}, np.array(copies), int(flat.sum())
 
 class Row(BaseModel, frozen=True, strict=True, extra="allow"):
@@ -773,7 +775,7 @@ class Adapter(nn.Module):
 
     def __init__(self, d_emb: int, hidden_dim: int, d_llm: int, tokens: int = 1,
                  dropout: float = 0.0, residual_scale: float = 1.0, scale: float = 1.0,
-                 norm: float | None = None):  # of the vectors, checked by check_vectors
+                 norm: list[float] | None = None):  # least, NORM, greatest: for check_vectors
         super().__init__()
         self.settings = dict(d_emb=d_emb, hidden_dim=hidden_dim, d_llm=d_llm, tokens=tokens,
                              dropout=dropout, residual_scale=residual_scale, norm=norm)
@@ -837,7 +839,7 @@ def check_identity(trained: dict[str, Any], current: dict[str, Any], where: Any)
 def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors",
                   rows: Iterable[int] | None = None) -> Tensor:
     """[n, E] or [E], numpy or torch -> [n, E] fp32. Raises: UserError at another width, a row that
-    is zero, NaN or infinite, or a root mean square norm that is not that of training, by half."""
+    is zero, NaN or infinite, or a root mean square norm beyond the norms of training, by half."""
     vectors, settings = torch.atleast_2d(torch.as_tensor(embeddings)).float(), adapter.settings
     if vectors.ndim != 2 or vectors.shape[1] != settings["d_emb"]:
         raise UserError(f"{where}: {list(vectors.shape)}, but the adapter reads "
@@ -846,8 +848,9 @@ def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors",
         row = list(rows or range(len(vectors)))[int(invalid[0])]
         raise UserError(f"{where}: row {row} is zero, NaN or infinite; embed its text again")
     norm = vectors.square().sum(1).mean().sqrt().item()
-    if settings["norm"]:
-        check_identity({NORM: settings["norm"]}, {NORM: norm}, where)
+    low, mean, high = settings["norm"] or (norm, norm, norm)
+    if not low / 1.5 < norm < high * 1.5:
+        check_identity({NORM: mean}, {NORM: norm}, where)
     return vectors
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, lengths=None,
@@ -986,7 +989,7 @@ def embedding_scale(llm: Any) -> tuple[int, float]:
 def fresh_adapter(llm: Any, statistics: dict[str, Tensor], standardize: bool = True,
                   **settings: Any) -> Adapter:
     """An untrained adapter from vectors of these statistics to the LLM's token embeddings."""
-    (d_llm, scale), norm = embedding_scale(llm), statistics["norm"].item()
+    (d_llm, scale), norm = embedding_scale(llm), statistics["norm"].tolist()
     adapter = Adapter(len(statistics["mean"]), d_llm=d_llm, scale=scale, norm=norm, **settings)
     if standardize:
         adapter.load_state_dict({k: statistics[k] for k in ("mean", "std")}, strict=False)
@@ -1042,7 +1045,7 @@ class ELM(nn.Module):
     def identity(self) -> dict[str, Any]:
         """What must be the same wherever the adapter is used. Collective under ZeRO 3."""
         sizes = {k: self.adapter.settings[k] for k in ("d_emb", "hidden_dim", "d_llm", "tokens")}
-        return sizes | {NORM: self.adapter.settings["norm"],
+        return sizes | {NORM: (self.adapter.settings["norm"] or [None] * 2)[1],
                         "hash of the LLM's weights": fingerprint(self.llm)}
 
     @property
