@@ -462,6 +462,7 @@ class Prompt:
         self.tokenizer, self.text = tokenizer, dict(head=head, tail=tail, end=end)
         self.head, self.tail, self.end = (
             tokenizer(part, add_special_tokens=False)["input_ids"] for part in (head, tail, end))
+        self.ids([""])  # a fast tokenizer keeps this mode: threads that share it never switch it
 
     @staticmethod
     def from_tokenizer(tokenizer: Any, template: dict[str, Any] | None = None,
