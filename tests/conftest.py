@@ -38,14 +38,16 @@ CHAT = (
 )
 
 
-def byte_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    chat_template: str | None = CHAT, eos: str = "<|im_end|>", control: tuple[str, ...] = ()
+) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tok = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
-    tok.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tok.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *control])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        tokenizer_object=tok, eos_token=eos, pad_token="<|endoftext|>",
         chat_template=chat_template,
     )  # fmt: skip
 

@@ -7,6 +7,8 @@ model's own attention. Only the normalisation is not naive: summed loss over the
 import torch
 import torch.nn.functional as F
 
+import elm
+
 
 def token_rows(split, rows, num_soft: int | None = None):
     """[(ids with -1 for soft tokens, number of response tokens, vector)] of the split's rows."""
@@ -50,3 +52,15 @@ def naive_step(llm, adapter, batches):
         loss.backward()
         total += loss.item()
     return total, torch.cat([p.grad.flatten() for p in adapter.parameters()])
+
+
+def naive_ridge(x, y, held):
+    """(weights, mean of x, mean of y, the ridge that is best on the rows `held`)."""
+    center, mean = x[~held].mean(0), y[~held].mean(0)
+    gram, found = (x[~held] - center).T @ (x[~held] - center), []
+    for value in elm.RIDGES:
+        loaded = gram + value * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
+        weights = torch.linalg.inv(loaded) @ (x[~held] - center).T @ (y[~held] - mean)
+        error = ((x[held] - center) @ weights - y[held] + mean).square().sum().item()
+        found.append((error, weights, center, mean, value))
+    return min(found, key=lambda f: f[0])[1:]

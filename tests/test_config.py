@@ -145,6 +145,11 @@ def test_bytes_that_are_no_toml(tmp_path, text):
         elm.load_config(str(path))
 
 
+def test_a_byte_order_mark_is_no_character(tmp_path):
+    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbf[train]\r\nlr = 1.0\r\n")
+    assert elm.load_config(str(tmp_path / "a.toml")).train.lr == 1.0
+
+
 def test_any_character_survives_config_toml():
     value = {"\U0001f600 \x7f": "\x7f\u2028\U0001f600"}
     assert elm.tomllib.loads(f"x = {elm.to_toml(value)}")["x"] == value

@@ -1,9 +1,12 @@
+import codecs
+import json
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
+    CHAT,
     RT,
     build_elm,
     byte_tokenizer,
@@ -106,6 +109,17 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def npy(table, cut=0):
+    def write(folder):
+        path = vectors_path(folder)
+        path.unlink(missing_ok=True)
+        np.save(path.with_suffix(".npy"), table, allow_pickle=True)
+        content = path.with_suffix(".npy").read_bytes()
+        path.with_suffix(".npy").write_bytes(content[: max(0, len(content) - cut)])
+
+    return write
+
+
 VECTORS = "train_embeddings.safetensors"
 
 
@@ -120,10 +134,12 @@ VECTORS = "train_embeddings.safetensors"
         (bad_value(response=3), r":5: field 'response': Input should be a valid string"),
         (bad_value(response=" \n"), r":5: field 'response': String should match"),
         (bad_value(text=3), r":5: field 'text': Input should be a valid string"),
-        (bad_value(embedding_file_idx=True), r":5: field 'embedding_file_idx'"),
+        *((bad_value(embedding_file_idx=i), r":5: field 'embedding_file_idx': .*integer")
+          for i in (True, "3", 3.5, None, [0])),
         (bad_value(embedding_file_idx=10), r":5: embedding_file_idx 10 of 10"),
         (bad_value(embedding_file_idx=-1), r":5: field 'embedding_file_idx'"),
-        (bad_value(task_type="sumary"), r":5: unknown task_type .*did you mean summary"),
+        (bad_value(task_type="sumary"), r":5: unknown task_type 'sumary', did you mean summary"),
+        (bad_value(task_type="haiku"), r":5: unknown task_type 'haiku'$"),
         (bad_value(query="<EMB> <EMB>"), r":5: '<EMB> <EMB>': a query has one <EMB> at most"),
         (bad_value(query="long " * 99), r":5: the prompt takes all of data.max_seq_length = 256 "),
         (lambda f: rows_path(f).write_text("\n"), r"train_synthesis.jsonl: no row of data.tasks"),
@@ -136,6 +152,10 @@ VECTORS = "train_embeddings.safetensors"
         (bad_vectors(a=torch.ones(2, 3, dtype=torch.int64)), r"torch.int64 \[2, 3\]"),
         (bad_vectors(), r"holds nothing"),
         (cut, VECTORS + ": not a whole safetensors file"),
+        (npy(np.ones((10, 12), np.int8)), r"embeddings.npy: holds torch.int8 \[10, 12\]"),
+        (npy(np.array([[None]])), r"embeddings.npy: not a whole npy file"),
+        (npy(np.ones((10, 12), np.float32), cut=40), r"embeddings.npy: not a whole npy file"),
+        (npy(np.ones((10, 12), np.float32), cut=999), r"embeddings.npy: not a whole npy file"),
         (lambda f: vectors_path(f).unlink(), VECTORS + ": there is no such file"),
     ],
 )
@@ -146,16 +166,21 @@ def test_bad_data_is_refused_with_its_place(data_dir, spoil, message):
     assert len(str(e.value).splitlines()) == 1
 
 
-def test_the_table_is_not_copied(tmp_path):
+@pytest.mark.parametrize("name", ["x.safetensors", "x.npy"])
+def test_the_table_is_not_copied(tmp_path, name):
     """Anonymous memory does not grow by a table of 80 MB when it is opened and a row is read."""
 
     def anonymous():
         with open("/proc/self/status") as f:
             return next(int(x.split()[1]) for x in f if x.startswith("RssAnon")) * 1024
 
-    save_file({"x": torch.ones(20_000, 1024)}, tmp_path / "x.safetensors")
+    table = torch.ones(20_000, 1024)
+    if name == "x.npy":
+        np.save(tmp_path / name, table.numpy())
+    else:
+        save_file({"x": table}, tmp_path / name)
     before = anonymous()
-    vectors = elm.open_vectors(tmp_path / "x.safetensors")
+    vectors = elm.open_vectors(tmp_path / name)
     assert vectors[torch.tensor([17, 19_999])].sum() == 2048
     assert anonymous() - before < 20e6
 
@@ -174,6 +199,67 @@ def test_statistics_are_of_the_vectors_that_rows_use(data_dir, dtype):
     torch.testing.assert_close(split.statistics, wanted, rtol=1e-5, atol=1e-6)
     assert split.vectors.dtype == dtype
     torch.testing.assert_close(split.embeddings(np.array([3, 3, 1])), used[[3, 3, 1]])
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_npy_tables_are_tables(data_dir, dtype):
+    table = elm.open_vectors(vectors_path(data_dir)).numpy().astype(dtype)
+    npy(table)(data_dir)
+    split = open_train(data_dir, PROMPT)
+    assert split.vectors.dtype == torch.from_numpy(table).dtype
+    assert torch.equal(split.embeddings(np.array([7, 2])), torch.from_numpy(table[[7, 2]]).float())
+
+
+def read_all(split) -> list:
+    examples = [e for s in ("embedding", "text") for e in split.examples(range(40), s)]
+    return [split.rows["vector"].tolist(), *(e.ids.tolist() for e in examples)]
+
+
+def test_rows_as_other_systems_write_them(data_dir):
+    """A byte-order mark, Windows' line ends, indices as floats, null and further fields."""
+    rows = read_jsonl(rows_path(data_dir))
+    extra, found = dict(id=7, meta={"a": [None]}, vector=None), []
+    found.append(read_all(open_train(data_dir, PROMPT)))
+    rows = [extra | r | dict(embedding_file_idx=float(r["embedding_file_idx"])) for r in rows]
+    lines = "\r\n".join(json.dumps(row) for row in rows)
+    rows_path(data_dir).write_bytes(codecs.BOM_UTF8 + lines.encode())
+    found.append(read_all(open_train(data_dir, PROMPT)))
+    assert found[0] == found[1]
+
+
+def test_copies_of_a_vector_are_one(data_dir):
+    """By value: their rows belong together, and are not shuffled into each other."""
+    table, rows = elm.open_vectors(vectors_path(data_dir))[:5], read_jsonl(rows_path(data_dir))
+    save_file({"x": torch.cat([table, table])}, vectors_path(data_dir))
+    split = open_train(data_dir, PROMPT)
+    assert split.rows["vector"].tolist() == [r["embedding_file_idx"] % 5 for r in rows]
+    own, other = (split.embeddings(i) for i in (split.rows["vector"], elm.shuffled_vectors(split)))
+    assert (own != other).any(1).all()
+
+
+def test_dimensions_without_spread_do_not_blow_up(data_dir, llm_dir):
+    """Constant, nearly quantised away, padded with zeros: not deafening where they do vary."""
+    torch.manual_seed(0)
+    vectors, noise = torch.randn(10, 12), 0.01 * torch.randn(10, 12)
+    vectors[:, 3], vectors[:, 5], vectors[4, 5], vectors[:, 8:] = 0.02, 0.0, 1e-3, 0.0
+    save_file({"x": vectors}, vectors_path(data_dir))
+    split = open_train(data_dir, PROMPT)
+    assert split.counts["dimensions without spread"] == 6
+    soft = build_elm(llm_dir, split)(vectors + noise).flatten(1)
+    cosines = torch.nn.functional.cosine_similarity(soft[:, None], soft, dim=2)
+    assert (cosines - torch.eye(10)).max() < 0.9
+
+
+def test_tasks_of_ones_own(data_dir):
+    """Those that data.tasks names; the nearest of these is suggested for any other."""
+    rows = read_jsonl(rows_path(data_dir))
+    write_rows(data_dir, "train", [rows[0] | {"task_type": "haiku"}, *rows])
+    split = open_train(data_dir, PROMPT, tasks=("haiku", "summary"))
+    assert [split.tasks[t] for t in split.rows["task"]] == ["haiku"] + ["summary"] * 3
+    assert split.counts["other_tasks"] == 37
+    write_rows(data_dir, "train", [rows[0] | {"task_type": "haikus"}, *rows])
+    with pytest.raises(elm.UserError, match=":1: unknown task_type 'haikus', did you mean haiku?"):
+        open_train(data_dir, PROMPT, tasks=("haiku", "summary"))
 
 
 def test_any_process_count_sees_the_same_steps(data_dir):
@@ -223,3 +309,55 @@ def test_tokenizer_without_end_token_is_refused():
     tok.eos_token = None
     with pytest.raises(elm.UserError, match="no token that ends an answer"):
         elm.Prompt.from_tokenizer(tok)
+
+
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+LLAMA = (
+    "{% for m in messages %}<|header|>{{ m.role }}<|end_header|>\n\n{{ m.content }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|header|>assistant<|end_header|>\n\n{% endif %}"
+)
+MISTRAL = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% else %}"
+    " {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template, control, end", [
+    (CHAT, [], "<|im_end|>"), (GEMMA, ["<start_of_turn>", "<end_of_turn>"], "<end_of_turn>"),
+    (LLAMA, ["<|header|>", "<|end_header|>", "<|eot_id|>"], "<|eot_id|>"),
+    (MISTRAL, ["[INST]", "[/INST]", "</s>"], "</s>"),
+    ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", [], "<|endoftext|>"),
+], ids=["chatml", "gemma", "llama", "mistral", "plain"])  # fmt: skip
+def test_a_response_ends_as_the_template_ends_a_turn(data_dir, template, control, end):
+    """Whatever the tokenizer's eos_token is."""
+    tokenizer = byte_tokenizer(template, "<|endoftext|>", control)
+    prompt = elm.Prompt.from_tokenizer(tokenizer)
+    assert prompt.end == [tokenizer.convert_tokens_to_ids(end)]
+    for row, example in zip(read_jsonl(rows_path(data_dir)),
+                            open_train(data_dir, prompt).examples(range(40)), strict=True):
+        assert tokenizer.decode(example.ids[-example.num_labels :]) == row["response"] + end
+
+
+@pytest.mark.parametrize("source", ["embedding", "text", "response"])
+def test_names_of_control_tokens_in_rows_are_text(data_dir, source):
+    said = "say <|im_end|>\n<|im_start|>assistant\n and <|endoftext|>"
+    row = read_jsonl(rows_path(data_dir))[0] | dict(query=said, response=said, text=said)
+    write_rows(data_dir, "train", [row])
+    (example,) = open_train(data_dir, PROMPT).examples([0], source)
+    control = [t for t in PROMPT.tokenizer.convert_ids_to_tokens(example.ids) if "<|" in t]
+    assert control == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"][
+        3 * (source == "response") :]  # fmt: skip
+    assert decode(example.ids).count(said) == dict(embedding=2, text=3, response=1)[source]
+
+
+def test_arguments_of_the_template(capsys):
+    think = "{% if add_generation_prompt %}<think>\n{% if not enable_thinking | default(true) %}"
+    tokenizer = byte_tokenizer(CHAT + think + "\n</think>\n\n{% endif %}{% endif %}")
+    assert elm.Prompt.from_tokenizer(tokenizer).text["tail"].endswith("assistant\n<think>\n")
+    assert "ends within <think>; model.template.enable_thinking" in capsys.readouterr().err
+    prompt = elm.Prompt.from_tokenizer(tokenizer, {"enable_thinking": False})
+    assert prompt.text["tail"].endswith("<think>\n</think>\n\n")
+    assert not capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import RT, build_elm, byte_tokenizer, open_train, read_jsonl
-from naive import naive_batch, naive_loss, token_rows
+from naive import naive_batch, naive_loss, naive_ridge, token_rows
 
 import elm
 
@@ -98,22 +98,13 @@ def test_the_probe_is_a_ridge_regression_on_responses_read_alone(
     x = states_alone(model, split).double()
     y = ((split.embeddings(ids) - model.adapter.mean) / model.adapter.std).double()
     held = torch.from_numpy(np.searchsorted(np.unique(ids), ids) % 10 == 9)
-    fit, mean = x[~held] - x[~held].mean(0), y[~held].mean(0)
-    gram, errors = fit.T @ fit, {}
-    for ridge in elm.RIDGES:
-        matrix = torch.linalg.inv(gram + ridge * gram.trace() / 32 * torch.eye(32)) @ fit.T
-        matrix = matrix @ (y[~held] - mean)
-        left = y[held] - mean - (x[held] - x[~held].mean(0)) @ matrix
-        errors[left.square().sum().item()] = matrix
-    matrix = errors[min(errors)]
-    assert torch.allclose(probe.hidden_mean.double(), x[~held].mean(0), atol=1e-5)
+    matrix, center, mean, _ = naive_ridge(x, y, held)
+    assert torch.allclose(probe.hidden_mean.double(), center, atol=1e-5)
     assert torch.allclose(probe.embedding_mean.double(), mean, atol=1e-5)
     assert (probe.matrix - matrix).norm() < 1e-4 * matrix.norm()
-    printed = capsys.readouterr().out
-    projected = (x - x[~held].mean(0)) @ matrix
-    cosine = F.cosine_similarity(projected, y - mean)[held].mean()
-    assert (f"probe of {int((~held).sum())} rows; cosine {cosine:.3f} on {int(held.sum())} "
-            "held-out ones") in printed  # fmt: skip
+    cosine = F.cosine_similarity((x - center) @ matrix, y - mean)[held].mean()
+    printed = f"probe of {int((~held).sum())} rows; cosine {cosine:.3f} on {int(held.sum())} held"
+    assert printed in capsys.readouterr().out
 
 
 def test_a_planted_map_is_found(parts, capsys):

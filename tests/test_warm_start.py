@@ -9,24 +9,12 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import make_data, read_jsonl, rows_path, write_rows
+from naive import naive_ridge
 from test_train import final_state, go, parts_of, same_tree
 
 import elm
 
 RT = elm.Runtime()
-
-
-def naive_ridge(x, y):
-    """(weights, intercept, the ridge that is best on every tenth row)."""
-    held = torch.arange(len(x)) % 10 == 9
-    center, mean = x[~held].mean(0), y[~held].mean(0)
-    gram, found = (x[~held] - center).T @ (x[~held] - center), []
-    for value in elm.RIDGES:
-        loaded = gram + value * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
-        weights = torch.linalg.inv(loaded) @ (x[~held] - center).T @ (y[~held] - mean)
-        error = ((x[held] - center) @ weights - y[held] + mean).square().sum().item()
-        found.append((error, weights, mean - center @ weights, value))
-    return min(found, key=lambda f: f[0])[1:]
 
 
 def naive_targets(split, model, tokens):
@@ -59,14 +47,16 @@ def test_the_naive_reference_agrees(settings, data_dir, tokens, width):
     adapter = model.adapter
     x = split.vectors[sorted({r["embedding_file_idx"] for r in rows})].double()
     x, y = (x - adapter.mean) / adapter.std, naive_targets(split, model, tokens)
+    held = torch.arange(len(x)) % 10 == 9
     before = {k: v.clone() for k, v in adapter.state_dict().items()}
     elm.warm_start(model, split, RT)
     if width == 12:
-        residual, *_ = naive_ridge(x, y.mean(1))
+        residual, *_ = naive_ridge(x, y.mean(1), held)
         assert torch.allclose(adapter.residual.weight.T.double(), residual, atol=1e-5)
     left = y - (x @ residual if width == 12 else x)[:, None]
     hidden = F.gelu(x @ before["fc1.weight"].double().T + before["fc1.bias"])
-    weights, bias, _ = naive_ridge(hidden, left.flatten(1))
+    weights, center, mean, _ = naive_ridge(hidden, left.flatten(1), held)
+    bias = mean - center @ weights
     for fitted, naive in ((adapter.fc2.weight.T, weights), (adapter.fc2.bias, bias)):
         assert torch.allclose(fitted.double(), naive, atol=1e-4)
     changed = {k for k, v in adapter.state_dict().items() if not torch.equal(v, before[k])}
@@ -79,10 +69,10 @@ def test_the_ridge_is_chosen_on_rows_held_out(noise, best, n):
     x, held = torch.randn(n, 30), torch.arange(n) % 10 == 9  # of three rows none
     y = x @ torch.randn(30, 4) + noise * torch.randn(n, 4) + 5.0
     weights, center, mean = elm.ridge(x, y, held)
-    naive, intercept, value = naive_ridge(x.double(), y.double())
+    *wanted, value = naive_ridge(x.double(), y.double(), held)
     assert value == best
-    assert torch.allclose(weights.double(), naive, atol=1e-4)
-    assert torch.allclose((mean - center @ weights).double(), intercept, atol=1e-3)
+    for found, naive in zip((weights, center, mean), wanted, strict=True):
+        assert torch.allclose(found.double(), naive, atol=1e-4)
 
 
 def test_a_resume_goes_on_from_zero_steps_and_never_fits_again(settings, tmp_path, monkeypatch):
