@@ -6,7 +6,7 @@ import torch
 from conftest import build_elm, elm_step, make_data, make_llm, open_train
 from naive import naive_step, token_rows
 from test_train import go
-from transformers import AutoTokenizer
+from transformers import AttentionInterface, AutoTokenizer
 
 import elm
 
@@ -62,6 +62,34 @@ def test_the_trial_pass_needs_what_a_step_needs(tmp_path):
     hog = torch.empty(int(torch.cuda.mem_get_info()[0] * 0.999), dtype=torch.uint8, device="cuda")
     assert not elm.fits_memory(model, 2**20, 2**20, terms, rt)
     del hog
+
+
+@pytest.mark.parametrize("limit, setting, plan", [
+    (8192, "auto", (8192, 0)), (4100, "auto", (4096, 0)), (2048, True, (2048, 2)),
+    (1000, "auto", None),
+])  # fmt: skip
+def test_the_plan_is_the_first_that_fits(tmp_path, limit, setting, plan):
+    """With an attention that has memory for rows of `limit` packed tokens."""
+    model, _, _ = parts(tmp_path)
+    overrides = ["data.max_seq_length=256", f"model.grad_checkpoint={elm.to_toml(setting)}"]
+    cfg, terms = elm.load_config(None, overrides), elm.loss_terms(elm.LossConfig(), model, None)
+    rt = elm.Runtime(0, 1, torch.device("cuda"))
+
+    def limited(module, query, *rest, **options):
+        if query.shape[2] > limit:
+            raise torch.OutOfMemoryError
+        return elm.packed_attention(module, query, *rest, **options)
+
+    AttentionInterface.register("elm_packed", limited)
+    try:
+        if not plan:
+            with pytest.raises(torch.OutOfMemoryError):
+                elm.plan_memory(cfg, model, terms, rt)
+            return
+        budget = elm.plan_memory(cfg, model, terms, rt)
+    finally:
+        AttentionInterface.register("elm_packed", elm.packed_attention)
+    assert (budget, sum("forward" in vars(m) for m in model.llm.modules())) == plan
 
 
 def test_train_end_to_end(settings):

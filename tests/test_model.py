@@ -1,8 +1,10 @@
 import itertools
+import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     ARCHITECTURES,
+    CHAT,
     ROOT,
     RT,
     build_elm,
@@ -18,6 +21,7 @@ from conftest import (
     make_data,
     make_llm,
     open_train,
+    vectors_path,
 )
 from naive import naive_loss, naive_step, token_rows
 from safetensors.torch import save_file
@@ -160,6 +164,15 @@ def test_chunked_cross_entropy_is_cross_entropy():
     torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(chunked(hidden), wanted.float())
+
+
+def test_recomputation_is_as_configured(plain):
+    """On a CPU, where no memory is planned; test_gpu.py has the plans for a GPU."""
+    model, _ = plain
+    for setting, layers in (("auto", 0), (True, 2), (False, 0)):
+        cfg = elm.Config(model=elm.ModelConfig(grad_checkpoint=setting))
+        assert elm.plan_memory(cfg, model, {}, RT) == 1024
+        assert sum("forward" in vars(m) for m in model.llm.modules()) == layers
 
 
 def test_a_dry_run_says_whether_memory_suffices(llm_dir, data_dir):
@@ -311,6 +324,83 @@ def test_load_refuses_another_llm(tmp_path):
         elm.ELM.load(tmp_path / "a.safetensors", str(other))
     with pytest.raises(elm.UserError, match="no folder"):
         elm.ELM.load(tmp_path / "a.safetensors", "/nowhere/llm")
+    adapter.save(tmp_path / "a.safetensors", llm=origin, identity=whole.identity())
+    with pytest.raises(elm.UserError, match="does not say which LLM"):  # nor its prompt
+        elm.ELM.load(tmp_path / "a.safetensors")
+
+
+@pytest.fixture
+def plain(llm_dir, data_dir):
+    """(ELM, its train split): vectors of very different norms."""
+    torch.manual_seed(0)
+    spread = elm.open_vectors(vectors_path(data_dir)) * (0.4 * torch.randn(10, 1)).exp()
+    save_file({"x": spread}, vectors_path(data_dir))
+    split = open_train(data_dir, elm.Prompt.from_tokenizer(byte_tokenizer()))
+    return build_elm(llm_dir, split), split
+
+
+def test_vectors_of_another_norm_are_refused(plain):
+    """Alone and together; each that training had is taken."""
+    model, split = plain
+    calls = (model.prompt_embeds, partial(model.generate, max_new_tokens=1),
+             lambda vectors, query: model.loss(vectors, query, ["x"] * (vectors.size // 12)))
+    for call, kind in itertools.product(calls, ("float32", "float64", "float16")):
+        every = split.vectors.numpy().astype(kind)
+        for vectors in (every, *every):
+            call(vectors, "What?")
+        for factor in (11, 1 / 11):
+            for vectors in (every, every[0]):
+                with pytest.raises(elm.UserError, match="the vectors' norm was .* in training"):
+                    call(vectors * factor, "What?")
+
+
+def test_answers_stop_at_every_end_token(plain):
+    """The template's, and any of generation_config.json's; or at a string."""
+    model, split = plain
+    llm, tok, vector = model.llm, split.prompt.tokenizer, split.vectors[0]
+    other = [i for i in range(llm.config.vocab_size) if not tok.decode([i]).isalnum()]
+    ask = partial(model.generate, vector, "What?", max_new_tokens=9, suppress_tokens=other,
+                  no_repeat_ngram_size=1)  # so that nine letters differ
+    llm.generation_config.eos_token_id = None
+    (free,) = ask()
+    ids = tok(free)["input_ids"]
+    assert len(set(free)) == len(ids) == 9
+    for own in (ids[4], [ids[4]], [other[0], ids[4]], [ids[6], ids[4]]):
+        llm.generation_config.eos_token_id = own
+        assert ask() == [free[:5]]
+    llm.generation_config.eos_token_id = other[0]
+    assert ask(stop_strings=[free[3:5]]) == ask(stop_strings=free[4]) == [free[:5]]
+    model.prompt.end = [ids[4]]
+    assert ask() == [free[:5]]
+
+
+def test_the_prompt_is_part_of_the_adapter(settings, tmp_path, capsys):
+    """Of a template that prints the time: the one of training is used wherever the adapter is."""
+    template = "{{ strftime_now('%f') }}" + CHAT.replace("assistant\n", "assistant\n{{ manner }}: ")
+    llm = make_llm(tmp_path / "llm", chat_template=template)
+
+    def go(folder, *more):
+        own = [f"model.llm={llm}", "model.template.manner=briefly", "train.max_steps=4"]
+        out = f"output.dir={tmp_path / folder}"
+        return elm.train(elm.load_config(None, [*settings, *own, out, *more]))
+
+    whole = go("whole")
+    differs = "its chat template differs from training; the adapter's prompt is used"
+    assert differs not in capsys.readouterr().err
+    resumed = go("resumed", f"train.resume={tmp_path / 'whole' / 'checkpoint_step_2.pt'}")
+    assert differs in capsys.readouterr().err
+    path = tmp_path / "whole" / "adapter_best.safetensors"
+    assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes()
+    assert resumed == whole
+    words = [f"adapter={path}", f"output.dir={tmp_path / 'again'}"]
+    assert elm.main(["eval", str(tmp_path / "whole" / "config.toml"), *words]) == 0
+    assert differs in capsys.readouterr().err
+    again = json.loads((tmp_path / "again" / "eval.json").read_bytes())
+    assert again["loss"] == whole["loss"]
+    model, (_, metadata) = elm.ELM.load(path), elm.Adapter.load(path)
+    assert differs in capsys.readouterr().err
+    assert model.prompt.text == metadata["prompt"]
+    assert model.prompt.text["tail"].endswith("assistant\nbriefly: ")
 
 
 def test_an_llm_that_cannot_be_packed_is_refused(tmp_path):
