@@ -53,7 +53,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.metadata import distributions
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -480,8 +480,8 @@ class Prompt:
             except Exception as e:  # of jinja
                 raise UserError(f"{name}: its chat template fails: {e}") from None
             after = answered.rpartition("<ANSWER>")[2]  # up to and with its first control token
-            control = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-            ends = [after.index(t) + len(t) for t in control if t in after]
+            control = [t.content for t in tokenizer.added_tokens_decoder.values()]
+            ends = [after.index(t) + len(t) for t in control if t.strip() and t in after]
             text = dict(head=head, tail=tail,
                         end=after[: min(ends)] if ends else tokenizer.eos_token)
         if stored and stored != text:
@@ -1150,6 +1150,7 @@ class ELM(nn.Module):
                 out = self.llm.generate(inputs_embeds=left(prompts), attention_mask=left(mask),
                                         max_new_tokens=max_new_tokens,
                                         synced_gpus=self.lockstep, **options)
+                out = [[*takewhile(lambda t: t not in ends, ids)] for ids in out.tolist()]
                 answers += self.prompt.tokenizer.batch_decode(out, skip_special_tokens=True)
         self.train(training)
         return answers

@@ -39,13 +39,13 @@ CHAT = (
 
 
 def byte_tokenizer(
-    chat_template: str | None = CHAT, eos: str = "<|im_end|>", control: tuple[str, ...] = ()
+    chat_template: str | None = CHAT, eos: str = "<|im_end|>"
 ) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tok = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
-    tok.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *control])
+    tok.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     return PreTrainedTokenizerFast(
         tokenizer_object=tok, eos_token=eos, pad_token="<|endoftext|>",
         chat_template=chat_template,

@@ -331,10 +331,13 @@ MISTRAL = (
     (MISTRAL, ["[INST]", "[/INST]", "</s>"], "</s>"),
     ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", [], "<|endoftext|>"),
 ], ids=["chatml", "gemma", "llama", "mistral", "plain"])  # fmt: skip
-def test_a_response_ends_as_the_template_ends_a_turn(data_dir, template, control, end):
-    """Whatever the tokenizer's eos_token is."""
-    tokenizer = byte_tokenizer(template, "<|endoftext|>", control)
+@pytest.mark.parametrize("special", [True, False])
+def test_a_response_ends_as_the_template_ends_a_turn(data_dir, template, control, end, special):
+    """Whatever the tokenizer's eos_token is, and whatever tokens it calls special."""
+    tokenizer = byte_tokenizer(template, "<|endoftext|>")
+    tokenizer.add_tokens(["\n", *control], special_tokens=special)
     prompt = elm.Prompt.from_tokenizer(tokenizer)
+    assert prompt.text["end"].strip() == end
     assert prompt.end == [tokenizer.convert_tokens_to_ids(end)]
     for row, example in zip(read_jsonl(rows_path(data_dir)),
                             open_train(data_dir, prompt).examples(range(40)), strict=True):
