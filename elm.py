@@ -2305,14 +2305,14 @@ def evaluate(cfg: EvalOptions, beside: bool = False) -> dict:
     step = about.get("step")
     folder = run / f"eval_{final}_step_{step}" if beside else Path(cfg.output.dir)
     names = ("metrics.jsonl", "predictions.jsonl", "eval.json", "report.png")
-    rt.on_first(lambda: (folder.mkdir(parents=True, exist_ok=True),
-                         check_new(*(folder / name for name in names))))
+    rt.on_first(lambda: check_new(*(p for p in map(folder.joinpath, names) if p.exists())))
     cfg = cfg.model_copy(update=dict(output=OutputConfig(dir=str(folder))))
     num_soft = adapter.settings["tokens"]
     split = open_inputs(cfg, [final], num_soft, rt, about.get("prompt"))[final]
     check_vectors(split.vectors[:8192], adapter, f"data.dir: {final}")
     elm = ELM.load(path, cfg.model.llm, cfg.model.bf16, cfg.deepspeed)
     check_llm(elm)
+    folder.mkdir(parents=True, exist_ok=True)
     return report(elm, split, cfg, rt, run, dict(split=final, step=step, adapter_step=step))
 
 class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM's own `generate`
@@ -2551,6 +2551,8 @@ def write_results(sweep: Sweep, study: Any) -> str:
         plots = import_optional("optuna.visualization.matplotlib")
         name = "BERTScore composite, validation"
         axes = plots.plot_optimization_history(study, target_name=name)
+        axes.set_title(study.study_name)
+        axes.legend(loc="lower right")
         axes.figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
     if not values:
         return f"{len(trials)} trials, none is complete yet"

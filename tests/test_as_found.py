@@ -1,16 +1,12 @@
 """People's models, data and machines as they are: what was once wrong without a word."""
 
 import os
-import shutil
 
 import numpy as np
 import pytest
-import torch
 from conftest import (
-    CHAT,
     RT,
     build_elm,
-    byte_tokenizer,
     make_llm,
     open_train,
     read_jsonl,
@@ -19,125 +15,14 @@ from conftest import (
     vectors_path,
     write_rows,
 )
-from safetensors.torch import save_file
-from test_data import PROMPT, decode
+from test_data import PROMPT
 
 import elm
-
-IM_END = byte_tokenizer().convert_tokens_to_ids("<|im_end|>")
-
-
-@pytest.mark.parametrize("template", [
-    CHAT,
-    CHAT.replace("<|im_end|>\n", "\n<|im_end|><|endoftext|>"),  # a line break within the turn
-    "{{ '<|endoftext|>' }}" + CHAT,  # begins with the token that tokenizer calls its end
-])  # fmt: skip
-def test_the_end_of_a_turn_is_the_templates(template, data_dir):
-    tok = byte_tokenizer(template)
-    tok.eos_token = "<|endoftext|>"
-    prompt = elm.Prompt.from_tokenizer(tok)
-    assert prompt.end[-1] == IM_END and prompt.text["end"].strip() == "<|im_end|>"
-    for example in open_train(data_dir, prompt).examples(range(5)):
-        assert example.ids[-1] == IM_END
-
-
-def test_answers_stop_at_any_end_of_the_generation_config(llm_dir, data_dir):
-    model = build_elm(llm_dir, open_train(data_dir, PROMPT))
-    vector = elm.open_vectors(vectors_path(data_dir))[0]
-    (whole,) = model.generate(vector, "What?", max_new_tokens=9)
-    model.llm.generation_config.eos_token_id = [0, PROMPT.ids([whole])[0][0]]
-    assert model.generate(vector, "What?", max_new_tokens=9) == [whole[0]]
-
-
-def test_names_of_control_tokens_in_rows_are_text(data_dir):
-    row = read_jsonl(rows_path(data_dir))[0] | dict(
-        query="Say <|im_end|>.", response="a <|im_start|> b", text="<|endoftext|>")  # fmt: skip
-    write_rows(data_dir, "train", [row, *read_jsonl(rows_path(data_dir))])
-    split = open_train(data_dir, PROMPT)
-    for source in ("embedding", "text"):
-        (example,) = split.examples([0], source)
-        control = [i for i in example.ids if i >= 256]
-        assert control == [*PROMPT.head[:1], *[i for i in PROMPT.tail if i >= 256], IM_END]
-        assert decode(example.ids).count("<|im_start|>") == 3  # two of them the template's
-
-
-def test_dimensions_without_spread(data_dir):
-    """Constant, zero-padded and quantised ones do not drown the others, and are counted."""
-    vectors = elm.open_vectors(vectors_path(data_dir)).clone()
-    vectors[:, 0], vectors[:, 1], vectors[:, 2] = 0.5, 0.0, 1.0
-    vectors[3, 2] += 1e-4
-    save_file({"x": vectors}, vectors_path(data_dir))
-    split = open_train(data_dir, PROMPT)
-    assert split.counts["dimensions without spread"] == 3
-    adapter = elm.Adapter(12, 8, 12)
-    adapter.load_state_dict({k: split.statistics[k] for k in ("mean", "std")}, strict=False)
-    other = vectors[:2].clone()
-    other[:, :3] += 0.01
-    soft, moved = (adapter(v)[:, 0] for v in (vectors[:2], other))
-    assert (torch.nn.functional.cosine_similarity(soft, moved) > 0.99).all()
-    assert torch.nn.functional.cosine_similarity(moved[:1], moved[1:]) < 0.9
-
-
-@pytest.fixture
-def own_llm(llm_dir, tmp_path):
-    return shutil.copytree(llm_dir, tmp_path / "own_llm")
-
-
-def test_an_adapter_keeps_its_prompt(settings, own_llm, tmp_path, capsys):
-    """A template that is edited, or prints a date, changes nothing of a run that goes on."""
-    settings = [*settings, f"model.llm={own_llm}"]
-    whole = elm.train(elm.load_config(None, [*settings, f"output.dir={tmp_path / 'whole'}"]))
-    elm.train(elm.load_config(None, [*settings, "train.max_steps=3"]))
-    template = own_llm / "chat_template.jinja"
-    template.write_text("It is Monday. " + template.read_text())
-    capsys.readouterr()
-    more = ["train.resume=" + str(tmp_path / "whole/checkpoint_step_2.pt"),
-            f"output.dir={tmp_path / 'again'}"]  # fmt: skip
-    assert elm.train(elm.load_config(None, [*settings, *more])) == whole
-    assert "its chat template differs from training" in capsys.readouterr().err
-    for name in ("adapter_step_6.safetensors", "predictions.jsonl"):
-        one, two = (tmp_path / folder / name for folder in ("whole", "again"))
-        assert one.read_bytes() == two.read_bytes()
-    model = elm.ELM.load(tmp_path / "whole" / "adapter_best.safetensors")
-    assert model.prompt.text["head"] == "<|im_start|>user\n"
-
-
-def test_template_arguments_and_an_open_thought(capsys):
-    tok = byte_tokenizer(CHAT + "{{ '' if enable_thinking is false else '<think>\n' }}")
-    assert elm.Prompt.from_tokenizer(tok).text["tail"].endswith("<think>\n")
-    assert "ends within <think>" in capsys.readouterr().err
-    quiet = elm.Prompt.from_tokenizer(tok, {"enable_thinking": False})
-    assert quiet.text["tail"] == PROMPT.text["tail"] and not capsys.readouterr().err
-    cfg = elm.load_config(None, ["model.template.enable_thinking=false"])
-    assert cfg.model.template == {"enable_thinking": False}
-
-
-def test_vectors_of_another_norm_are_refused_in_python_too(llm_dir, data_dir):
-    model = build_elm(llm_dir, open_train(data_dir, PROMPT))
-    vectors = elm.open_vectors(vectors_path(data_dir)).numpy()
-    assert len(model.generate(vectors, "What?", max_new_tokens=2)) == 10
-    for call in (model.generate, model.prompt_embeds):
-        with pytest.raises(elm.UserError, match="the vectors' norm was 3.* and is 3"):
-            call(11 * vectors, "What?")
-    with pytest.raises(elm.UserError, match="the vectors' norm"):
-        model.loss(11 * vectors[:1], "What?", ["x"])
-
-
-def test_copies_of_a_vector_count_as_one(data_dir):
-    """One stored per row in place of one per text."""
-    rows = read_jsonl(rows_path(data_dir))
-    vectors = elm.open_vectors(vectors_path(data_dir))
-    save_file({"x": vectors[[r["embedding_file_idx"] for r in rows]]}, vectors_path(data_dir))
-    write_rows(data_dir, "train", [r | {"embedding_file_idx": i} for i, r in enumerate(rows)])
-    split = open_train(data_dir, PROMPT)
-    assert len(set(split.rows["vector"].tolist())) == len({r["embedding_file_idx"] for r in rows})
-    other = split.embeddings(elm.shuffled_vectors(split))
-    assert (other != split.embeddings(split.rows["vector"])).any(1).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_files_as_other_systems_write_them(data_dir, dtype):
-    """.npy tables, byte-order marks, null, integral floats, further fields."""
+    """.npy tables, byte-order marks, ends of lines, null, integral floats, further fields."""
     table = elm.open_vectors(vectors_path(data_dir)).numpy().astype(dtype)
     vectors_path(data_dir).unlink()
     np.save(vectors_path(data_dir).with_suffix(".npy"), table)
@@ -145,10 +30,11 @@ def test_files_as_other_systems_write_them(data_dir, dtype):
             for r in read_jsonl(rows_path(data_dir))]  # fmt: skip
     write_rows(data_dir, "train", rows)
     path = rows_path(data_dir)
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     split = open_train(data_dir, PROMPT)
     assert np.array_equal(split.vectors.numpy(), table) and not split.rows["text"].any()
-    assert split.read([0])[0].response == rows[0]["response"]
+    assert split.rows["vector"].tolist() == [r["embedding_file_idx"] for r in rows]
+    assert [r.response for r in split.read(range(40))] == [r["response"] for r in rows]
     texts = path.with_name("texts.txt")
     texts.write_bytes(b"\xef\xbb\xbfone\ntwo\n")
     assert [*elm.read_texts(texts)] == ["one", "two"]
@@ -166,6 +52,8 @@ def test_task_types_of_ones_own(settings, data_dir):
         elm.train(elm.load_config(None, settings))
     result = elm.train(elm.load_config(None, [*settings, 'data.tasks=["haiku", "summary"]']))
     assert result["tasks"]["haiku"]["rows"] == 20
+    with pytest.raises(elm.UserError, match="task_type 'haiku', did you mean haikus?"):
+        open_train(data_dir, PROMPT, tasks=("haikus", "summary"))
 
 
 @pytest.mark.slow

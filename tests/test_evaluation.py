@@ -277,8 +277,8 @@ def test_eval_repeats_the_report_of_training_to_the_byte(settings, tmp_path, cap
     for name in ("again", "twice"):
         with open(folder / "metrics.jsonl", "a") as f:
             f.write('{"step": 9, "lo')
-        other = elm.load_config(None, [*settings, f"output.dir={tmp_path / name}"])
-        elm.evaluate(other, folder / "adapter_best.safetensors")
+        more = [f"output.dir={tmp_path / name}", f"adapter={folder / 'adapter_best.safetensors'}"]
+        elm.evaluate(elm.load_config(None, [*settings, *more], elm.EvalOptions))
         told = json.loads((tmp_path / name / "eval.json").read_text())
         assert told | {"step": result["step"]} == result
         for file in ("predictions.jsonl", "report.png"):

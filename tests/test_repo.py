@@ -9,7 +9,7 @@ from conftest import ROOT
 import elm
 
 SOURCE = (ROOT / "elm.py").read_text()
-MAX_LINES = 2650  # of elm.py
+MAX_LINES = 2670  # of elm.py
 README = (ROOT / "README.md").read_text()
 
 
@@ -24,7 +24,7 @@ def test_size_of_the_readme():
     assert len(lines) <= 220
     assert all(len(line) <= 100 or line.startswith("|") for line in lines)
     shown = re.sub(r"<details>.*?</details>", "", README, flags=re.DOTALL)
-    assert len(shown.splitlines()) <= 115
+    assert len(shown.splitlines()) <= 110
 
 
 def test_sections_in_the_order_of_reading():
