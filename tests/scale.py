@@ -11,7 +11,6 @@ disk.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -74,7 +73,6 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=1_000_000)
     p.add_argument("--vectors", type=int, default=500_000)
     a = p.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write(folder / "large", a.rows, a.vectors)
