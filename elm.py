@@ -313,6 +313,11 @@ class Runtime(NamedTuple):  # this process among all processes of the run
             if self.log_file:
                 append(Path(self.log_file), f"{time.strftime('%F %T')} {message}\n")
 
+    def progress(self, items: Any, label: str, **options: Any) -> Any:
+        """Iterate over `items` with a bar on process 0's terminal."""
+        return tqdm(items, label, leave=False, disable=self.rank > 0 or self.quiet or None,
+                    **options)
+
     def sum(self, x: Tensor) -> Tensor:
         """Sum `x` over all processes, in place: a collective operation."""
         if self.world > 1:
@@ -708,8 +713,7 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, num_soft: int, rt: 
     check_file(path)
     room = data.max_seq_length - num_soft - len(prompt.head + prompt.tail + prompt.end) - 8
     rows = read_rows(path, data.tasks, len(vectors), counts)
-    rows = iter(tqdm(rows, f"reading {split}", unit=" rows", leave=False,
-                     disable=rt.rank > 0 or rt.quiet or None))
+    rows = iter(rt.progress(rows, f"reading {split}", unit=" rows"))
     while chunk := list(islice(rows, 8192)):
         chunks.append(np.array([(byte, line, row.embedding_file_idx,
                                  data.tasks.index(row.task_type), bool(row.text))
@@ -1475,6 +1479,7 @@ class Log:
         self.bar = tqdm(total=total, initial=state.step, unit="step",
                         disable=rt.rank > 0 or rt.quiet or None)
         self.clock, self.tokens = time.perf_counter(), 0  # since the last line of training
+        self.begin, self.first, self.total = self.clock, state.step, total
         self.run = cfg.wandb.enabled and rt.rank == 0
         self.run = self.wandb(lambda _: start_wandb(cfg, state.wandb_id, rt))
         state.wandb_id = self.run.id if self.run else state.wandb_id
@@ -1514,6 +1519,9 @@ class Log:
             f"{name} {means[name]:.4f}  " for name, term in terms.items() if 0 < term.weight != 1)
         line += f"lr {values['lr']:.2e}  {rate:,.0f} tokens/s  {memory:.2f} GiB"
         self.bar.set_postfix_str(line)
+        passed = time.perf_counter() - self.begin
+        left = passed / (state.step - self.first) * (self.total - state.step)
+        line += f"  {tqdm.format_interval(passed)} passed, {tqdm.format_interval(left)} left"
         self.record(line, state.step, epoch=state.epoch, loss=loss, **means, **values,
                     tokens_per_second=rate, memory_gib=memory)
         state.sums = {}
@@ -1881,7 +1889,8 @@ def evaluate_nll(elm: ELM, split: Split, rt: Runtime, source: str = "embedding",
         return micro, collate(split.examples(micro, source), *soft)
 
     firsts = range(0, len(micros), rt.world)
-    for first, (micro, batch) in zip(firsts, read_ahead(load, firsts, threads=1), strict=True):
+    batches = read_ahead(load, firsts, threads=1)
+    for first, (micro, batch) in zip(rt.progress(firsts, "losses"), batches, strict=True):
         if signals is not None and rt.sum(torch.tensor(float(len(signals)))).item():
             raise Stopped
         nll = elm.nll(batch).double()
@@ -1899,8 +1908,7 @@ def generate_answers(elm: ELM, split: Split, rows: np.ndarray, vector_ids: np.nd
     share them by whole batches, so that not a bit depends on how many processes run."""
     rank, world = (0, 1) if elm.lockstep else (rt.rank, rt.world)  # ZeRO 3: each makes all answers
     size, batches, gathered = ANSWERS_AT_ONCE[rt.device.type], {}, [None] * world
-    for i in tqdm(range(rank * size, len(rows), world * size), "answers", leave=False,
-                  disable=rt.rank > 0 or rt.quiet or None):
+    for i in rt.progress(range(rank * size, len(rows), world * size), "answers"):
         queries = [row.query for row in split.read(rows[i : i + size])]
         embeddings = split.embeddings(vector_ids[i : i + size])
         batches[i] = elm.generate(embeddings, queries, max_new_tokens, size)
@@ -1985,9 +1993,9 @@ def bert_scores(cfg: EvalConfig, texts: list[str], references: list[str],
     scores, pairs = np.zeros((len(texts), 4)), zip(texts, references, strict=True)
     rows = [i for i, pair in enumerate(pairs) if all(text.strip() for text in pair)]
     scorer.device = scorer._model.to(device).device
-    if rows:
-        parts = scorer.score([texts[i] for i in rows], [references[i] for i in rows], batch_size=1)
-        scores[rows, :3] = torch.stack(parts, 1).double().numpy()
+    for i in tqdm(rows, "scores", leave=False, disable=None):
+        parts = scorer.score([texts[i]], [references[i]], batch_size=1)
+        scores[i, :3] = torch.cat(parts).double().numpy()
     scorer._model.cpu()
     scores[:, 3] = (scores[:, :3] * (0.3, 0.3, 0.4)).sum(1)
     return scores
