@@ -1006,7 +1006,9 @@ class ELM(nn.Module):
     def __init__(self, llm: Any, adapter: Adapter, prompt: Prompt | None = None):
         super().__init__()
         self.llm, self.adapter, self.prompt = llm, adapter, prompt
-        self.lockstep = False
+        # Under ZeRO 3 all processes must run equally many passes through the LLM.
+        shared = hasattr(llm.get_input_embeddings().weight, "ds_id")
+        self.lockstep = shared and torch.distributed.get_world_size() > 1
         llm.train = lambda mode=True: llm  # frozen: it stays in eval mode, without dropout
 
     @staticmethod
@@ -1024,7 +1026,6 @@ class ELM(nn.Module):
         tokenizer = load_pretrained(transformers.AutoTokenizer, name, "llm")
         model = load_llm(name, device := find_device(), bf16, "llm", options)
         elm = ELM(model, adapter.to(device)).eval()
-        elm.set_lockstep(options)
         check_identity(identity, elm.identity(), f"{path}: {name}")
         elm.prompt = Prompt.from_tokenizer(tokenizer, template, stored)
         return elm
@@ -1041,11 +1042,6 @@ class ELM(nn.Module):
         prompt, model = Prompt.from_tokenizer(tokenizer), load_llm(llm, device, bf16, "llm")
         adapter = fresh_adapter(model, statistics, hidden_dim=hidden_dim, **settings)
         return ELM(model, adapter.to(device), prompt)
-
-    def set_lockstep(self, options: DeepSpeedConfig | None) -> None:
-        """Under ZeRO 3 all processes must run equally many passes through the LLM."""
-        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        self.lockstep = several and bool(options) and options.zero_stage == 3
 
     def identity(self) -> dict[str, Any]:
         """What must be the same wherever the adapter is used. Collective under ZeRO 3."""
@@ -1604,12 +1600,12 @@ def changes(old: dict, new: dict) -> str:
 
 def finished_report(saved: dict, cfg: Config, total: int) -> dict | None:
     """The report of a run that has nothing left to do."""
-    path, state, step = Path(cfg.output.dir, "eval.json"), saved["state"], saved["state"].step
-    ended = state.ended(total, cfg.train.patience)
-    if ended and path.exists() and saved["config"]["model"] == cfg.tables()["model"]:
-        with suppress(ValueError, TypeError, LookupError, RecursionError):  # else it is made again
-            report = dict(json.loads(path.read_bytes()))
-            return report if report["step"] == step else None
+    path, state = Path(cfg.output.dir, "eval.json"), saved["state"]
+    unchanged = saved["config"]["model"] == cfg.tables()["model"]
+    if unchanged and state.ended(total, cfg.train.patience) and path.exists():
+        with suppress(ValueError, TypeError, LookupError):  # else the report is written again
+            report = json.loads(path.read_bytes())
+            return report if report["step"] == state.step else None
 
 def open_folder(cfg: Config, state: TrainState) -> Any:
     """Lock output.dir, write config.toml, and drop what a killed run logged after `state`: returns
@@ -1718,7 +1714,6 @@ def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt
     adapter = fresh_adapter(llm, source.statistics, m.standardize, hidden_dim=m.hidden_dim,
                             tokens=m.tokens, dropout=m.dropout, residual_scale=m.residual_scale)
     elm = ELM(llm, adapter.to(rt.device), source.prompt)
-    elm.set_lockstep(cfg.deepspeed)
     check_llm(elm)
     trained, frozen = (sum(getattr(p, "ds_numel", p.numel()) for p in part.parameters())
                        for part in (adapter, llm))
@@ -2184,7 +2179,7 @@ def print_report(result: dict, predictions: list, metrics: list, cfg: Config, rt
               f"files: {folder}"]
     if predictions and (best := Path(folder, "adapter_best.safetensors")).exists():
         lines.append(f"next: python elm.py generate adapter={best} embeddings={final} "
-                     f"rows=[0] query={shlex.quote(predictions[0]['query'])}")
+                     f"'rows=[0]' query={shlex.quote(predictions[0]['query'])}")
     rt.log("\n".join(lines))
 
 # -----------------------------------------------------------------------------
