@@ -1,11 +1,14 @@
 """Small real things for the tests: random LLMs of several architectures, a byte tokenizer, data."""
 
+import io
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,6 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import elm
 
 RT = elm.Runtime()
+NO_TABLES = os.devnull  # a TOML file of defaults
 ARCHITECTURES = {
     "qwen3": dict(head_dim=8, tie_word_embeddings=True),
     "llama": {},
@@ -105,6 +109,10 @@ def rows_path(folder: Path, split: str = "train") -> Path:
     return elm.split_paths(elm.DataConfig(dir=str(folder)), split)[1]
 
 
+def read_table(folder: Path, split: str = "train") -> torch.Tensor:
+    return elm.open_vectors(vectors_path(folder, split)).clone()
+
+
 def write_rows(folder: Path, split: str, rows: list) -> None:
     text = "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows)
     rows_path(folder, split).write_text(text)
@@ -140,6 +148,28 @@ def elm_step(model, split, rows, budget, rt=RT):
 
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def go(settings: list, *more: str) -> tuple[dict, Path]:
+    """The report and the folder of a run."""
+    cfg = elm.load_config(None, [*settings, *more])
+    return elm.train(cfg), Path(cfg.output.dir)
+
+
+def command(*words) -> tuple[int, str]:
+    """The exit code of a command of elm, and what it said."""
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        code = elm.main(list(map(str, words)))
+    assert "Traceback" not in said.getvalue()
+    return code, said.getvalue()
+
+
+def refused(message: str, *words) -> None:
+    """With exit code 2 and one line that has the message."""
+    code, said = command(*words)
+    lines = [line for line in said.splitlines() if re.match("elm: (?!warning)", line)]
+    assert code == 2 and len(lines) == 1 and re.search(message, lines[0]), (words, message, said)
 
 
 def run(*arguments: str, launcher: tuple[str, ...] = (), **environment: str):

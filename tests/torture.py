@@ -11,7 +11,7 @@ Each says what it did and how often, and stops at the first thing that is wrong.
 import argparse
 import collections
 import contextlib
-import io
+import faulthandler
 import json
 import os
 import random
@@ -24,9 +24,19 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from conftest import ROOT, deepspeed_launcher, make_data, make_llm, read_jsonl
+from conftest import (
+    NO_TABLES,
+    ROOT,
+    command,
+    deepspeed_launcher,
+    make_data,
+    make_llm,
+    open_train,
+    read_jsonl,
+    rows_path,
+    vectors_path,
+)
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -54,39 +64,36 @@ def until(process, seen, seconds=120):
 
 
 def wait_for_moment(moment, process, folder, rng, eval_steps):
-    metrics, before = folder / "metrics.jsonl", time.time()
+    metrics = folder / "metrics.jsonl"
 
-    def logged():
-        return metrics.stat().st_size if metrics.exists() else 0
-
-    def written():  # files on their way
-        return any(p.name.endswith(".tmp") for p in folder.glob(".*"))
+    def logged(since):
+        return metrics.exists() and metrics.stat().st_mtime > since
 
     def evaluates():  # the last line is of a step that is evaluated, and its val_loss is not there
         entry = ([{}] + elm.read_metrics(metrics))[-1]
         return "loss" in entry and entry["step"] % eval_steps == 0
 
     def still_for(seconds):
-        end = time.time() + seconds
+        end = time.time() + rng.uniform(0, seconds)
         until(process, lambda: time.time() > end)
 
     if moment == "start":
-        still_for(rng.uniform(0, 6))
+        still_for(6)
         return
-    until(process, lambda: metrics.exists() and metrics.stat().st_mtime > before)
-    if moment == "report":
-        until(process, lambda: (folder / "checkpoint_final.pt").exists())
-        still_for(rng.uniform(0, 2))
-        return
-    still_for(rng.uniform(0, 3))
-    if moment == "write":
-        until(process, written)
-    elif moment == "log":
-        size = logged()
-        until(process, lambda: logged() != size)
-    elif moment == "evaluation":
-        until(process, evaluates)
-        still_for(rng.uniform(0, 0.3))
+    begin = time.time()
+    until(process, lambda: logged(begin))
+    if moment != "report":
+        still_for(3)
+    now = time.time()
+    seen, seconds = {
+        "steps": (lambda: True, 0),
+        "write": (lambda: any(folder.glob(".*.tmp")), 0),
+        "log": (lambda: logged(now), 0),
+        "evaluation": (evaluates, 0.3),
+        "report": ((folder / "checkpoint_final.pt").exists, 2),
+    }[moment]
+    until(process, seen)
+    still_for(seconds)
 
 
 def same_tree(a, b):
@@ -232,68 +239,19 @@ WORDS = [b"", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\\ud800", b"NaN", b"-Infi
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """One to three of: bits flipped; bytes set, lost, doubled, exchanged, zeroed; an odd word put
-    in or over what is there; the end lost; nothing left."""
-    data = bytearray(data)
+    """One to three of: a bit flipped; bytes lost, zeroed, doubled or exchanged; an odd word put in
+    or over what is there; the end lost, now and then all of it."""
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        at = rng.randrange(len(data) + 1)
-        n = min(len(data) - at, rng.choice([1, 1, 2, 8, 64, 1000]))
-        kind = rng.randrange(10)
-        if kind <= 1 and n:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 2 and n:
-            data[at] = rng.randrange(256)
-        elif kind == 3:
-            del data[at : at + n]
-        elif kind == 4:
-            data[at:at] = data[at : at + n]
-        elif kind == 5:
-            other = rng.randrange(len(data) + 1)
-            data[at : at + n] = data[other : other + n]
-        elif kind == 6:
-            data[at : at + n] = bytes(n)
-        elif kind == 7:
-            data[at:at] = rng.choice(WORDS)
-        elif kind == 8:
-            word = rng.choice(WORDS)
-            data[at : at + len(word)] = word
-        else:
-            del data[at if rng.random() < 0.9 else 0 :]
-    return bytes(data)
-
-
-@contextlib.contextmanager
-def time_limit(seconds):
-    def hang(*_):
-        raise AssertionError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, hang)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def command(*arguments):
-    """Whether a command of elm went well, and what it said; else that is clear lines, code 2."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), time_limit(60):
-        code = elm.main(list(map(str, arguments)))
-    lines = [x for x in said.getvalue().splitlines() if re.match("elm: (?!warning)", x)]
-    assert code in (0, 2) and bool(lines) == (code == 2), said.getvalue()
-    assert "Traceback" not in said.getvalue() and all(len(x) < 1100 for x in lines), lines
-    return code == 0, said.getvalue()
-
-
-def read(reader):
-    """What it returns; None if it refuses as `main` tells a user."""
-    try:
-        with time_limit(30):
-            return reader()
-    except (elm.UserError, OSError):
-        return None
+        at, other = (rng.randrange(len(data) + 1) for _ in range(2))
+        at *= rng.random() < 0.97
+        n, word = rng.choice([1, 1, 2, 8, 64, 1000]), rng.choice(WORDS)
+        part = data[at : at + n]
+        flipped = bytes(byte ^ 1 << rng.randrange(8) for byte in part[:1])
+        lost, put = rng.choice([
+            (1, flipped), (1, flipped), (n, b""), (n, bytes(len(part))), (0, part),
+            (n, data[other : other + n]), (0, word), (len(word), word), (len(data), b"")])
+        data = data[:at] + put + data[at + lost :]
+    return data
 
 
 def tree(folder, without):
@@ -301,42 +259,17 @@ def tree(folder, without):
             if p.is_file() and without not in (p, *p.parents)}
 
 
-def rows_are_right(split, path, prompt):
-    """Every line of the file that is a row is there with its own tokens."""
-    rows, examples = iter(split.rows), iter(split.examples(range(len(split.rows))))
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        row = json.loads(line) if line.strip() else {"task_type": "compare"}
-        if row["task_type"] in elm.REMOVED_TASKS:
-            continue
-        r = next(rows)
+def split_is_right(split, raw):
+    """Every line of the file that is a row is there; the vectors are those of the table."""
+    lines = [(n, json.loads(x)) for n, x in enumerate(raw.split(b"\n"), 1) if x.strip()]
+    lines = [(n, row) for n, row in lines if row["task_type"] not in elm.REMOVED_TASKS]
+    read = split.read(range(len(split.rows)))
+    for (number, row), r, found in zip(lines, split.rows, read, strict=True):
         assert r["line"] == number and r["vector"] == row["embedding_file_idx"]
+        assert found.model_dump().items() >= row.items()
         assert elm.TASKS[r["task"]] == row["task_type"]
-        ids = next(examples).ids.tolist()
-        before, after, answer = prompt.ids([*prompt.parts(row["query"]), row["response"]])
-        ids_of_row = prompt.head + before + [0] + after + prompt.tail + answer + prompt.end
-        assert ids == ids_of_row[:256]
-    assert next(rows, None) is None
-
-
-def vectors_are_right(split, path):
-    """The table is what its bytes say, read without the library."""
-    raw = path.read_bytes()
-    size = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + size])
-    header.pop("__metadata__", None)
-    ((_, entry),) = header.items()
-    a, b = entry["data_offsets"]
-    kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-    kind = kinds[entry["dtype"]]
-    table = np.frombuffer(raw[8 + size + a : 8 + size + b], kind)
-    if entry["dtype"] == "BF16":
-        table = (table.astype(np.uint32) << 16).view(np.float32)
-    table = table.reshape(entry["shape"]).astype(np.float64)
-    assert np.array_equal(split.vectors.double().numpy(), table)
-    used = table[sorted(set(split.rows["vector"].tolist()))]
-    assert np.allclose(
-        split.statistics["mean"], used.mean(0), rtol=1e-5, atol=1e-6 * abs(used).max()
-    )
+    (table,) = load_file(vectors_path(split.path.parents[1])).values()
+    assert same_tree(split.vectors, table)
 
 
 def damage(folder, count, seed):
@@ -346,73 +279,65 @@ def damage(folder, count, seed):
     rng, counts = random.Random(seed), collections.Counter()
     llm, data = make_llm(folder / "llm"), make_data(folder / "data", num_rows=14, num_vectors=5)
     run, out, toml, texts = (folder / n for n in ("run", "out", "mutated.toml", "texts.jsonl"))
-    config = folder / "run.toml"
-    config.write_text("")
     settings = [f"model.llm={llm}", "model.hidden_dim=8", "model.bf16=false",
                 "data.max_seq_length=256", "train.batch_size=8", "train.grad_accum=1",
-                "train.save_steps=1", "eval.samples=0", f"data.dir={data}"]
-    assert command(config, *settings, f"output.dir={run}", "train.max_steps=2")[0]
+                "train.save_steps=1", "eval.samples=0", f"data.dir={data}", "train.max_steps=2"]
+    assert command(NO_TABLES, *settings, f"output.dir={run}")[0] == 0
     for name in ("checkpoint_final.pt", "eval.json"):
         (run / name).unlink()
-    vectors, rows = elm.split_paths(elm.DataConfig(dir=str(data)), "train")
+    rows, vectors = rows_path(data), vectors_path(data)
     toml.write_text((ROOT / "train.toml").read_text())
     texts.write_text("".join(json.dumps({"text": r["text"]}) + "\n" for r in read_jsonl(rows)))
-    files = dict(rows=rows, vectors=vectors, toml=toml, texts=texts,
-                 checkpoint=run / "checkpoint_step_2.pt", metrics=run / "metrics.jsonl",
-                 adapter=run / "adapter_best.safetensors")
-    originals = {kind: path.read_bytes() for kind, path in files.items()}
+    checkpoint, metrics = run / "checkpoint_step_2.pt", run / "metrics.jsonl"
+    adapter = run / "adapter_best.safetensors"
     prompt = elm.Prompt.from_tokenizer(AutoTokenizer.from_pretrained(llm))
+    saved = torch.load(checkpoint, weights_only=True)
 
-    def open_train():
-        cfg = elm.DataConfig(dir=str(data), max_seq_length=256)
-        return elm.open_split(cfg, "train", prompt, 1, elm.Runtime())
+    # What was read from a damaged file is what its bytes say, or what they said before.
 
-    def checkpoint():
-        saved = elm.load_checkpoint(files["checkpoint"])
-        return saved | {"state": vars(saved["state"])}
+    def check_toml(cfg, raw):
+        tables = cfg.tables()
+        for name, table in elm.tomllib.loads(raw.decode()).items():
+            assert tables[name].items() >= table.items()
 
-    readers = dict(
-        rows=open_train, vectors=open_train, checkpoint=checkpoint,
-        toml=lambda: elm.load_config(str(toml)), texts=lambda: [*elm.read_texts(texts)],
-        metrics=lambda: elm.read_metrics(files["metrics"]),
-        adapter=lambda: elm.Adapter.load(files["adapter"]),
-    )
-    training = [config, *settings, f"output.dir={out}", "train.max_steps=2"]
-    commands = dict(
-        rows=training, vectors=training, toml=["filter", toml, out, f"data.dir={data}"],
-        texts=["embed", texts, out, f"model={ROOT / 'data/tiny/embedder'}", "bf16=false"],
-        checkpoint=[*training, "train.resume=auto"], metrics=[*training, "train.resume=auto"],
-        adapter=["generate", f"adapter={files['adapter']}", f"embeddings={vectors}", "query=What?",
-                 f"out={out}", "max_new_tokens=2"],
-    )
-    saved = readers["checkpoint"]()
+    def check_texts(lines, raw):
+        assert lines == [json.loads(x)["text"] for x in raw.removesuffix(b"\n").split(b"\n")]
 
-    def check(kind, value):
-        """What was read from a damaged file is what its bytes say, or what they said before."""
-        raw = files[kind].read_bytes()
-        if kind in ("rows", "vectors"):
-            rows_are_right(value, rows, prompt)
-            vectors_are_right(value, vectors)
-        elif kind == "toml":
-            tables = value.tables()
-            for name, table in elm.tomllib.loads(raw.decode()).items():
-                assert all(tables[name][k] == v for k, v in table.items())
-        elif kind == "texts":
-            assert value == [json.loads(x)["text"] for x in raw.removesuffix(b"\n").split(b"\n")]
-        elif kind == "metrics":
-            assert [json.loads(x) for x in raw.split(b"\n")[:-1]] == value
-        elif kind == "checkpoint":
-            assert same_tree(value, saved)
-        else:  # without a checksum, some numbers may be others
-            head = int.from_bytes(raw[:8], "little")
-            assert value[1] == json.loads(json.loads(raw[8 : 8 + head])["__metadata__"]["elm"])
-            state = {k: v.float() for k, v in load_file(files[kind]).items()}
-            assert value[0].state_dict().keys() == state.keys()
-            for key, tensor in value[0].state_dict().items():
-                assert torch.allclose(tensor, state[key], 0, 0, equal_nan=True)
+    def check_metrics(entries, raw):
+        assert entries == [json.loads(x) for x in raw.split(b"\n")[:-1]]
 
+    def check_checkpoint(found, _):
+        assert same_tree(found | {"state": vars(found["state"])}, saved)
+
+    def check_adapter(found, raw):  # without a checksum, some numbers may be others
+        head = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        assert found[1] == json.loads(head["__metadata__"]["elm"])
+        state = {k: v.float().nan_to_num() for k, v in load_file(adapter).items()}
+        assert same_tree({k: v.nan_to_num() for k, v in found[0].state_dict().items()}, state)
+
+    def reader():
+        return open_train(data, prompt)
+
+    training = [NO_TABLES, *settings, f"output.dir={out}"]
+    resuming = [*training, "train.resume=auto"]
+    embedding = ["embed", texts, out, f"model={ROOT / 'data/tiny/embedder'}", "bf16=false"]
+    generating = ["generate", f"adapter={adapter}", f"embeddings={vectors}", "query=What?",
+                  f"out={out}", "max_new_tokens=2"]
+    kinds = {  # the file, its reader, what checks it, a command
+        "rows": (rows, reader, split_is_right, training),
+        "vectors": (vectors, reader, split_is_right, training),
+        "toml": (toml, lambda: elm.load_config(str(toml)), check_toml,
+                 ["filter", toml, out, f"data.dir={data}"]),
+        "texts": (texts, lambda: [*elm.read_texts(texts)], check_texts, embedding),
+        "checkpoint": (checkpoint, lambda: elm.load_checkpoint(checkpoint), check_checkpoint,
+                       resuming),
+        "metrics": (metrics, lambda: elm.read_metrics(metrics), check_metrics, resuming),
+        "adapter": (adapter, lambda: elm.Adapter.load(adapter), check_adapter, generating),
+    }
+    originals = {kind: path.read_bytes() for kind, (path, *_) in kinds.items()}
     for number in range(count):
-        kind = list(files)[number % len(files)]
+        kind = list(kinds)[number % len(kinds)]
+        path, reader, check, words = kinds[kind]
         original = originals[kind]
         head = 8 + int.from_bytes(original[:8], "little")  # of a safetensors file: it is small
         if kind not in ("vectors", "adapter") or rng.random() < 0.4:
@@ -420,24 +345,29 @@ def damage(folder, count, seed):
         damaged = mutate(original[:head], rng) + original[head:]
         shutil.rmtree(out, ignore_errors=True)
         out.unlink(missing_ok=True)
-        files[kind].write_bytes(damaged)
+        path.write_bytes(damaged)
         before = tree(folder, out)
+        faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)  # where it hangs
         try:
-            value = read(readers[kind])
+            value = None
+            with contextlib.suppress(elm.UserError, OSError):
+                value = reader()
             if value is not None:
-                check(kind, value)
-            if number // len(files) % 20 == 0:
-                if "train.resume=auto" in commands[kind]:
+                check(value, damaged if kind != "vectors" else originals["rows"])
+            if number // len(kinds) % 20 == 0:
+                if words is resuming:
                     shutil.copytree(run, out)
-                well, said = command(*commands[kind])
+                code, said = command(*words)
+                lines = [x for x in said.splitlines() if re.match("elm: (?!warning)", x)]
+                assert code == 2 * bool(lines) and all(len(x) < 1100 for x in lines), said
                 if kind == "checkpoint":  # the one before it is there
-                    assert well and ("passed over" in said) == (value is None), said
+                    assert code == 0 and ("passed over" in said) == (value is None), said
                     again = elm.load_checkpoint(out / "checkpoint_final.pt")["adapter"]
                     assert same_tree(again, saved["adapter"])
                 elif kind == "adapter":  # one that can be read may still be one of another LLM
-                    assert value is not None or not well, said
+                    assert value is not None or code, said
                 else:
-                    assert well == (value is not None), said
+                    assert (code == 0) == (value is not None), said
                 counts[kind, "given to a command"] += 1
             assert tree(folder, out) == before, "something was written elsewhere"
         except BaseException:
@@ -446,7 +376,8 @@ def damage(folder, count, seed):
             print(f"case {number} of seed {seed}, {kind}, kept as {kept}", file=sys.stderr)
             raise
         finally:
-            files[kind].write_bytes(original)
+            faulthandler.cancel_dump_traceback_later()
+            path.write_bytes(original)
         counts[kind, "refused" if value is None else "read"] += 1
     return counts
 
