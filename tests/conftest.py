@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import elm
@@ -146,6 +146,17 @@ def elm_step(model, split, rows, budget, rt=RT):
     return nll.item() / step.counts["labels"], gradient, len(step.micros)
 
 
+def limit_memory(monkeypatch, most: int) -> None:
+    """An attention that has memory for training on rows of `most` packed tokens."""
+
+    def limited(module, query, *rest, **options):
+        if torch.is_grad_enabled() and query.shape[2] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return elm.packed_attention(module, query, *rest, **options)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "elm_packed", limited)
+
+
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -165,11 +176,12 @@ def command(*words) -> tuple[int, str]:
     return code, said.getvalue()
 
 
-def refused(message: str, *words) -> None:
-    """With exit code 2 and one line that has the message."""
+def refused(message: str, *words) -> str:
+    """With exit code 2 and one line that has the message; all that it said."""
     code, said = command(*words)
     lines = [line for line in said.splitlines() if re.match("elm: (?!warning)", line)]
     assert code == 2 and len(lines) == 1 and re.search(message, lines[0]), (words, message, said)
+    return said
 
 
 def run(*arguments: str, launcher: tuple[str, ...] = (), **environment: str):
@@ -181,12 +193,20 @@ def run(*arguments: str, launcher: tuple[str, ...] = (), **environment: str):
     )  # fmt: skip
 
 
-def deepspeed_launcher(processes: int) -> tuple[str, ...]:
-    script = str(Path(sys.executable).parent / "deepspeed")
+def anonymous_memory() -> int:
+    """Bytes of this process that are not of a mapped file."""
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("", 0))
-        port = free.getsockname()[1]
-    return script, f"--num_gpus={processes}", f"--master_port={port}"
+        return free.getsockname()[1]
+
+
+def deepspeed_launcher(processes: int) -> tuple[str, ...]:
+    script = str(Path(sys.executable).parent / "deepspeed")
+    return script, f"--num_gpus={processes}", f"--master_port={free_port()}"
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,16 @@
 """People's models, data and machines as they are: what was once wrong without a word."""
 
-import os
-
 import numpy as np
 import pytest
 from conftest import (
+    NO_TABLES,
     RT,
     build_elm,
+    go,
     make_llm,
     open_train,
     read_jsonl,
+    read_table,
     rows_path,
     run,
     vectors_path,
@@ -23,7 +24,7 @@ import elm
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_files_as_other_systems_write_them(data_dir, dtype):
     """.npy tables, byte-order marks, ends of lines, null, integral floats, further fields."""
-    table = elm.open_vectors(vectors_path(data_dir)).numpy().astype(dtype)
+    table = read_table(data_dir).numpy().astype(dtype)
     vectors_path(data_dir).unlink()
     np.save(vectors_path(data_dir).with_suffix(".npy"), table)
     rows = [r | dict(embedding_file_idx=float(r["embedding_file_idx"]), text=None, id=[1])
@@ -32,7 +33,8 @@ def test_files_as_other_systems_write_them(data_dir, dtype):
     path = rows_path(data_dir)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     split = open_train(data_dir, PROMPT)
-    assert np.array_equal(split.vectors.numpy(), table) and not split.rows["text"].any()
+    assert np.array_equal(split.vectors.numpy(), table) and split.vectors.numpy().dtype == dtype
+    assert not split.rows["text"].any()
     assert split.rows["vector"].tolist() == [r["embedding_file_idx"] for r in rows]
     assert [r.response for r in split.read(range(40))] == [r["response"] for r in rows]
     texts = path.with_name("texts.txt")
@@ -49,9 +51,12 @@ def test_task_types_of_ones_own(settings, data_dir):
                 for i, r in enumerate(read_jsonl(rows_path(data_dir, name)))]  # fmt: skip
         write_rows(data_dir, name, rows)
     with pytest.raises(elm.UserError, match="jsonl:2: unknown task_type 'haiku'"):
-        elm.train(elm.load_config(None, settings))
-    result = elm.train(elm.load_config(None, [*settings, 'data.tasks=["haiku", "summary"]']))
+        go(settings)
+    result, _ = go(settings, 'data.tasks=["haiku", "summary"]')
     assert result["tasks"]["haiku"]["rows"] == 20
+    split = open_train(data_dir, PROMPT, tasks=("haiku", "summary"))
+    assert {split.tasks[t] for t in split.rows["task"]} == {"haiku", "summary"}
+    assert split.counts["rows"] + split.counts["other_tasks"] == 40
     with pytest.raises(elm.UserError, match="task_type 'haiku', did you mean haikus?"):
         open_train(data_dir, PROMPT, tasks=("haikus", "summary"))
 
@@ -59,8 +64,7 @@ def test_task_types_of_ones_own(settings, data_dir):
 @pytest.mark.slow
 def test_wandb_without_a_login_goes_offline(settings, tmp_path):
     pytest.importorskip("wandb")
-    (tmp_path / "run.toml").touch()
-    done = run(tmp_path / "run.toml", *settings, "wandb.enabled=true", "train.max_steps=1",
+    done = run(NO_TABLES, *settings, "wandb.enabled=true", "train.max_steps=1",
                WANDB_MODE="online", HOME=str(tmp_path), NETRC=str(tmp_path / "none"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "no login" in done.stdout and list((tmp_path / "out" / "wandb").glob("offline-run*"))
@@ -86,25 +90,16 @@ def test_a_wandb_run_ends_with_the_exit_code(tmp_path, error, code):
     assert log.run.ended == code
 
 
-def test_a_terminal_that_is_not_utf8(settings, data_dir, tmp_path):
+def test_a_terminal_that_is_not_utf8(settings, data_dir):
     rows = [r | {"query": "Was heißt „α“?"} for r in read_jsonl(rows_path(data_dir, "test"))]
     write_rows(data_dir, "test", rows)
-    (tmp_path / "run.toml").touch()
-    done = run(tmp_path / "run.toml", *settings, "train.max_steps=1", PYTHONIOENCODING="ascii",
-               PYTHONUTF8="0", LC_ALL="C")  # fmt: skip
+    ascii = dict(PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
+    done = run(NO_TABLES, *settings, "train.max_steps=1", **ascii)
     assert done.returncode == 0, done.stderr
 
 
-def test_home_and_variables_in_paths(settings, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("PLACE", "there")
-    elm.train(elm.load_config(None, [*settings, "output.dir=~/$PLACE/run", "train.max_steps=0"]))
-    assert (tmp_path / "there" / "run" / "eval.json").exists()
-    assert not os.path.exists("~")
-
-
 def test_a_warm_up_longer_than_the_run_is_told(settings, capsys):
-    elm.train(elm.load_config(None, [*settings, "train.warmup_steps=9", "train.max_steps=1"]))
+    go(settings, "train.warmup_steps=9", "train.max_steps=1")
     assert "train.warmup_steps = 9: no shorter than the run of 1 steps" in capsys.readouterr().err
 
 
@@ -116,22 +111,13 @@ def test_a_signal_ends_a_validation(llm_dir, data_dir):
     assert elm.validation_losses(model, split, cfg, RT, [15], True, False) == {}
 
 
-def test_stop_strings(llm_dir, data_dir):
-    model = build_elm(llm_dir, open_train(data_dir, PROMPT))
-    vector = elm.open_vectors(vectors_path(data_dir))[0]
-    (whole,) = model.generate(vector, "What?", max_new_tokens=9)
-    (cut,) = model.generate(vector, "What?", max_new_tokens=9, stop_strings=[whole[2]])
-    assert cut == whole[: whole.index(whole[2]) + 1]
-
-
-def test_patience_ends_a_run_as_finished(settings, tmp_path, capsys):
+def test_patience_ends_a_run_as_finished(settings, capsys):
     more = ["train.patience=2", "train.eval_steps=1", "train.max_steps=60", "train.lr=1.0",
             "train.warmup_steps=0"]  # fmt: skip
-    result = elm.train(elm.load_config(None, [*settings, *more]))
-    metrics = read_jsonl(tmp_path / "out" / "metrics.jsonl")
-    steps = [m["step"] for m in metrics if "val_loss" in m]
+    result, folder = go(settings, *more)
+    steps = [m["step"] for m in read_jsonl(folder / "metrics.jsonl") if "val_loss" in m]
     assert result["step"] == steps[-1] == result["adapter_step"] + 2 < 60
-    again = elm.train(elm.load_config(None, [*settings, *more, "train.resume=auto"]))
+    again, _ = go(settings, *more, "train.resume=auto")
     assert again == result and "nothing to do" in capsys.readouterr().out
 
 

@@ -1,21 +1,15 @@
 import pytest
-from conftest import ROOT
+from conftest import NO_TABLES, ROOT
 
 import elm
 
 
-def test_empty_file_means_the_defaults(tmp_path):
-    path = tmp_path / "empty.toml"
-    path.write_text("")
-    assert elm.load_config(str(path)) == elm.load_config() == elm.Config()
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.toml")), ids=lambda p: p.name)
-def test_shipped_files_load(path):
-    if path.name == "sweep.toml":
-        assert elm.load_sweep(str(path), [f"base.config={ROOT / 'train.toml'}"]).study.trials == 12
-    elif path.name != "pyproject.toml":
-        elm.load_config(str(path))
+def test_files_load():
+    """The shipped ones; one without a table means the defaults."""
+    config = ROOT / "train.toml"
+    assert elm.load_sweep(str(ROOT / "sweep.toml"), [f"base.config={config}"]).study.trials == 12
+    assert elm.load_config(str(config)) != elm.Config()
+    assert elm.load_config(NO_TABLES) == elm.load_config() == elm.Config()
 
 
 def test_config_survives_its_own_toml(tmp_path):
@@ -43,28 +37,21 @@ def test_config_survives_its_own_toml(tmp_path):
         ("train.learning_rate=1", ["train.learning_rate", "did you mean train.lr?"]),
         ("num_train_epochs=1", ["num_train_epochs: unknown key, did you mean train.epochs?"]),
         ("train.dir=x", ["did you mean data.dir or output.dir?"]),
-        ("train.lrr=1", ["train.lrr", "did you mean train.lr?"]),
         ("modl.llm=x", ["modl", "did you mean model?"]),
         ("model.hiden_dim=8", ["did you mean model.hidden_dim?"]),
-        ("output.directory=x", ["output.directory"]),
         ("train.hidden_dim=8", ["did you mean model.hidden_dim?"]),
         ("eval.embeder=none", ["did you mean eval.embedder?"]),
         ("train.lr=0", ["train.lr = 0: must be greater than 0"]),
         ("train.lr=fast", ["train.lr = 'fast': must be a valid number"]),
         ("train.lr=inf", ["train.lr = inf: must be a finite number"]),
-        ("train.lr=1" + "0" * 400, ["train.lr = 1000", "must be a valid number"]),
         ("train.batch_size=true", ["train.batch_size = True: must be a valid integer"]),
         ("train.seed=4294967296", ["train.seed = 4294967296: must be less than 4294967296"]),
         ("model.dropout=1.0", ["model.dropout = 1.0: must be less than 1"]),
         ("model.bf16=1", ["model.bf16 = 1: must be true or false"]),
         ("model.grad_checkpoint=maybe", ["= 'maybe': must be true, false or 'auto'"]),
-        ("model.llm=3", ["model.llm = 3: must be a valid string"]),
         ("train.max_steps=-1", ["train.max_steps = -1: must be greater than or equal to 0"]),
-        ("eval.split=dev", ["eval.split = 'dev': must be 'train', 'val' or 'test'"]),
-        ("data.tasks=[]", ["data.tasks = []: must have at least 1 item"]),
         ('data.tasks=[""]', ["data.tasks.0 = '': must have at least 1 character"]),
         ("data.tasks=summary", ["data.tasks = 'summary': must be a list, in quotes"]),
-        ("deepspeed.zero_stage=4", ["deepspeed.zero_stage = 4: must be less than or equal to 3"]),
         ("deepspeed.train_batch_size=4", ["deepspeed.train_batch_size: is set by elm"]),
         ("deepspeed.zero_optimization.stage=2", ["deepspeed.zero_optimization: is set by elm"]),
         ("deepspeed.zero_optimization=3", ["deepspeed.zero_optimization = 3: must be a table"]),
@@ -87,16 +74,7 @@ def test_each_mistake_is_named(override, words):
         assert word in str(e.value)
 
 
-def test_all_mistakes_of_a_file_at_once(tmp_path):
-    path = tmp_path / "bad.toml"
-    path.write_text("[train]\nlrr = 1\nepochs = 0\n[modell]\nx = 1\n[data]\ntasks = [3]\n")
-    with pytest.raises(elm.UserError) as e:
-        elm.load_config(str(path))
-    lines = str(e.value).splitlines()
-    assert len(lines) == 4 and all(line.startswith(f"{path}: ") for line in lines)
-
-
-def test_a_mistake_is_blamed_on_where_it_stands(tmp_path):
+def test_all_mistakes_are_told_each_with_where_it_stands(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text("[train]\nepochs = 0\n[data]\ntasks = ['summary']\n")
     with pytest.raises(elm.UserError) as e:
@@ -107,15 +85,6 @@ def test_a_mistake_is_blamed_on_where_it_stands(tmp_path):
         f"{path}: train.epochs = 0: must be greater than 0",
         "override: train.lr = 'fast': must be a valid number",
     ]
-
-
-def test_unreadable_files(tmp_path):
-    path = tmp_path / "broken.toml"
-    path.write_text("[train]\nlr = \n")
-    with pytest.raises(elm.UserError, match="not valid TOML.*line 2"):
-        elm.load_config(str(path))
-    with pytest.raises(FileNotFoundError):
-        elm.load_config(str(tmp_path / "missing.toml"))
 
 
 def test_every_key_of_the_contract():
@@ -135,24 +104,20 @@ def test_every_key_of_the_contract():
 
 
 @pytest.mark.parametrize(
-    "text", [b"# a note\rtrain.lr = 1.0\n", b"train.lr = " + b"[" * 9999, b"train.lr = \xff"]
+    "text, reason",
+    [
+        (b"[train]\nlr = \n", ".*line 2"),
+        (b"# a note\rtrain.lr = 1.0\n", ""),
+        (b"train.lr = " + b"[" * 9999, ""),
+        (b"train.lr = \xff", ""),
+    ],
 )
-def test_bytes_that_are_no_toml(tmp_path, text):
+def test_bytes_that_are_no_toml(tmp_path, text, reason):
     """A carriage return alone ends no comment; nesting without end is no crash."""
     path = tmp_path / "bad.toml"
     path.write_bytes(text)
-    with pytest.raises(elm.UserError, match="bad.toml: not valid TOML"):
+    with pytest.raises(elm.UserError, match=f"bad.toml: not valid TOML{reason}"):
         elm.load_config(str(path))
-
-
-def test_a_byte_order_mark_is_no_character(tmp_path):
-    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbf[train]\r\nlr = 1.0\r\n")
-    assert elm.load_config(str(tmp_path / "a.toml")).train.lr == 1.0
-
-
-def test_any_character_survives_config_toml():
-    value = {"\U0001f600 \x7f": "\x7f\u2028\U0001f600"}
-    assert elm.tomllib.loads(f"x = {elm.to_toml(value)}")["x"] == value
 
 
 def test_paths_are_expanded(tmp_path, monkeypatch):

@@ -1,5 +1,4 @@
-import codecs
-import json
+import os
 from itertools import islice
 
 import numpy as np
@@ -8,10 +7,12 @@ import torch
 from conftest import (
     CHAT,
     RT,
+    anonymous_memory,
     build_elm,
     byte_tokenizer,
     open_train,
     read_jsonl,
+    read_table,
     rows_path,
     vectors_path,
     write_rows,
@@ -81,17 +82,15 @@ def test_rows_without_text(data_dir, llm_dir, text):
     assert (num_labels[1::2] == wanted[1][1:20:2]).all()
 
 
-def bad_row(change):
+def bad_row(row="", **values):
+    """In the fifth line."""
+
     def write(folder):
         rows = read_jsonl(rows_path(folder))
-        rows[4] = change(dict(rows[4]))
+        rows[4] = row or rows[4] | values
         write_rows(folder, "train", rows)
 
     return write
-
-
-def bad_value(**values):
-    return bad_row(lambda row: row | values)
 
 
 def bad_vectors(**tensors):
@@ -104,18 +103,12 @@ def table(row, value):
     return vectors
 
 
-def cut(folder):
-    path = vectors_path(folder)
-    path.write_bytes(path.read_bytes()[:-40])
-
-
 def npy(table, cut=0):
     def write(folder):
-        path = vectors_path(folder)
-        path.unlink(missing_ok=True)
-        np.save(path.with_suffix(".npy"), table, allow_pickle=True)
-        content = path.with_suffix(".npy").read_bytes()
-        path.with_suffix(".npy").write_bytes(content[: max(0, len(content) - cut)])
+        vectors_path(folder).unlink()
+        path = vectors_path(folder).with_suffix(".npy")
+        np.save(path, table, allow_pickle=True)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size - cut])
 
     return write
 
@@ -126,36 +119,34 @@ VECTORS = "train_embeddings.safetensors"
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (bad_row(lambda r: "{broken"), r"train_synthesis.jsonl:5: Invalid JSON"),
-        (bad_row(lambda r: "[1]"), r":5: Input should be an object"),
-        (bad_row(lambda r: "[" * 99999), r":5: Invalid JSON"),
-        (bad_value(response="a \ud83d b"), r":5: Invalid JSON"),
-        (bad_row(lambda r: {k: r[k] for k in r if k != "query"}), "field 'query': Field required"),
-        (bad_value(response=3), r":5: field 'response': Input should be a valid string"),
-        (bad_value(response=" \n"), r":5: field 'response': String should match"),
-        (bad_value(text=3), r":5: field 'text': Input should be a valid string"),
-        *((bad_value(embedding_file_idx=i), r":5: field 'embedding_file_idx': .*integer")
-          for i in (True, "3", 3.5, None, [0])),
-        (bad_value(embedding_file_idx=10), r":5: embedding_file_idx 10 of 10"),
-        (bad_value(embedding_file_idx=-1), r":5: field 'embedding_file_idx'"),
-        (bad_value(task_type="sumary"), r":5: unknown task_type 'sumary', did you mean summary"),
-        (bad_value(task_type="haiku"), r":5: unknown task_type 'haiku'$"),
-        (bad_value(query="<EMB> <EMB>"), r":5: '<EMB> <EMB>': a query has one <EMB> at most"),
-        (bad_value(query="long " * 99), r":5: the prompt takes all of data.max_seq_length = 256 "),
+        (bad_row("{broken"), r"train_synthesis.jsonl:5: Invalid JSON"),
+        (bad_row("[1]"), r":5: Input should be an object"),
+        (bad_row("[" * 99999), r":5: Invalid JSON"),
+        (bad_row(response="a \ud83d b"), r":5: Invalid JSON"),
+        (bad_row({"task_type": "summary", "embedding_file_idx": 0}), "'query': Field required"),
+        (bad_row(response=3), r":5: field 'response': Input should be a valid string"),
+        (bad_row(response=" \n"), r":5: field 'response': String should match"),
+        *(
+            (bad_row(embedding_file_idx=i), r":5: field 'embedding_file_idx': .*integer")
+            for i in (True, "3", 3.5, None)
+        ),
+        (bad_row(embedding_file_idx=10), r":5: embedding_file_idx 10 of 10"),
+        (bad_row(embedding_file_idx=-1), r":5: field 'embedding_file_idx'"),
+        (bad_row(task_type="sumary"), r":5: unknown task_type 'sumary', did you mean summary"),
+        (bad_row(query="<EMB> <EMB>"), r":5: '<EMB> <EMB>': a query has one <EMB> at most"),
+        (bad_row(query="long " * 99), r":5: the prompt takes all of data.max_seq_length = 256 "),
         (lambda f: rows_path(f).write_text("\n"), r"train_synthesis.jsonl: no row of data.tasks"),
         (lambda f: rows_path(f).unlink(), r"train_synthesis.jsonl: there is no such file"),
         (bad_vectors(a=table((6, 3), torch.nan)), VECTORS + r": vector 6 is zero, NaN or inf"),
         (bad_vectors(a=table((6, 3), torch.inf)), r": vector 6 is"),
         (bad_vectors(a=table(2, 0)), r": vector 2 is zero"),
-        (bad_vectors(a=torch.randn(12)), r"torch.float32 \[12\], not one table"),
-        (bad_vectors(a=torch.randn(2, 3), b=torch.randn(2, 3)), r"not one table"),
+        (bad_vectors(a=torch.randn(2, 3), b=torch.randn(12)), r"float32 \[12\], not one table"),
         (bad_vectors(a=torch.ones(2, 3, dtype=torch.int64)), r"torch.int64 \[2, 3\]"),
         (bad_vectors(), r"holds nothing"),
-        (cut, VECTORS + ": not a whole safetensors file"),
+        (lambda f: os.truncate(vectors_path(f), 400), VECTORS + ": not a whole safetensors file"),
         (npy(np.ones((10, 12), np.int8)), r"embeddings.npy: holds torch.int8 \[10, 12\]"),
         (npy(np.array([[None]])), r"embeddings.npy: not a whole npy file"),
         (npy(np.ones((10, 12), np.float32), cut=40), r"embeddings.npy: not a whole npy file"),
-        (npy(np.ones((10, 12), np.float32), cut=999), r"embeddings.npy: not a whole npy file"),
         (lambda f: vectors_path(f).unlink(), VECTORS + ": there is no such file"),
     ],
 )
@@ -169,26 +160,21 @@ def test_bad_data_is_refused_with_its_place(data_dir, spoil, message):
 @pytest.mark.parametrize("name", ["x.safetensors", "x.npy"])
 def test_the_table_is_not_copied(tmp_path, name):
     """Anonymous memory does not grow by a table of 80 MB when it is opened and a row is read."""
-
-    def anonymous():
-        with open("/proc/self/status") as f:
-            return next(int(x.split()[1]) for x in f if x.startswith("RssAnon")) * 1024
-
     table = torch.ones(20_000, 1024)
     if name == "x.npy":
         np.save(tmp_path / name, table.numpy())
     else:
         save_file({"x": table}, tmp_path / name)
-    before = anonymous()
+    before = anonymous_memory()
     vectors = elm.open_vectors(tmp_path / name)
     assert vectors[torch.tensor([17, 19_999])].sum() == 2048
-    assert anonymous() - before < 20e6
+    assert anonymous_memory() - before < 20e6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_statistics_are_of_the_vectors_that_rows_use(data_dir, dtype):
-    vectors = elm.open_vectors(vectors_path(data_dir)).to(dtype)
-    save_file({"x": vectors.clone()}, vectors_path(data_dir))
+    vectors = read_table(data_dir).to(dtype)
+    save_file({"x": vectors}, vectors_path(data_dir))
     rows = [r for r in read_jsonl(rows_path(data_dir)) if r["embedding_file_idx"] < 7]
     write_rows(data_dir, "train", rows)
     split = open_train(data_dir, PROMPT)
@@ -201,35 +187,9 @@ def test_statistics_are_of_the_vectors_that_rows_use(data_dir, dtype):
     torch.testing.assert_close(split.embeddings(np.array([3, 3, 1])), used[[3, 3, 1]])
 
 
-@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
-def test_npy_tables_are_tables(data_dir, dtype):
-    table = elm.open_vectors(vectors_path(data_dir)).numpy().astype(dtype)
-    npy(table)(data_dir)
-    split = open_train(data_dir, PROMPT)
-    assert split.vectors.dtype == torch.from_numpy(table).dtype
-    assert torch.equal(split.embeddings(np.array([7, 2])), torch.from_numpy(table[[7, 2]]).float())
-
-
-def read_all(split) -> list:
-    examples = [e for s in ("embedding", "text") for e in split.examples(range(40), s)]
-    return [split.rows["vector"].tolist(), *(e.ids.tolist() for e in examples)]
-
-
-def test_rows_as_other_systems_write_them(data_dir):
-    """A byte-order mark, Windows' line ends, indices as floats, null and further fields."""
-    rows = read_jsonl(rows_path(data_dir))
-    extra, found = dict(id=7, meta={"a": [None]}, vector=None), []
-    found.append(read_all(open_train(data_dir, PROMPT)))
-    rows = [extra | r | dict(embedding_file_idx=float(r["embedding_file_idx"])) for r in rows]
-    lines = "\r\n".join(json.dumps(row) for row in rows)
-    rows_path(data_dir).write_bytes(codecs.BOM_UTF8 + lines.encode())
-    found.append(read_all(open_train(data_dir, PROMPT)))
-    assert found[0] == found[1]
-
-
 def test_copies_of_a_vector_are_one(data_dir):
     """By value: their rows belong together, and are not shuffled into each other."""
-    table, rows = elm.open_vectors(vectors_path(data_dir))[:5], read_jsonl(rows_path(data_dir))
+    table, rows = read_table(data_dir)[:5], read_jsonl(rows_path(data_dir))
     save_file({"x": torch.cat([table, table])}, vectors_path(data_dir))
     split = open_train(data_dir, PROMPT)
     assert split.rows["vector"].tolist() == [r["embedding_file_idx"] % 5 for r in rows]
@@ -248,18 +208,6 @@ def test_dimensions_without_spread_do_not_blow_up(data_dir, llm_dir):
     soft = build_elm(llm_dir, split)(vectors + noise).flatten(1)
     cosines = torch.nn.functional.cosine_similarity(soft[:, None], soft, dim=2)
     assert (cosines - torch.eye(10)).max() < 0.9
-
-
-def test_tasks_of_ones_own(data_dir):
-    """Those that data.tasks names; the nearest of these is suggested for any other."""
-    rows = read_jsonl(rows_path(data_dir))
-    write_rows(data_dir, "train", [rows[0] | {"task_type": "haiku"}, *rows])
-    split = open_train(data_dir, PROMPT, tasks=("haiku", "summary"))
-    assert [split.tasks[t] for t in split.rows["task"]] == ["haiku"] + ["summary"] * 3
-    assert split.counts["other_tasks"] == 37
-    write_rows(data_dir, "train", [rows[0] | {"task_type": "haikus"}, *rows])
-    with pytest.raises(elm.UserError, match=":1: unknown task_type 'haikus', did you mean haiku?"):
-        open_train(data_dir, PROMPT, tasks=("haiku", "summary"))
 
 
 def test_any_process_count_sees_the_same_steps(data_dir):

@@ -13,8 +13,17 @@ import psutil
 import pytest
 import torch
 import torture
-from conftest import ROOT, deepspeed_launcher, make_data, make_llm, read_jsonl
-from test_train import final_state, go
+from conftest import (
+    NO_TABLES,
+    ROOT,
+    deepspeed_launcher,
+    free_port,
+    go,
+    make_llm,
+    read_jsonl,
+    run,
+)
+from test_train import final_state
 from torture import same_tree
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -25,7 +34,6 @@ pytestmark = pytest.mark.slow
 
 def launch(folder, *arguments, script=ROOT / "elm.py", processes=2, code=0):
     """What `script` says when started by the launcher; with all its processes it ends in time."""
-    (folder / "run.toml").touch()
     words = [*deepspeed_launcher(processes), script, *arguments]
     with open(folder / "log", "w") as log:
         job = subprocess.Popen(list(map(str, words)), stdout=log, stderr=log,
@@ -43,7 +51,8 @@ def launch(folder, *arguments, script=ROOT / "elm.py", processes=2, code=0):
 def changed(folder, code):
     """elm.py with lines of code before it runs."""
     path = folder / "changed.py"
-    path.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport elm, torch\n"
+    paths = [str(ROOT), str(ROOT / "tests")]
+    path.write_text(f"import os, sys\nsys.path[:0] = {paths}\nimport elm, torch\n"
                     f"RANK = os.environ['RANK']\n{code}\nelm.run()\n")
     return path
 
@@ -69,17 +78,16 @@ def test_no_process_holds_more_of_the_llm_than_its_share(settings, tmp_path, mon
     size = (tmp_path / "llm" / "model.safetensors").stat().st_size
     script = changed(tmp_path, f"""
 import deepspeed, threading, time
-def anonymous():
-    return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) * 1024
+from conftest import anonymous_memory
 def held(llm, most=0):
     live = sum((p.numel() + p.ds_tensor.numel()) * p.element_size() for p in llm.parameters())
     with open({str(tmp_path / "held")!r} + RANK, "a") as f:
         f.write(f"{{live / {size}}} {{most / {size}}}\\n")
 def load_and_measure(*arguments, **options):
-    peaks, loaded, before = [0], threading.Event(), anonymous()
+    peaks, loaded, before = [0], threading.Event(), anonymous_memory()
     def watch():
         while not loaded.wait(0.002):
-            peaks.append(anonymous() - before)
+            peaks.append(anonymous_memory() - before)
     threading.Thread(target=watch).start()
     try:
         llm = load(*arguments, **options)
@@ -98,10 +106,9 @@ elm.validation_losses, elm.report = start(elm.validation_losses), start(elm.repo
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setenv("CXX", "/nowhere/c++")
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed is not held
-    (tmp_path / "run.toml").write_text(
-        "[deepspeed.zero_optimization]\nstage3_param_persistence_threshold = 0\n")
-    more = [tmp_path / "run.toml", *settings, f"model.llm={tmp_path / 'llm'}", "eval.samples=0",
-            "train.max_steps=1", "train.batch_size=8", "deepspeed.zero_stage=3"]
+    more = [NO_TABLES, *settings, f"model.llm={tmp_path / 'llm'}", "eval.samples=0",
+            "train.max_steps=1", "train.batch_size=8", "deepspeed.zero_stage=3",
+            "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"]
     launch(tmp_path, *more, script=script)
     adapter = tmp_path / "out" / "adapter_best.safetensors"
     launch(tmp_path, "eval", *more, f"adapter={adapter}", f"output.dir={tmp_path / 'eval'}",
@@ -112,22 +119,6 @@ elm.validation_losses, elm.report = start(elm.validation_losses), start(elm.repo
         assert len(numbers) == 6  # two loads, two validations, two reports
         assert (numbers[:, 0] < 0.6).all() and (numbers[:, 1] < 0.75).all()
     assert not list((tmp_path / "extensions").glob("*"))
-
-
-def test_processes_stay_in_step_where_one_has_more_logits(settings, tmp_path):
-    """ZeRO 3 gathers the head for every chunk of logits: as many on each process, or they hang."""
-    make_data(tmp_path / "data", num_rows=90)
-    settings = [*settings, "loss.drift_weight=0.1"]
-    _, one = go(settings, "train.batch_size=80", f"output.dir={tmp_path / 'one'}")
-    script = changed(tmp_path, "elm.CHUNK_LOGITS = dict(cpu=3000, cuda=3000)")
-    config = tmp_path / "run.toml"
-    config.write_text("[deepspeed.zero_optimization]\nstage3_param_persistence_threshold = 0\n")
-    launch(tmp_path, config, *settings, "train.batch_size=40", "deepspeed.zero_stage=3",
-           script=script)
-    assert losses(tmp_path / "out") == pytest.approx(losses(one), rel=1e-5)
-    a, b = (torch.cat([v.flatten() for v in final_state(f)["adapter"].values()])
-            for f in (one, tmp_path / "out"))
-    assert (a - b).norm() / a.norm() < 1e-4
 
 
 def test_answers_of_unequal_length_under_zero_3(tmp_path):
@@ -143,33 +134,35 @@ def test_answers_of_unequal_length_under_zero_3(tmp_path):
     assert said[0] == said[1] and len({len(x.split()) for x in said[0]}) > 2
 
 
-def test_two_hosts_by_a_hostfile(settings, tmp_path):
-    """As the README has it, a launcher on each, here both on this machine."""
+@pytest.mark.parametrize("how", ["hosts", "torchrun"])
+def test_other_launches_are_as_good(settings, tmp_path, how):
+    """A launcher on each host of a hostfile, as the README has it, here both on this machine; or
+    torchrun."""
     (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
-    (tmp_path / "run.toml").touch()
     deepspeed, _, port = deepspeed_launcher(1)
-    nodes = []
-    for rank in (0, 1):
-        words = [deepspeed, "--hostfile", tmp_path / "hosts", "--no_ssh", "--node_rank", rank,
-                 "--master_addr", "127.0.0.1", port, ROOT / "elm.py", tmp_path / "run.toml",
-                 *settings, "train.batch_size=8"]
-        nodes.append(subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL))
-    assert [node.wait(200) for node in nodes] == [0, 0]
+    starts = [[deepspeed, "--hostfile", tmp_path / "hosts", "--no_ssh", "--node_rank", rank,
+               "--master_addr", "127.0.0.1", port] for rank in (0, 1)]
+    if how == "torchrun":
+        starts = [[sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+                   f"--master-port={free_port()}"]]
+    words = [ROOT / "elm.py", NO_TABLES, *settings, "train.batch_size=8"]
+    nodes = [subprocess.Popen(list(map(str, [*start, *words])), stdout=subprocess.DEVNULL)
+             for start in starts]
+    assert not any(node.wait(200) for node in nodes)
     _, alone = go(settings, f"output.dir={tmp_path / 'alone'}")
     assert losses(tmp_path / "out") == pytest.approx(losses(alone), rel=1e-5)
 
 
 def test_bad_input_under_the_launcher_is_told_once(settings, tmp_path):
-    said = launch(tmp_path, tmp_path / "run.toml", *settings, "model.llm=/nowhere/llm", code=2)
+    said = launch(tmp_path, NO_TABLES, *settings, "model.llm=/nowhere/llm", code=2)
     assert said.count("model.llm: no folder /nowhere/llm") == 1 and "Traceback" not in said
 
 
 def test_ctrl_c_under_the_launcher_saves_and_resumes(settings, tmp_path):
     """As a terminal does it: SIGINT to the whole process group, with two processes."""
-    config, metrics = tmp_path / "run.toml", tmp_path / "out" / "metrics.jsonl"
-    config.touch()
+    metrics = tmp_path / "out" / "metrics.jsonl"
     settings = [*settings, "train.max_steps=400", "train.eval_steps=400", "train.save_steps=400"]
-    command = [*deepspeed_launcher(2), ROOT / "elm.py", config, *settings]
+    command = [*deepspeed_launcher(2), ROOT / "elm.py", NO_TABLES, *settings]
     job = subprocess.Popen(list(map(str, command)), start_new_session=True)
     torture.until(job, lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 8)
     os.killpg(job.pid, signal.SIGINT)
@@ -197,8 +190,7 @@ def checked(*arguments):
     check(*arguments)
 check, elm.check_finite, elm.soft_gradient = elm.check_finite, checked, spoiled
 """)
-    said = launch(tmp_path, tmp_path / "run.toml", *settings, "train.batch_size=8", script=script,
-                  code=2)
+    said = launch(tmp_path, NO_TABLES, *settings, "train.batch_size=8", script=script, code=2)
     assert said.count("elm: step 3: the loss or its gradient is not finite, and nothing was") == 1
     assert "train_synthesis.jsonl:" in said and "Traceback" not in said
     saved = dict(final_state(tmp_path / "out", "step_2")["adapter"])
@@ -211,9 +203,8 @@ def test_one_process_that_dies_ends_the_job(settings, tmp_path, how):
     """Within a minute, its own error before any other's, and no process is left."""
     script = changed(tmp_path, "def broken(*_): raise ArithmeticError('only process 1 has this')\n"
                      f"if RANK == '1' and {how == 'raises'}: elm.soft_gradient = broken")
-    config, metrics, log = (tmp_path / n for n in ("run.toml", "out/metrics.jsonl", "log"))
-    config.touch()
-    words = [*deepspeed_launcher(2), script, config, *settings, "train.max_steps=9999",
+    metrics, log = tmp_path / "out" / "metrics.jsonl", tmp_path / "log"
+    words = [*deepspeed_launcher(2), script, NO_TABLES, *settings, "train.max_steps=9999",
              "train.eval_steps=9999", "train.save_steps=9999"]
     with open(log, "w") as f:
         job = subprocess.Popen(list(map(str, words)), stdout=f, stderr=f)
@@ -240,32 +231,14 @@ def test_one_process_that_dies_ends_the_job(settings, tmp_path, how):
     assert not left()
 
 
-def test_torchrun_is_as_good_a_launcher(settings, tmp_path):
-    (tmp_path / "run.toml").touch()
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-             f"--master-port={free_port()}", ROOT / "elm.py", tmp_path / "run.toml", *settings]
-    done = subprocess.run(list(map(str, [*words, "train.batch_size=8"])), capture_output=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    _, alone = go(settings, f"output.dir={tmp_path / 'alone'}")
-    assert losses(tmp_path / "out") == pytest.approx(losses(alone), rel=1e-5)
-
-
-def free_port():
-    return deepspeed_launcher(1)[2].partition("=")[2]
-
-
-def test_busy_ports(settings, tmp_path, monkeypatch):
+def test_busy_ports(settings, monkeypatch):
     """One process needs none; of several the message names the option."""
-    port = free_port()
-    environment = dict(RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    (tmp_path / "run.toml").touch()
-    command = [sys.executable, ROOT / "elm.py", tmp_path / "run.toml", *settings]
     with socket.socket() as busy:
-        busy.bind(("127.0.0.1", int(port)))
+        busy.bind(("127.0.0.1", 0))
         busy.listen()
-        ends = [subprocess.run(list(map(str, [*command, "train.max_steps=0"])), text=True,
-                               env=os.environ | environment | {"WORLD_SIZE": n},
-                               capture_output=True) for n in "12"]
+        ends = [run(NO_TABLES, *settings, "train.max_steps=0", RANK="0", LOCAL_RANK="0",
+                    WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(busy.getsockname()[1]))
+                for n in "12"]
     assert [e.returncode for e in ends] == [0, 2], ends
     assert "another --master_port" in ends[1].stderr and "Traceback" not in ends[1].stderr
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
@@ -296,7 +269,8 @@ def test_all_wait_for_what_process_0_does_alone(tmp_path):
 
 
 def test_traffic_and_offload_of_zero_3(settings, tmp_path):
-    """The head is gathered once per micro-batch, not per chunk of logits; with limits on live
+    """The head is gathered once per micro-batch, not per chunk of logits, of which the processes
+    have unequally many; with limits on live
     parameters few are live before a layer; parameters kept on the CPU train as well."""
     script = changed(tmp_path, f"""
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -323,17 +297,20 @@ def lm_head(self, hidden):
     return head(self, hidden)
 elm.ELM.lm_head = lm_head
 """)
-    (tmp_path / "run.toml").write_text(
+    config = tmp_path / "run.toml"
+    config.write_text(
         "[deepspeed]\nzero_stage = 3\n[deepspeed.zero_optimization]\n"
         "stage3_param_persistence_threshold = 0\nstage3_max_live_parameters = 1000\n"
         "stage3_max_reuse_distance = 1000\noffload_param = {device = 'cpu'}\n")
-    settings = [*settings, "train.batch_size=8", "eval.samples=0"]
-    launch(tmp_path, tmp_path / "run.toml", *settings, script=script)
+    settings = [*settings, "eval.samples=0", "loss.drift_weight=0.1"]
+    launch(tmp_path, config, *settings, "train.batch_size=8", script=script)
     gathered, chunks, live, prefetching = map(int, (tmp_path / "counts0").read_text().split())
     print(gathered, chunks, live, prefetching)
     assert chunks > 60 and gathered < chunks / 3
     assert live < 0.6 * 24_000  # of which the embeddings, tied to the head, have 8,448
     assert not prefetching  # as README has it: the trace of modules is never complete
-    _, alone = go(settings[:-2], "eval.samples=0", "train.batch_size=16",
-                  f"output.dir={tmp_path / 'alone'}")
+    _, alone = go(settings, f"output.dir={tmp_path / 'alone'}")
     assert losses(tmp_path / "out") == pytest.approx(losses(alone), rel=1e-5)
+    a, b = (torch.cat([v.flatten() for v in final_state(f)["adapter"].values()])
+            for f in (alone, tmp_path / "out"))
+    assert (a - b).norm() / a.norm() < 1e-4

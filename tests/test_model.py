@@ -17,10 +17,14 @@ from conftest import (
     RT,
     build_elm,
     byte_tokenizer,
+    command,
     elm_step,
+    go,
+    limit_memory,
     make_data,
     make_llm,
     open_train,
+    read_table,
     vectors_path,
 )
 from naive import naive_loss, naive_step, token_rows
@@ -175,25 +179,14 @@ def test_recomputation_is_as_configured(plain):
         assert sum("forward" in vars(m) for m in model.llm.modules()) == layers
 
 
-def test_a_dry_run_says_whether_memory_suffices(llm_dir, data_dir):
-    """An attention that has memory for rows of 512 packed tokens, on a CPU that has no limit."""
-    prompt = elm.Prompt.from_tokenizer(AutoTokenizer.from_pretrained(llm_dir))
-    model = build_elm(llm_dir, open_train(data_dir, prompt))
+def test_a_dry_run_says_whether_memory_suffices(plain, monkeypatch):
+    model, _ = plain
     for p in model.adapter.parameters():
         p.grad = torch.ones_like(p)
-
-    def limited(module, query, *rest, **options):
-        if query.shape[2] > 512:
-            raise torch.OutOfMemoryError
-        return elm.packed_attention(module, query, *rest, **options)
-
+    limit_memory(monkeypatch, 512)
     probe = elm.Probe(torch.randn(32, 12), torch.zeros(32), torch.zeros(12))
     terms = elm.loss_terms(elm.LossConfig(drift_weight=0.5), model, probe)
-    AttentionInterface.register("elm_packed", limited)
-    try:
-        found = [elm.fits_memory(model, n, 128, terms, RT) for n in (128, 512, 1024, 512)]
-    finally:
-        AttentionInterface.register("elm_packed", elm.packed_attention)
+    found = [elm.fits_memory(model, n, 128, terms, RT) for n in (128, 512, 1024, 512)]
     assert found == [True, True, False, True]
     assert all((p.grad == 1).all() for p in model.adapter.parameters())
 
@@ -202,6 +195,7 @@ def test_a_dry_run_says_whether_memory_suffices(llm_dir, data_dir):
 def test_examples_do_not_see_each_other(parts):
     """Packed with others, in another order, or alone: an example's loss is its own."""
     model, split = parts
+    elm.check_llm(model)
     for source in ("embedding", "text"):
         together = model.nll(batch_of(split, [0, 1, 2, 3], source))
         backwards = model.nll(batch_of(split, [3, 2, 1, 0], source)).flip(0)
@@ -333,7 +327,7 @@ def test_load_refuses_another_llm(tmp_path):
 def plain(llm_dir, data_dir):
     """(ELM, its train split): vectors of very different norms."""
     torch.manual_seed(0)
-    spread = elm.open_vectors(vectors_path(data_dir)) * (0.4 * torch.randn(10, 1)).exp()
+    spread = read_table(data_dir) * (0.4 * torch.randn(10, 1)).exp()
     save_file({"x": spread}, vectors_path(data_dir))
     split = open_train(data_dir, elm.Prompt.from_tokenizer(byte_tokenizer()))
     return build_elm(llm_dir, split), split
@@ -379,22 +373,19 @@ def test_the_prompt_is_part_of_the_adapter(settings, tmp_path, capsys):
     template = "{{ strftime_now('%f') }}" + CHAT.replace("assistant\n", "assistant\n{{ manner }}: ")
     llm = make_llm(tmp_path / "llm", chat_template=template)
 
-    def go(folder, *more):
-        own = [f"model.llm={llm}", "model.template.manner=briefly", "train.max_steps=4"]
-        out = f"output.dir={tmp_path / folder}"
-        return elm.train(elm.load_config(None, [*settings, *own, out, *more]))
-
-    whole = go("whole")
+    own = [f"model.llm={llm}", "model.template.manner=briefly", "train.max_steps=4"]
+    whole, out = go([*settings, *own])
     differs = "its chat template differs from training; the adapter's prompt is used"
     assert differs not in capsys.readouterr().err
-    resumed = go("resumed", f"train.resume={tmp_path / 'whole' / 'checkpoint_step_2.pt'}")
+    start = [f"train.resume={out / 'checkpoint_step_2.pt'}", f"output.dir={tmp_path / 'resumed'}"]
+    resumed, _ = go([*settings, *own, *start])
     assert differs in capsys.readouterr().err
-    path = tmp_path / "whole" / "adapter_best.safetensors"
+    path = out / "adapter_best.safetensors"
     assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes()
     assert resumed == whole
     words = [f"adapter={path}", f"output.dir={tmp_path / 'again'}"]
-    assert elm.main(["eval", str(tmp_path / "whole" / "config.toml"), *words]) == 0
-    assert differs in capsys.readouterr().err
+    code, said = command("eval", out / "config.toml", *words)
+    assert code == 0 and differs in said
     again = json.loads((tmp_path / "again" / "eval.json").read_bytes())
     assert again["loss"] == whole["loss"]
     model, (_, metadata) = elm.ELM.load(path), elm.Adapter.load(path)
@@ -416,28 +407,18 @@ def test_an_llm_that_cannot_be_packed_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_attention_that_sees_what_comes_later_is_refused(llm_dir, data_dir, bf16):
-    prompt = elm.Prompt.from_tokenizer(byte_tokenizer())
-    model = build_elm(llm_dir, open_train(data_dir, prompt), bf16=bf16)
+def test_attention_that_sees_what_comes_later_is_refused(llm_dir, plain, monkeypatch, bf16):
+    model = build_elm(llm_dir, plain[1], bf16=bf16)
     elm.check_llm(model)
 
-    def bidirectional(module, query, key, value, mask, scaling=None, lengths=None, **_):
-        groups = query.shape[1] // key.shape[1]
-        parts = zip(query.split(lengths, 2), *(
-            x.repeat_interleave(groups, 1).split(lengths, 2) for x in (key, value)), strict=True)
-        out = [F.scaled_dot_product_attention(*qkv, scale=scaling) for qkv in parts]
-        return torch.cat(out, 2).transpose(1, 2), None
+    def backwards(module, query, key, value, mask, lengths, **options):
+        flipped = (x.flip(2) for x in (query, key, value))
+        out, _ = elm.packed_attention(module, *flipped, mask, lengths=lengths[::-1], **options)
+        return out.flip(1), None
 
-    AttentionInterface.register("elm_packed", bidirectional)
-    try:
-        with pytest.raises(elm.UserError, match="its attention is more than causal"):
-            elm.check_llm(model)
-    finally:
-        AttentionInterface.register("elm_packed", elm.packed_attention)
-
-
-def test_packing_check_accepts(parts):
-    elm.check_llm(parts[0])
+    monkeypatch.setitem(AttentionInterface._global_mapping, "elm_packed", backwards)
+    with pytest.raises(elm.UserError, match="its attention is more than causal"):
+        elm.check_llm(model)
 
 
 def test_learning_rate_is_a_function_of_the_step():

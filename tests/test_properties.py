@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer, make_data, open_train, read_jsonl, rows_path, write_rows
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_data import PROMPT, decode
 from tokenizers import normalizers
@@ -121,14 +121,14 @@ def test_what_is_cut_and_what_is_refused(prompt, made_data, made, slot, num_soft
     assert split.counts["responses_cut"] == sum(len(e.ids) > limit for e in whole)
     for source in ("embedding", "text"):
         found = split.examples(range(len(rows)), source)
-        for example, uncut in zip(found, whole, strict=True):
+        for cut, uncut in zip(found, whole, strict=True):
             prompt_length = len(uncut.ids) - uncut.num_labels
             answer = uncut.ids[prompt_length:limit]
-            assert (example.ids[len(example.ids) - len(answer) :] == answer).all()
-            assert example.num_labels == len(answer) and len(example.ids) <= limit
-            assert example.truncated == (len(uncut.ids) > limit)
+            assert (cut.ids[len(cut.ids) - len(answer) :] == answer).all()
+            assert cut.num_labels == len(answer) and len(cut.ids) <= limit
+            assert cut.truncated == (len(uncut.ids) > limit)
             if source == "embedding":
-                assert (example.ids == uncut.ids[:limit]).all()
+                assert (cut.ids == uncut.ids[:limit]).all()
 
 
 @few
@@ -162,6 +162,7 @@ anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="
 @few
 @given(anything, anything, st.floats(1e-30, 1e30), st.booleans(), st.lists(
     st.sampled_from(elm.TASKS), min_size=1, max_size=5))  # fmt: skip
+@example("\U0001f600 \x7f", "\x7f\u2028\U0001f600", 1e-4, True, ["summary"])
 def test_config_written_and_read_again(llm, project, lr, flag, tasks):
     tables = dict(model=dict(llm=llm, standardize=flag), train=dict(lr=lr), data=dict(tasks=tasks),
                   wandb=dict(project=project),

@@ -2,10 +2,8 @@
 
 import json
 import os
-import re
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import ROOT, read_jsonl, run
+from conftest import NO_TABLES, ROOT, command, free_port, read_jsonl, refused, run
 
 import elm
 
@@ -30,10 +28,8 @@ def quoted(override: str) -> str:
 def sweep_file(settings, tmp_path):
     """A sweep over runs of six steps, each in a quarter of a second."""
     path, base = tmp_path / "sweep.toml", settings[:-1]
-    empty = tmp_path / "empty.toml"
-    empty.write_text("")
     path.write_text(
-        f'[study]\nname = "small"\ntrials = 4\nrepeat_best = 2\n\n[base]\nconfig = "{empty}"\n'
+        f'[study]\nname = "small"\ntrials = 4\nrepeat_best = 2\n\n[base]\nconfig = "{NO_TABLES}"\n'
         + "\n".join(map(quoted, base))
         + "\n\n[space]\ntrain.lr = {low = 1e-4, high = 1e-1, log = true}\n"
         "model.hidden_dim = [8, 16]\nmodel.grad_checkpoint = [true, false]\n"
@@ -135,10 +131,9 @@ def test_overrides_win_over_any_spelling_and_floats_stay_floats(sweep_file):
                      "model.residual_scale": float}  # fmt: skip
 
 
-def test_a_sweep_whose_every_trial_fails_says_so(sweep_file, out, capsys):
+def test_a_sweep_whose_every_trial_fails_says_so(sweep_file, out):
     more = ['space={"train.lr" = [1e38]}', "study.trials=2"]
-    assert elm.main(["sweep", str(sweep_file), *more]) == 2
-    assert "no trial was completed" in capsys.readouterr().err
+    refused("no trial was completed", "sweep", sweep_file, *more)
     assert [r["state"] for r in read_jsonl(out / "trials.jsonl")] == ["fail"] * 2
 
 
@@ -150,7 +145,7 @@ def test_after_the_timeout_no_trial_is_begun(sweep_file, out):
 
 
 @pytest.mark.parametrize("at", [1, 5])
-def test_a_signal_while_a_trial_is_scored_is_not_lost(sweep_file, monkeypatch, capsys, at):
+def test_a_signal_while_a_trial_is_scored_is_not_lost(sweep_file, monkeypatch, at):
     score, calls = elm.score_now, []
 
     def signalled(*arguments):
@@ -160,8 +155,8 @@ def test_a_signal_while_a_trial_is_scored_is_not_lost(sweep_file, monkeypatch, c
         return score(*arguments)
 
     monkeypatch.setattr(elm, "score_now", signalled)
-    assert elm.main(["sweep", str(sweep_file)]) == 143
-    assert len(calls) == at and "stopped; the same command goes on" in capsys.readouterr().out
+    code, said = command("sweep", sweep_file)
+    assert code == 143 and len(calls) == at and "stopped; the same command goes on" in said
 
 
 @pytest.mark.slow
@@ -210,62 +205,43 @@ def test_poor_trials_are_pruned_by_what_was_measured(sweep_file, out, monkeypatc
         assert sorted(t.intermediate_values)[: 1 + (not poor)] == ([1] if poor else [1, 2])
 
 
-CASES = [
-    (["space.train.lrr={low=1.0, high=2.0}"], "space.train.lrr = .*unknown key, did you mean"),
-    (["space.train.lr={low=2.0, high=1.0}"], "space.train.lr = .*low <= high"),
-    (["space.train.lr={low=0.0, high=1.0, log=true}"], "train.lr = 0.0: must be"),
-    (["space.model.dropout={low=0.0, high=0.5, log=true}"], "space.model.dropout = .*low > 0"),
-    (["space.train.lr={low=1.0}"], "space.train.lr = .*missing .* 'high'"),
-    (["space.train.lr={low=1.0, high=2.0, lg=true}"], "space.train.lr = .*lg"),
-    (["space.train.batch_size=['a', 4]"], "train.batch_size = 'a': must be a valid integer"),
-    (["space.train.batch_size={low=0.5, high=4.0}"], "train.batch_size = 0.5: must be a valid"),
-    (["space.train.batch_size=4"], "must be choices in a list, or {low, high}"),
-    (["space.data.tasks=[['summary']]"], "space.data.tasks = .*must be choices"),
-    (["study.trials=0"], "study.trials = 0: must be greater than 0"),
-    (["study.objective=loss"], "study.objective: unknown key"),
-    (["studdy.trials=3"], "studdy: unknown key, did you mean study"),
-    (["base=3"], "base = 3: must be a table"),
-    (["space=[1]"], "space = .1.: must be a table"),
-    (["base.config=3"], "3: No such file"),
-    (["space.train.lr.x=[1, 2]"], "space.train.lr = .*unexpected .* 'x'"),
-    (["space.eval.samples=[1, 2]"], "space.eval.samples: is set by the sweep itself"),
-    (["space.train.seed={low=1, high=2}"], "space.train.seed: is set by the sweep itself"),
-    (["base.data.dir=/nowhere"], "/nowhere/embeddings/train_embeddings.safetensors: there is no"),
-    (["base.config=nowhere.toml"], "nowhere.toml: No such file"),
-    (["base.train.lr=fast"], "train.lr = 'fast': must be a valid number"),
-    (["base.trian.lr=1.0"], "trian: unknown key, did you mean train"),
-    (["base.eval.samples=0"], "needs eval.samples above 0"),
-    (["study.storage=postgresql+psycopg://u:secret@127.0.0.1:1/x"], "cannot open 127.0.0.1:1/x"),
-    (["study.storage=postgresql://h:1/x?password=secret"], "cannot open h:1/x|cannot open .*h:1/x"),
-    (["study.storage=mysql://u:sec/secret@h/x"], "study.storage: cannot open h/x"),
-    (["study.storage=/nowhere/study.log"], "study.storage: cannot open /nowhere/study.log"),
-]  # fmt: skip
-
-
-def test_bad_input_of_sweep(sweep_file, tmp_path, capsys, monkeypatch):
-    for more, message in CASES:
-        assert elm.main(["sweep", str(sweep_file), *more]) == 2, message
-        said = capsys.readouterr().err
-        lines = [line for line in said.splitlines() if line.startswith("elm: ")]
-        assert lines and re.search(message, lines[0]), (message, said)
-        assert "Traceback" not in said and "secret" not in said
+def test_bad_input_of_sweep(sweep_file, tmp_path, monkeypatch):
+    for message, *more in (
+        ("space.train.lrr = .*unknown key, did you mean", "space.train.lrr={low=1.0, high=2.0}"),
+        ("space.train.lr = .*low <= high", "space.train.lr={low=2.0, high=1.0}"),
+        ("train.lr = 0.0: must be", "space.train.lr={low=0.0, high=1.0, log=true}"),
+        ("space.model.dropout = .*low > 0", "space.model.dropout={low=0.0, high=0.5, log=true}"),
+        ("space.train.lr = .*missing .* 'high'", "space.train.lr={low=1.0}"),
+        ("space.train.lr = .*lg", "space.train.lr={low=1.0, high=2.0, lg=true}"),
+        ("train.batch_size = 'a': must be a valid integer", "space.train.batch_size=['a', 4]"),
+        ("train.batch_size = 0.5: must be a", "space.train.batch_size={low=0.5, high=4.0}"),
+        ("must be choices in a list, or {low, high}", "space.train.batch_size=4"),
+        ("space.data.tasks = .*must be choices", "space.data.tasks=[['summary']]"),
+        ("space.eval.samples: is set by the sweep itself", "space.eval.samples=[1, 2]"),
+        ("space.train.seed: is set by the sweep itself", "space.train.seed={low=1, high=2}"),
+        ("studdy: unknown key, did you mean study", "studdy.trials=3"),
+        ("base = 3: must be a table", "base=3"),
+        ("train_embeddings.safetensors: there is no", "base.data.dir=/nowhere"),
+        ("nowhere.toml: No such file", "base.config=nowhere.toml"),
+        ("train.lr = 'fast': must be a valid number", "base.train.lr=fast"),
+        ("needs eval.samples above 0", "base.eval.samples=0"),
+        ("open 127.0.0.1:1/x", "study.storage=postgresql+psycopg://u:secret@127.0.0.1:1/x"),
+        ("cannot open .*h:1/x", "study.storage=postgresql://h:1/x?password=secret"),
+        ("study.storage: cannot open h/x", "study.storage=mysql://u:sec/secret@h/x"),
+        ("cannot open /nowhere/study.log", "study.storage=/nowhere/study.log"),
+    ):  # fmt: skip
+        assert "secret" not in refused(message, "sweep", sweep_file, *more)
     several = ["space.train.lrr=[1]", "space.model.dropout=[2.0]"]
-    assert elm.main(["sweep", str(sweep_file), *several]) == 2
-    said = capsys.readouterr().err
-    assert all(key in said for key in ("space.train.lrr", "space.model.dropout"))
+    code, said = command("sweep", sweep_file, *several)
+    assert code == 2 and "space.train.lrr" in said and "space.model.dropout" in said
     assert not list(tmp_path.glob("out/trial*"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert elm.main(["sweep", str(sweep_file)]) == 2
-    assert "a worker is one process" in capsys.readouterr().err
-    monkeypatch.delenv("WORLD_SIZE")
-    assert elm.main(["sweep", str(sweep_file), "study.trials=1", "study.repeat_best=0"]) == 0
-    capsys.readouterr()
-    for more, key in (("space.model.hidden_dim=[8]", "space.model.hidden_dim"),
-                      ("base.train.weight_decay=0.5", "base.train.weight_decay")):  # fmt: skip
-        assert elm.main(["sweep", str(sweep_file), more]) == 2
-        assert f"small exists with another {key};" in capsys.readouterr().err
-    assert elm.main(["sweep", str(sweep_file), "study.name=other"]) == 2
-    assert "holds trials of another study" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        refused("a worker is one process", "sweep", sweep_file)
+    assert command("sweep", sweep_file, "study.trials=1", "study.repeat_best=0")[0] == 0
+    for more in ("space.model.hidden_dim=[8]", "base.train.weight_decay=0.5"):
+        refused(f"small exists with another {more.split('=')[0]};", "sweep", sweep_file, more)
+    refused("holds trials of another study", "sweep", sweep_file, "study.name=other")
 
 
 # -----------------------------------------------------------------------------
@@ -283,9 +259,7 @@ def postgres():
     if os.getuid() == 0:  # it refuses to run as root
         shutil.chown(folder, "nobody")
         as_user = dict(user="nobody")
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def tool(name, *arguments):
         subprocess.run([found[-1].parent / name, "-D", folder / "db", *arguments], check=True,

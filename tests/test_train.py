@@ -11,6 +11,7 @@ from conftest import (
     RT,
     command,
     go,
+    limit_memory,
     make_data,
     make_llm,
     read_jsonl,
@@ -25,7 +26,6 @@ from naive import naive_step, token_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torture import check_same, same_tree
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 import elm
 
@@ -367,14 +367,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
 
 
 def test_out_of_memory_in_the_loop_names_the_lines_to_change(settings, tmp_path, monkeypatch):
-    forward = Qwen3MLP.forward
-
-    def limited(self, x):
-        if torch.is_grad_enabled() and x.shape[1] > 100:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(self, x)
-
-    monkeypatch.setattr(Qwen3MLP, "forward", limited)
+    limit_memory(monkeypatch, 100)
     code, said = command(NO_TABLES, *settings)
     assert code == 2 and not list((tmp_path / "out").glob("checkpoint*"))
     for line in ("model.grad_checkpoint = true", "data.max_seq_length = ", "zero_stage = 3"):

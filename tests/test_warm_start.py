@@ -8,13 +8,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import make_data, read_jsonl, rows_path, write_rows
+from conftest import RT, go, make_data, read_jsonl, rows_path, write_rows
 from naive import naive_ridge
-from test_train import final_state, go, parts_of, same_tree
+from test_train import final_state, parts_of, same_tree
 
 import elm
-
-RT = elm.Runtime()
 
 
 def naive_targets(split, model, tokens):
