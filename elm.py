@@ -219,9 +219,9 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     matches = matches or difflib.get_close_matches(name, names, 1, cutoff=0.75)
     return f", did you mean {' or '.join(matches)}?" if matches else ""
 
-def build(kind: type[Table], tables: dict, prefix: str = "", overridden: Iterable = ()) -> Any:
+def build(kind: type[Table], tables: dict, prefix: str = "") -> Any:
     """Nested dicts as a model. Raises: UserError with one line for each error, all at once, after
-    `prefix`, or after "override: " for a key among `overridden`."""
+    `prefix`."""
     try:
         return kind.model_validate(tables)
     except pydantic.ValidationError as e:
@@ -234,9 +234,7 @@ def build(kind: type[Table], tables: dict, prefix: str = "", overridden: Iterabl
                 "extra_forbidden": f"{key}: unknown key{did_you_mean(key, known)}",
                 "value_error": f"{key}.{message.removeprefix('Value error, ')}".lstrip("."),
                 }.get(error["type"], f"{key} = {error['input']!r}: {message}")
-        is_override = any(f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")
-                          for name in overridden)
-        lines.append(f"{'override: ' if is_override else prefix}{line}")
+        lines.append(f"{prefix}{line}")
     raise UserError("\n".join(lines))
 
 def read_override(text: str) -> tuple[str, Any]:
@@ -273,8 +271,8 @@ def load_config(path: str | None = None, overrides: Iterable[str] = (),
                 kind: type[Config] = Config) -> Any:
     """The config of a TOML file (none: the defaults) under `section.key=value` overrides, see
     read_override. Raises: UserError with one line for each error."""
-    over = dict(map(read_override, overrides))
-    return build(kind, read_toml(path, over), f"{path or 'config'}: ", over)
+    tables = read_toml(path, dict(map(read_override, overrides)))
+    return build(kind, tables, f"{path}: " if path else "")
 
 def parse_options(kind: type[Table], arguments: list[str]) -> Any:
     """`key=value` arguments as a model. Raises: UserError with one line for each error."""
@@ -1592,18 +1590,12 @@ def fits_memory(elm: ELM, num_tokens: int, longest: int, terms: dict[str, Term],
     torch.cuda.empty_cache()
     return not rt.sum(failed).item()
 
-def changes(old: dict, new: dict) -> str:
-    """What differs between the settings of a checkpoint and of this run, a line each."""
-    old, new = flat(old), flat(new)
-    return "".join(f"\n  {k} = {new.get(k)}, was {old.get(k)}" for k in old | new
-                   if old.get(k) != new.get(k) and k not in ("train.resume", "output.dir"))
-
 def finished_report(saved: dict, cfg: Config, total: int) -> dict | None:
     """The report of a run that has nothing left to do."""
     path, state = Path(cfg.output.dir, "eval.json"), saved["state"]
     unchanged = saved["config"]["model"] == cfg.tables()["model"]
     if unchanged and state.ended(total, cfg.train.patience) and path.exists():
-        with suppress(ValueError, TypeError, LookupError):  # else the report is written again
+        with suppress(ValueError, TypeError, LookupError, RecursionError):  # else it is repeated
             report = json.loads(path.read_bytes())
             return report if report["step"] == state.step else None
 
@@ -1753,10 +1745,8 @@ def train(cfg: Config, trial: Any = None) -> dict:
     eval_steps = math.ceil(total / 4) if trial else c.eval_steps
     if trial:
         trial.set_user_attr("eval_steps", eval_steps)
-    tables = cfg.tables() | {"rows": {"train": len(source.rows)}}
-    changed = changes(saved["config"], tables) if saved else ""
     if saved and (finished := finished_report(saved, cfg, total)):
-        rt.log(f"{folder} holds a finished run of {state.step} steps; nothing to do{changed}")
+        rt.log(f"{folder} holds a finished run of {state.step} steps; nothing to do")
         return finished
     get_llm = sweep_llm if trial else load_llm
     llm = get_llm(cfg.model.llm, rt.device, cfg.model.bf16, options=cfg.deepspeed)
@@ -1766,7 +1756,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
     locks: list = []  # of output.dir, held until the end
     rt.on_first(lambda: locks.append(open_folder(cfg, state)))
     log = Log(cfg, state, total, rt)
-    rt.log(f"resumed after step {state.step}{changed}" if saved else
+    rt.log(f"resumed after step {state.step}" if saved else
            f"{total} steps of {size} rows, {c.warmup_steps} of warm-up")
     if 0 < total <= c.warmup_steps:
         warn(f"train.warmup_steps = {c.warmup_steps}: no shorter than the run of {total} steps")
@@ -1783,7 +1773,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
         rt.on_first(lambda: save_checkpoint(
             folder / f"checkpoint_{name}.pt", state=dataclasses.asdict(state), adapter=weights,
             optimizer=optimizer.state_dict(), probe=probe and tuple(probe), identity=identity,
-            config=tables, prompt=source.prompt.text))
+            config=cfg.tables(), prompt=source.prompt.text))
 
     def validate() -> None:
         scored = trial is not None and 0 < state.step < total
@@ -2418,7 +2408,7 @@ def load_sweep(path: str, overrides: list[str]) -> Sweep:
     """A sweep file under overrides. Both ends of each range and each choice are checked as settings
     of a training. Raises: UserError with one line for each mistake."""
     over = {key.replace('"', ""): value for key, value in map(read_override, overrides)}
-    file = build(SweepFile, read_toml(None, flat(read_toml(path, {})) | over), f"{path}: ", over)
+    file = build(SweepFile, read_toml(None, flat(read_toml(path, {})) | over), f"{path}: ")
     base, space, errors = flat(file.base), flat(file.space), []
     own = file.model_dump(include={"wandb", "output"}, exclude_unset=True)
     base = flat(read_toml(str(base.pop("config", "train.toml")), {})) | base | flat(own)

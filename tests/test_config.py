@@ -59,7 +59,7 @@ def test_config_survives_its_own_toml(tmp_path):
         ("deepspeed.zero_stag=2", ["deepspeed.zero_stag: unknown", "did you mean zero_stage?"]),
         ("deepspeed.zero_optmization.x=3", ["did you mean zero_optimization?"]),
         ("model=3", ["model = 3: must be a table"]),
-        ("model={hiden_dim=3}", ["override: model.hiden_dim", "did you mean model.hidden_dim?"]),
+        ("model={hiden_dim=3}", ["model.hiden_dim", "did you mean model.hidden_dim?"]),
         ('output.dir="a\\u0000b"', ["output.dir = 'a\\x00b': must match pattern"]),
         ("train.lr", ["section.key=value"]),
         ("train.lr.x.y=1", ["train.lr"]),
@@ -80,10 +80,10 @@ def test_all_mistakes_are_told_each_with_where_it_stands(tmp_path):
     with pytest.raises(elm.UserError) as e:
         elm.load_config(str(path), ["train.lr=fast", "data.tasks=nope", "data.dirr=x"])
     assert str(e.value).splitlines() == [
-        "override: data.tasks = 'nope': must be a list, in quotes on the command line",
-        "override: data.dirr: unknown key, did you mean data.dir?",
+        f"{path}: data.tasks = 'nope': must be a list, in quotes on the command line",
+        f"{path}: data.dirr: unknown key, did you mean data.dir?",
         f"{path}: train.epochs = 0: must be greater than 0",
-        "override: train.lr = 'fast': must be a valid number",
+        f"{path}: train.lr = 'fast': must be a valid number",
     ]
 
 

@@ -179,7 +179,7 @@ def test_resume_of_a_finished_run_is_a_no_op(settings, capsys):
     again, _ = go(settings, "train.resume=auto", "train.seed=7")
     out = capsys.readouterr().out
     assert again == result and snapshot(folder) == before
-    assert "nothing to do" in out and "train.seed = 7, was 42" in out
+    assert "nothing to do" in out
 
 
 def test_a_report_that_is_missing_or_damaged_is_made_again(settings):
@@ -193,15 +193,11 @@ def test_a_report_that_is_missing_or_damaged_is_made_again(settings):
         assert again == result and (folder / "eval.json").read_bytes() == wanted
 
 
-def test_a_longer_run_goes_on_from_the_final_checkpoint(settings, capsys):
+def test_a_longer_run_goes_on_from_the_final_checkpoint(settings):
     _, folder = go(settings)
     old = (folder / "eval.json").read_bytes()
-    capsys.readouterr()
     longer = ["train.resume=auto", "train.max_steps=8", "train.lr=1e-3"]
     result, _ = go(settings, *longer)
-    out = capsys.readouterr().out
-    assert "train.lr = 0.001, was 0.01" in out and "train.max_steps = 8, was 6" in out
-    assert "train.seed" not in out
     assert result["step"] == 8 and steps_of(folder) == [1, 2, 3, 4, 5, 6, 7, 8]
     (folder / "eval.json").write_bytes(old)  # as if killed before the report of step 8
     assert go(settings, *longer)[0] == result
