@@ -10,6 +10,7 @@ text that it sees only as a vector. The adapter is all that is trained.
     python elm.py eval train.toml adapter=PATH output.dir=NEW           a report on any adapter
     python elm.py generate adapter=PATH embeddings=FILE query="…"       answers about vectors
     python elm.py embed texts.jsonl out.safetensors   vectors of texts
+    python elm.py synthesize texts.jsonl data/mine    rows, vectors and splits, ready for train
     python elm.py filter train.toml OUT 'data.tasks=["summary"]'        a data set of some tasks
     python elm.py sweep sweep.toml                    Optuna; again or elsewhere, one more worker
 
@@ -28,6 +29,7 @@ import dataclasses
 import difflib
 import fcntl
 import hashlib
+import http.client
 import importlib
 import inspect
 import io
@@ -44,6 +46,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import urllib.request
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -84,6 +87,7 @@ class UserError(ValueError):
 TASKS = ("keywords", "category", "questions", "summary", "describe", "explain_beginner",
          "explain_expert", "related_topics", "characteristics_pos", "characteristics_neg",
          "style_academic", "style_casual", "counterfactual")
+MORE_TASKS = ("reconstruct",)  # known as well, used where data.tasks names them
 REMOVED_TASKS = ("compare", "hypothetical")  # pair tasks of older data sets: skipped and counted
 RESERVED_KEYS = (  # of DeepSpeed's config
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -436,12 +440,14 @@ def check_new(*paths: Path) -> None:
 
 def read_ahead(make: Any, keys: Any, threads: int):
     """Yield make(key) for each key, in order, computed in threads up to 2 * threads keys ahead."""
-    keys = iter(keys)
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        pending = deque(pool.submit(make, k) for k in islice(keys, 2 * threads + 1))
+    pool, keys = ThreadPoolExecutor(max(1, threads)), iter(keys)
+    pending = deque(pool.submit(make, k) for k in islice(keys, 2 * threads + 1))
+    try:
         while pending:
             yield pending.popleft().result()
             pending.extend(pool.submit(make, k) for k in islice(keys, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error, what has not begun
 
 # -----------------------------------------------------------------------------
 # Data: rows of text beside a table of vectors
@@ -496,7 +502,8 @@ class Prompt:
             warn(f"{name}: the prompt ends within <think>; model.template.enable_thinking = false?")
         return Prompt(tokenizer, **text)
 
-    def parts(self, query: str) -> list[str]:
+    @staticmethod
+    def parts(query: str) -> list[str]:
         """[text before, text after] the vector. Raises: UserError at several placeholders."""
         before, placeholder, after = check_query(query).strip().partition(PLACEHOLDER)
         return [before, after] if placeholder else ["", f"\n{before}"]
@@ -642,7 +649,7 @@ def parse_row(line: bytes, tasks: tuple[str, ...], num_vectors: int) -> Row | No
         raise ValueError(name + error["msg"]) from None
     if row.task_type in REMOVED_TASKS:
         return None
-    if row.task_type not in (known := (*tasks, *TASKS)):
+    if row.task_type not in (known := (*tasks, *TASKS, *MORE_TASKS)):
         raise ValueError(f"unknown task_type {row.task_type!r}{did_you_mean(row.task_type, known)}")
     if row.embedding_file_idx >= num_vectors:
         raise ValueError(f"embedding_file_idx {row.embedding_file_idx} of {num_vectors} vectors")
@@ -1129,29 +1136,37 @@ class ELM(nn.Module):
         """[n, E] or [E], numpy or torch, and one query or n -> n answers; greedy, unless `options`
         of the LLM's own `generate` say otherwise. Raises: UserError."""
         vectors, answers, training = check_vectors(embeddings, self.adapter), [], self.training
-        queries, end = expand(query, len(vectors)), self.prompt.end[-1]
-        own = self.llm.generation_config.eos_token_id  # none, one or several
-        ends = {end, *(own if isinstance(own, list) else [own])} - {None}
-        options = dict(eos_token_id=sorted(ends), pad_token_id=end, do_sample=False) | options
-        if "stop_strings" in options:
-            options["tokenizer"] = self.prompt.tokenizer
-        # Greedy is greedy whatever the LLM's generation_config.json says; sampling is as that says.
-        own, greedy = self.llm.generation_config, transformers.GenerationConfig()
-        config = own if options["do_sample"] else greedy
+        queries = expand(query, len(vectors))
         self.eval()
-        with swapped(self.llm, "generation_config", config):
-            for i in range(0, len(vectors), batch_size):
-                part = slice(i, i + batch_size)
-                prompts = self.prompt_embeds(vectors[part], queries[part])
-                mask = [torch.ones_like(p[:, 0], dtype=torch.long) for p in prompts]
-                left = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-                out = self.llm.generate(inputs_embeds=left(prompts), attention_mask=left(mask),
-                                        max_new_tokens=max_new_tokens,
-                                        synced_gpus=self.lockstep, **options)
-                out = [[*takewhile(lambda t: t not in ends, ids)] for ids in out.tolist()]
-                answers += self.prompt.tokenizer.batch_decode(out, skip_special_tokens=True)
+        for i in range(0, len(vectors), batch_size):
+            part = slice(i, i + batch_size)
+            prompts = self.prompt_embeds(vectors[part], queries[part])
+            answers += [text for text, _ in generate_batch(
+                self.llm, self.prompt, prompts, max_new_tokens, synced_gpus=self.lockstep,
+                **options)]
         self.train(training)
         return answers
+
+def generate_batch(llm: Any, prompt: Prompt, prompts: list[Tensor], max_new_tokens: int,
+                   **options: Any) -> list[tuple[str, bool]]:
+    """n prompts [T, D] of any lengths -> (answer, whether the LLM ended it) of each; greedy, unless
+    `options` of the LLM's own `generate` say otherwise."""
+    end, own = prompt.end[-1], llm.generation_config.eos_token_id  # none, one or several
+    ends = {end, *(own if isinstance(own, list) else [own])} - {None}
+    options = dict(eos_token_id=sorted(ends), pad_token_id=end, do_sample=False) | options
+    if "stop_strings" in options:
+        options["tokenizer"] = prompt.tokenizer
+    # Greedy is greedy whatever the LLM's generation_config.json says; sampling is as that says.
+    greedy = transformers.GenerationConfig()
+    config = llm.generation_config if options["do_sample"] else greedy
+    mask = [torch.ones_like(p[:, 0], dtype=torch.long) for p in prompts]
+    left = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    with swapped(llm, "generation_config", config):
+        out = llm.generate(inputs_embeds=left(prompts), attention_mask=left(mask),
+                           max_new_tokens=max_new_tokens, **options).tolist()
+    kept = [[*takewhile(lambda t: t not in ends, ids)] for ids in out]
+    texts = prompt.tokenizer.batch_decode(kept, skip_special_tokens=True)
+    return [(text, len(a) < len(b)) for text, a, b in zip(texts, kept, out, strict=True)]
 
 def expand(texts: str | list[str], n: int) -> list[str]:
     texts = [texts] * n if isinstance(texts, str) else texts
@@ -2199,24 +2214,26 @@ def write_table(path: Path, shape: tuple[int, int], dtype: torch.dtype, chunks: 
             start += len(chunk)
         save_file({"embeddings": table}, temporary, metadata)
 
-def read_texts(path: Path):
+def read_texts(path: Path, whole: bool = False):
     """The texts of a file of lines, or of a .jsonl of objects with `text`; the line of a text less
-    one is its row in the table of vectors. Raises: UserError naming the line."""
+    one is its row in the table of vectors. `whole`: the objects. Raises: UserError naming the
+    line."""
     number = 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 text = line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n")
+                entry = {"text": text}
                 if text.strip() and path.suffix == ".jsonl":
-                    text = json.loads(text)["text"]
-                text.encode()  # a lone surrogate is a ValueError
+                    entry = {**json.loads(text)}
+                entry["text"].encode()  # a lone surrogate is a ValueError
             except UnicodeError:
                 raise UserError(f"{path}:{number}: not UTF-8") from None
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise UserError(f'{path}:{number}: not of the form {{"text": "…"}}') from None
-            if not text.strip():
+            if not entry["text"].strip():
                 raise UserError(f"{path}:{number}: the text is empty")
-            yield text
+            yield entry if whole else entry["text"]
     if not number:
         raise UserError(f"{path}: is empty")
 
@@ -2227,13 +2244,15 @@ def blocks_folder(o: EmbedOptions, texts: Path, out: Path, block: int) -> Path:
     key = hashlib.sha256(repr((o, block, stats)).encode()).hexdigest()[:12]
     return out.with_name(f".{out.name}.{key}.tmp")
 
-def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> None:
+def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024,
+               key: str = "model") -> None:
     """Embed a file of texts into a safetensors table [N, width] fp32. Each block of texts is saved
-    to a hidden folder first, so that the same command resumes after a kill. Raises: UserError."""
+    to a hidden folder first, so that the same command resumes after a kill. Raises: UserError,
+    which calls the model `key`."""
     check_new(out)
     check_file(texts)
     num = sum(1 for _ in read_texts(texts))
-    model = load_embedder(o.model, o.bf16, "model", o.max_tokens)
+    model = load_embedder(o.model, o.bf16, key, o.max_tokens)
     folder = blocks_folder(o, texts, out, block)
     with writing(folder):
         folder.mkdir(exist_ok=True)
@@ -2247,7 +2266,7 @@ def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> No
                 vectors = embed_texts(model, batch, find_device(), batch_size=o.batch_size,
                                       prompt=prompt if o.instruction else None)
                 if invalid_rows(vectors).any():
-                    raise UserError(f"model: {o.model} makes vectors that are zero or not finite; "
+                    raise UserError(f"{key}: {o.model} makes vectors that are zero or not finite; "
                                     "bf16=false?")
                 write_table(path, vectors.shape, vectors.dtype, [vectors])
             bar.update(len(batch))
@@ -2369,6 +2388,224 @@ def generate(o: GenerateOptions) -> None:
         out.flush()
         bar.update(len(batch))
     bar.close()
+
+# -----------------------------------------------------------------------------
+# Synthesis: rows, vectors and splits from texts
+
+QUERIES = {task: queries.split("|") for task, queries in dict(
+    keywords="List five keywords.|Which five key terms fit it?|Name the five main terms in it.",
+    category="Name its category briefly.|Which field is it from?|What is it, in a few words?",
+    questions="Ask a question that it answers.|What does it ask?|Which question is behind it?",
+    summary="Summarize it in two sentences.|Summarize it in a sentence.|Say it in 20 words.",
+    describe="Describe it in two sentences.|What is it about, briefly?|Describe it in a sentence.",
+    explain_beginner="Explain it to a child in two sentences.|Explain it simply.|Say it plainly.",
+    explain_expert="Explain it to an expert in two sentences.|Put it technically.|Be technical.",
+    related_topics="Name five related topics.|Which five topics are near?|What is next to read?",
+    characteristics_pos="Name its strengths in two sentences.|What is good about it?|Praise it.",
+    characteristics_neg="Name its weaknesses in two sentences.|What is bad about it?|Criticize it.",
+    style_academic="Say it formally, in two sentences.|Put it as a scholar would.|Be academic.",
+    style_casual="Say it casually, in two sentences.|How would you tell a friend?|Be casual.",
+    counterfactual="Retell it as if about cooking.|As if about sailing.|As if about gardening.",
+    reconstruct="How does it begin?|Repeat its beginning.|Give its first two sentences.").items()}
+PREAMBLE = re.compile(r"(here('s|’s| is| are)|sure|certainly|of course)\b", re.IGNORECASE)
+SPLITS, WAITS = ("train", "val", "test"), (1, 2, 4, 8, 16)  # seconds before a request's next try
+Query = Annotated[str, pydantic.AfterValidator(check_query)]
+QueryFile = Annotated[dict[str, list[Query]], pydantic.BeforeValidator(lambda p: read_toml(p, {}))]
+Count = Annotated[PositiveInt, pydantic.BeforeValidator(lambda x: 2**31 if x == "all" else x)]
+Shares = Annotated[tuple[PositiveFloat, PositiveFloat, NonNegativeFloat], FromList]
+
+class SynthesizeOptions(Table):
+    model: PathStr = "Qwen/Qwen3-4B-Instruct-2507"  # that answers: the LLM to be trained for
+    embedder: PathStr = "Qwen/Qwen3-Embedding-4B"
+    endpoint: Annotated[str, Field(pattern="^https?://")] | None = None  # of a server, up to /v1
+    concurrency: PositiveInt = 64  # requests at a time to the server
+    tasks: Count = 6  # of each text, drawn by a hash; or all
+    queries: QueryFile = {}  # a TOML file, task = [queries]: replaces or adds, [] drops
+    reconstruct: Annotated[float, Field(ge=0, le=1)] = 0.3  # share of texts with this task
+    split: Shares = (0.9, 0.05, 0.05)  # shares of train, val and test
+    max_new_tokens: PositiveInt = 256
+    temperature: NonNegativeFloat = 0.0  # 0: greedy
+    seed: Seed = 42
+    bf16: bool = True
+
+def draw(*parts: Any) -> float:
+    """A number in [0, 1) by a hash of `parts`, whatever their case and spaces."""
+    words = unicodedata.normalize("NFKC", " ".join(map(str, parts))).casefold().split()
+    return int(hashlib.sha256(" ".join(words).encode()).hexdigest()[:13], 16) / 2**52
+
+def split_texts(path: Path, shares: tuple[float, ...]) -> dict[str, str]:
+    """{text: its split}, sorted, of a file; texts that differ in case and spaces alone are one. The
+    split is the given one, or drawn by the group or else the text. Raises: UserError."""
+    entries, texts, bounds = {}, {}, np.cumsum(shares)
+    for entry in read_texts(path, whole=True):
+        entry = entry["text"], *(str(entry.get(k) or "") for k in ("group", "split"))
+        key = draw(entry[0])
+        entries[key] = min(entry, entries.get(key, entry))  # whatever the order of the lines
+    for text, group, split in sorted(entries.values()):
+        place = draw(group or text) * bounds[-1]
+        texts[text] = split or SPLITS[np.searchsorted(bounds, place, side="right")]
+    sizes = Counter(texts.values())
+    if min(sizes["train"], sizes["val"]) < 2 or sizes["test"] == 1 or {*sizes} - {*SPLITS}:
+        raise UserError(f"{path}: {dict(sizes)} texts; train and val need two, test two or none")
+    return texts
+
+def draw_rows(o: SynthesizeOptions, text: str) -> list[dict]:
+    """The rows of a text, their responses empty, but for reconstruct's: the first two sentences."""
+    queries = {task: queries for task, queries in (QUERIES | o.queries).items() if queries}
+    tasks = sorted(queries.keys() - {*MORE_TASKS}, key=partial(draw, o.seed, text))[: o.tasks]
+    tasks += queries.keys() & {*MORE_TASKS} if draw(o.seed, text) < o.reconstruct else []
+    choice = {t: queries[t][int(draw(o.seed, t, text) * len(queries[t]))] for t in sorted(tasks)}
+    begin = " ".join(re.split(r"(?<=[.!?])\s+", text.strip())[:2])
+    return [dict(task_type=task, embedding_file_idx=0, query=query, text=text,
+                 response=begin * (task in MORE_TASKS)) for task, query in choice.items()]
+
+@torch.no_grad()
+def ask_llm(o: SynthesizeOptions, llm: Any, prompt: Prompt, rows: list[dict], temperature: float,
+            seed: int) -> list[tuple[str, bool]]:
+    """(answer, whether it is finished) of each row, from one batch of the prompts of the text
+    ceiling: the text stands where the vector will. Raises: UserError if one is too long."""
+    limit = getattr(llm.config.get_text_config(), "max_position_embeddings", 2**31)
+    named = [(f"{row['text'][:50]!r}", Row.model_construct(**row)) for row in rows]
+    examples = tokenize(prompt, named, 0, limit - o.max_new_tokens, "text")
+    ids = [torch.from_numpy(e.ids[: -e.num_labels]).to(llm.device) for e in examples]
+    torch.manual_seed(seed)
+    options = dict(do_sample=True, temperature=temperature) if temperature else {}
+    embeds = list(map(llm.get_input_embeddings(), ids))
+    return generate_batch(llm, prompt, embeds, o.max_new_tokens, **options)
+
+def ask_server(o: SynthesizeOptions, rows: list[dict], temperature: float,
+               seed: int) -> list[tuple[str, bool]]:
+    """As ask_llm, of one row, by an OpenAI-compatible server. 429, 5xx, a broken connection and
+    half an answer are followed by the next try after each of WAITS. Raises: UserError."""
+    ((row,), key), url = (rows, os.environ.get("OPENAI_API_KEY")), f"{o.endpoint}/chat/completions"
+    content = row["text"].join(Prompt.parts(row["query"]))
+    body = dict(model=o.model, messages=[dict(role="user", content=content)], seed=seed,
+                max_tokens=o.max_new_tokens, temperature=temperature)
+    head = {"Content-Type": "application/json"}
+    head |= {"Authorization": f"Bearer {key}"} if key else {}
+    for wait in [*WAITS, None]:
+        try:
+            call = urllib.request.Request(url, json.dumps(body).encode(), head)
+            with urllib.request.urlopen(call, timeout=600) as reply:
+                (choice,) = json.load(reply)["choices"]
+            return [(choice["message"]["content"] or "", choice["finish_reason"] == "stop")]
+        except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError) as e:
+            code, why = getattr(e, "code", 500), repr(e)
+            with suppress(Exception):  # what the server says
+                why += e.read(300).decode(errors="replace")
+        if not wait or code < 500 and code != 429 or "ConnectionRefused" in why:
+            raise UserError(f"endpoint: {url}: {' '.join(why.split())}")
+        time.sleep(wait)
+
+def fault(row: dict, answer: str, finished: bool) -> str:
+    """Why an answer is rejected, or ""."""
+    words, said = (set(re.findall(r"\w+", t.casefold())) for t in (row["text"], answer))
+    copied = len(words & said) > 0.8 * len(words) and not row["task_type"].startswith("style")
+    faults = {"not finished": not finished, "empty": not answer, "copied": copied,
+              "repetitive": repetition(answer) > 0.3, "preamble": PREAMBLE.match(answer)}
+    return next((name for name, found in faults.items() if found), "")
+
+def resume(path: Path, make: Any, keys: list, threads: int):
+    """Yield make(key) for each key, in order. Each is kept as a line of the file `path`, and not
+    made again; a line that a kill tore is cut off."""
+    data = path.read_bytes() if path.exists() else b""
+    with writing(path), open(path, "ab") as f:
+        f.truncate(data.rfind(b"\n") + 1)
+    kept = data.split(b"\n")[:-1]
+    yield from map(json.loads, kept)
+    for value in read_ahead(make, keys[len(kept) :], threads):
+        append(path, json.dumps(value) + "\n")
+        yield value
+
+def answer_rows(o: SynthesizeOptions, engine: tuple, rows: list[dict], attempt: int,
+                path: Path) -> Counter:
+    """Fill in the responses, in blocks that are the same after a kill, kept in the file `path`: the
+    second attempt is at a temperature above 0. Returns how many were rejected, by task and fault.
+    Raises: UserError."""
+    (ask, size, threads), rejected = engine, Counter()
+    rows = sorted((row for row in rows if not row["response"]), key=lambda row: -len(row["text"]))
+    blocks = [rows[i : i + size] for i in range(0, len(rows), size)]
+
+    def make(block: list[dict]) -> list[tuple[str, bool]]:
+        seed = int(draw(o.seed, attempt, *block[0].values()) * 2**31)
+        return ask(block, o.temperature or float(attempt), seed)
+
+    with tqdm(total=len(rows), unit="answer", desc=("answers", "again")[attempt]) as bar:
+        for block, answers in zip(blocks, resume(path, make, blocks, threads), strict=True):
+            for row, (answer, finished) in zip(block, answers, strict=True):
+                why = fault(row, answer.strip(), finished)
+                row["response"] = "" if why else answer.strip()
+                rejected.update([(row["task_type"], why)] if why else [])
+            bar.update(len(block))
+    return rejected
+
+def open_engine(o: SynthesizeOptions) -> tuple[Any, int, int]:
+    """(ask_llm or ask_server, rows that it takes at a time, threads). Raises: UserError."""
+    if o.endpoint:
+        return partial(ask_server, o), 1, o.concurrency
+    prompt = Prompt.from_tokenizer(load_pretrained(transformers.AutoTokenizer, o.model, "model"))
+    llm = load_llm(o.model, find_device(), o.bf16, "model")
+    return partial(ask_llm, o, llm, prompt), ANSWERS_AT_ONCE[llm.device.type], 1
+
+def write_split(o: SynthesizeOptions, work: Path, split: str, texts: list[str],
+                rows: list[dict]) -> Tensor:
+    """Write rows and vectors of a split, one for each text, and return these. Raises: UserError."""
+    table, path = split_paths(DataConfig(dir=str(work / "data")), split)
+    place, listing = {text: i for i, text in enumerate(texts)}, work / f"{split}.jsonl"
+    lines = [json.dumps(row | {"embedding_file_idx": place[row["text"]]}, ensure_ascii=False)
+             for row in rows if row["text"] in place and row["response"]]
+    if not lines:
+        raise UserError(f"model: every answer for {split} was rejected; see {work}")
+    write_text(path, "\n".join(lines) + "\n")
+    if not listing.exists():
+        write_text(listing, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    if not table.exists():
+        options = EmbedOptions(model=o.embedder, bf16=o.bf16)
+        embed_file(options, listing, table, key="embedder")
+    return open_vectors(table)
+
+def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
+    """A data set at `out`, whole or not at all, of the texts of a file: queries about each, the
+    LLM's answers, and vectors. They are kept in a hidden folder first, so that the same command
+    goes on after a kill. Raises: UserError."""
+    check_new(out)
+    texts = split_texts(source, o.split)
+    rows = [row for text in texts for row in draw_rows(o, text)]
+    load_embedder(o.embedder, o.bf16, "embedder", None)  # its errors come first
+    engine = open_engine(o)
+    about = o.model_dump(exclude={"endpoint", "concurrency"}), bool(o.endpoint), texts, QUERIES
+    key = hashlib.sha256(repr(about).encode()).hexdigest()[:12]
+    work = out.with_name(f".{out.name}.{key}.tmp")
+    with writing(work):
+        for folder in ("embeddings", "synthesis"):
+            (work / "data" / folder).mkdir(parents=True, exist_ok=True)
+    with lock(work / ".lock"):
+        check_new(out)  # another process may have finished it since
+        again = answer_rows(o, engine, rows, 0, work / "answers.jsonl")
+        rejected = answer_rows(o, engine, rows, 1, work / "again.jsonl")
+        kept = [row for row in rows if row["response"]]
+        vectors = {split: write_split(o, work, split, [t for t in texts if texts[t] == split], kept)
+                   for split in sorted({*texts.values()}, key=SPLITS.index)}
+        settings = {
+            "model.llm": o.model, "model.bf16": o.bf16, "data.dir": str(out),
+            "data.tasks": sorted({row["task_type"] for row in kept}), "train.lr": 1e-3,
+            "train.warmup_steps": min(100, len(kept) // 100), "eval.embedder": o.embedder,
+            "output.dir": f"runs/{out.name}"}
+        toml = "".join(f"{key} = {to_toml(value)}\n" for key, value in settings.items())
+        write_text(work / "data" / "train.toml", toml)
+        os.replace(work / "data", out)
+        shutil.rmtree(work)
+    for task in settings["data.tasks"]:
+        counts = Counter(texts[row["text"]] for row in kept if row["task_type"] == task)
+        why = ", ".join(f"{n} {why}" for (name, why), n in rejected.items() if name == task)
+        print(f"{task:20}" + "".join(f"{counts[s]:6} {s}" for s in SPLITS), why and f" lost: {why}")
+    seen, *others = vectors.values()
+    near = sum(int(((part @ seen.T).amax(1) > 0.95).sum()) for v in others for part in v.split(64))
+    print(f"{again.total()} answers rejected at first, {rejected.total()} at last; {near} texts of "
+          "val and test within a cosine of .95 of one of train")
+    for row in kept[:: max(1, len(kept) // 3)][:3]:
+        print("", "{task_type}: {query}\n{text}\n    {response}".format(**row), sep="\n")
+    print("", f"{out}/train.toml:", toml, f"next: deepspeed elm.py {out}/train.toml", sep="\n")
 
 # -----------------------------------------------------------------------------
 # Sweep: Optuna over the settings of training, by any number of workers
@@ -2584,7 +2821,7 @@ def run_sweep(sweep: Sweep) -> None:
 # Command line
 
 OPERANDS = dict(train=["TRAIN.TOML"], eval=["TRAIN.TOML"], generate=[], embed=["TEXTS", "OUT"],
-                filter=["TRAIN.TOML", "OUT"], sweep=["SWEEP.TOML"])  # of each command
+                synthesize=["TEXTS", "OUT"], filter=["TRAIN.TOML", "OUT"], sweep=["SWEEP.TOML"])
 
 def start_command(*arguments: str) -> None:
     options = [a for a in arguments if re.match(r"[\w.\"]+\s*=", a)]
@@ -2606,6 +2843,8 @@ def start_command(*arguments: str) -> None:
         generate(parse_options(GenerateOptions, options))
     elif command == "embed":
         embed_file(parse_options(EmbedOptions, options), *map(Path, paths))
+    elif command == "synthesize":
+        synthesize(parse_options(SynthesizeOptions, options), *map(Path, paths))
     elif command == "filter":
         filter_tasks(load_config(paths[0], options).data, Path(paths[1]))
     else:
@@ -2623,7 +2862,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if given else 2
     if {"-h", "--help"} & set(given):
         kinds = dict(eval=(EvalOptions,), generate=(GenerateOptions,), embed=(EmbedOptions,),
-                     sweep=(StudyConfig, "study."))
+                     synthesize=(SynthesizeOptions,), sweep=(StudyConfig, "study."))
         options = list_options(*kinds.get(given[0], (Config,)))
         print(*(f"{name}: {option}" for name, option in options.items()), sep="\n")
         return 0
@@ -2642,7 +2881,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as stopped:
         return stopped.code
     except KeyboardInterrupt:
-        on = "; the same command goes on" if given[0] == "embed" else ""
+        on = "; the same command goes on" if given[0] in ("embed", "synthesize") else ""
         tqdm.write(f"elm: stopped{on}", sys.stderr)
         return 128 + signal.SIGINT
 
