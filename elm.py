@@ -29,7 +29,6 @@ import dataclasses
 import difflib
 import fcntl
 import hashlib
-import http.client
 import importlib
 import inspect
 import io
@@ -56,7 +55,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.metadata import distributions
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -2409,8 +2408,7 @@ QUERIES = {task: queries.split("|") for task, queries in dict(
     reconstruct="How does it begin?|Repeat its beginning.|Give its first two sentences.").items()}
 PREAMBLE = re.compile(r"(here('s|’s| is| are)|sure|certainly|of course)\b", re.IGNORECASE)
 SPLITS, WAITS = ("train", "val", "test"), (1, 2, 4, 8, 16)  # seconds before a request's next try
-Query = Annotated[str, pydantic.AfterValidator(check_query)]
-QueryFile = Annotated[dict[str, list[Query]], pydantic.BeforeValidator(lambda p: read_toml(p, {}))]
+QueryFile = Annotated[dict[str, list[str]], pydantic.BeforeValidator(lambda p: read_toml(p, {}))]
 Count = Annotated[PositiveInt, pydantic.BeforeValidator(lambda x: 2**31 if x == "all" else x)]
 Shares = Annotated[tuple[PositiveFloat, PositiveFloat, NonNegativeFloat], FromList]
 
@@ -2442,8 +2440,8 @@ def split_texts(path: Path, shares: tuple[float, ...]) -> dict[str, str]:
         key = draw(entry[0])
         entries[key] = min(entry, entries.get(key, entry))  # whatever the order of the lines
     for text, group, split in sorted(entries.values()):
-        place = draw(group or text) * bounds[-1]
-        texts[text] = split or SPLITS[np.searchsorted(bounds, place, side="right")]
+        drawn = np.searchsorted(bounds, draw(group or text) * bounds[-1], side="right")
+        texts[text] = split or SPLITS[drawn]
     sizes = Counter(texts.values())
     if min(sizes["train"], sizes["val"]) < 2 or sizes["test"] == 1 or {*sizes} - {*SPLITS}:
         raise UserError(f"{path}: {dict(sizes)} texts; train and val need two, test two or none")
@@ -2460,38 +2458,35 @@ def draw_rows(o: SynthesizeOptions, text: str) -> list[dict]:
                  response=begin * (task in MORE_TASKS)) for task, query in choice.items()]
 
 @torch.no_grad()
-def ask_llm(o: SynthesizeOptions, llm: Any, prompt: Prompt, rows: list[dict], temperature: float,
-            seed: int) -> list[tuple[str, bool]]:
+def ask_llm(o: SynthesizeOptions, llm: Any, prompt: Prompt, rows: list, **options: Any) -> list:
     """(answer, whether it is finished) of each row, from one batch of the prompts of the text
     ceiling: the text stands where the vector will. Raises: UserError if one is too long."""
     limit = getattr(llm.config.get_text_config(), "max_position_embeddings", 2**31)
-    named = [(f"{row['text'][:50]!r}", Row.model_construct(**row)) for row in rows]
+    named = [(f"model: {row['text'][:50]!r}", Row.model_construct(**row)) for row in rows]
     examples = tokenize(prompt, named, 0, limit - o.max_new_tokens, "text")
     ids = [torch.from_numpy(e.ids[: -e.num_labels]).to(llm.device) for e in examples]
-    torch.manual_seed(seed)
-    options = dict(do_sample=True, temperature=temperature) if temperature else {}
-    embeds = list(map(llm.get_input_embeddings(), ids))
+    torch.manual_seed(options.pop("seed"))
+    options = dict(do_sample=True, **options) if options["temperature"] else {}
+    embeds = [*map(llm.get_input_embeddings(), ids)]
     return generate_batch(llm, prompt, embeds, o.max_new_tokens, **options)
 
-def ask_server(o: SynthesizeOptions, rows: list[dict], temperature: float,
-               seed: int) -> list[tuple[str, bool]]:
+def ask_server(o: SynthesizeOptions, rows: list, **options: Any) -> list:
     """As ask_llm, of one row, by an OpenAI-compatible server. 429, 5xx, a broken connection and
     half an answer are followed by the next try after each of WAITS. Raises: UserError."""
-    ((row,), key), url = (rows, os.environ.get("OPENAI_API_KEY")), f"{o.endpoint}/chat/completions"
-    content = row["text"].join(Prompt.parts(row["query"]))
-    body = dict(model=o.model, messages=[dict(role="user", content=content)], seed=seed,
-                max_tokens=o.max_new_tokens, temperature=temperature)
-    head = {"Content-Type": "application/json"}
-    head |= {"Authorization": f"Bearer {key}"} if key else {}
+    prompt, url = rows[0]["text"].join(Prompt.parts(rows[0]["query"])), f"{o.endpoint}/chat/"
+    body = dict(model=o.model, messages=[dict(role="user", content=prompt)],
+                max_tokens=o.max_new_tokens, **options)
+    head = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
+            "Content-Type": "application/json"}
+    call = urllib.request.Request(f"{url}completions", json.dumps(body).encode(), head)
     for wait in [*WAITS, None]:
         try:
-            call = urllib.request.Request(url, json.dumps(body).encode(), head)
             with urllib.request.urlopen(call, timeout=600) as reply:
                 (choice,) = json.load(reply)["choices"]
             return [(choice["message"]["content"] or "", choice["finish_reason"] == "stop")]
-        except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError) as e:
+        except Exception as e:  # a server can answer anything
             code, why = getattr(e, "code", 500), repr(e)
-            with suppress(Exception):  # what the server says
+            with suppress(Exception):  # what it says
                 why += e.read(300).decode(errors="replace")
         if not wait or code < 500 and code != 429 or "ConnectionRefused" in why:
             raise UserError(f"endpoint: {url}: {' '.join(why.split())}")
@@ -2501,67 +2496,61 @@ def fault(row: dict, answer: str, finished: bool) -> str:
     """Why an answer is rejected, or ""."""
     words, said = (set(re.findall(r"\w+", t.casefold())) for t in (row["text"], answer))
     copied = len(words & said) > 0.8 * len(words) and not row["task_type"].startswith("style")
-    faults = {"not finished": not finished, "empty": not answer, "copied": copied,
-              "repetitive": repetition(answer) > 0.3, "preamble": PREAMBLE.match(answer)}
+    faults = {"not finished": not finished, "empty": not answer.strip(), "copied": copied,
+              "repetitive": repetition(answer) > 0.3, "preamble": PREAMBLE.match(answer.strip())}
     return next((name for name, found in faults.items() if found), "")
 
-def resume(path: Path, make: Any, keys: list, threads: int):
-    """Yield make(key) for each key, in order. Each is kept as a line of the file `path`, and not
-    made again; a line that a kill tore is cut off."""
-    data = path.read_bytes() if path.exists() else b""
-    with writing(path), open(path, "ab") as f:
-        f.truncate(data.rfind(b"\n") + 1)
-    kept = data.split(b"\n")[:-1]
-    yield from map(json.loads, kept)
-    for value in read_ahead(make, keys[len(kept) :], threads):
-        append(path, json.dumps(value) + "\n")
-        yield value
+def answer_rows(o: SynthesizeOptions, ask: Any, rows: list[dict], attempt: int = 0) -> list:
+    """[answer, its fault or ""] of each row; rejected ones are asked for once more, with another
+    seed and a temperature above 0. Raises: UserError."""
+    seed = int(draw(o.seed, attempt, *rows[0].values()) * 2**31)
+    answers = ask(rows, seed=seed, temperature=o.temperature or float(attempt))
+    faults = [fault(row, *answer) for row, answer in zip(rows, answers, strict=True)]
+    result = [[answer.strip(), why] for (answer, _), why in zip(answers, faults, strict=True)]
+    rejected = [i for i, why in enumerate(faults) if why]
+    if rejected and not attempt:
+        again = answer_rows(o, ask, [rows[i] for i in rejected], 1)
+        result = [again.pop(0) if why else [answer, why] for answer, why in result]
+    return result
 
-def answer_rows(o: SynthesizeOptions, engine: tuple, rows: list[dict], attempt: int,
-                path: Path) -> Counter:
-    """Fill in the responses, in blocks that are the same after a kill, kept in the file `path`: the
-    second attempt is at a temperature above 0. Returns how many were rejected, by task and fault.
-    Raises: UserError."""
-    (ask, size, threads), rejected = engine, Counter()
+def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:
+    """Set the empty responses, by blocks. Each block's answers become a line of the file `path`, so
+    that a later call asks for the missing ones only. Returns how many answers were left out, by
+    (task, fault). Raises: UserError."""
+    ask, size, threads, lost = partial(ask_server, o), 1, o.concurrency, Counter()
+    if not o.endpoint:
+        tokenizer = load_pretrained(transformers.AutoTokenizer, o.model, "model")
+        llm = load_llm(o.model, find_device(), o.bf16, "model")
+        ask = partial(ask_llm, o, llm, Prompt.from_tokenizer(tokenizer))
+        size, threads = ANSWERS_AT_ONCE[llm.device.type], 1
     rows = sorted((row for row in rows if not row["response"]), key=lambda row: -len(row["text"]))
     blocks = [rows[i : i + size] for i in range(0, len(rows), size)]
+    kept = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
+    write_text(path, "".join(f"{line}\n" for line in kept))  # without one that a kill tore
+    made = read_ahead(partial(answer_rows, o, ask), blocks[len(kept) :], threads)
+    with tqdm(total=len(rows), unit="answer") as bar:
+        for i, answers in enumerate(chain(map(json.loads, kept), made)):
+            if i >= len(kept):
+                append(path, json.dumps(answers) + "\n")
+            for row, (answer, why) in zip(blocks[i], answers, strict=True):
+                row["response"] = "" if why else answer
+                lost.update([(row["task_type"], why)] if why else [])
+            bar.update(len(answers))
+    return lost
 
-    def make(block: list[dict]) -> list[tuple[str, bool]]:
-        seed = int(draw(o.seed, attempt, *block[0].values()) * 2**31)
-        return ask(block, o.temperature or float(attempt), seed)
-
-    with tqdm(total=len(rows), unit="answer", desc=("answers", "again")[attempt]) as bar:
-        for block, answers in zip(blocks, resume(path, make, blocks, threads), strict=True):
-            for row, (answer, finished) in zip(block, answers, strict=True):
-                why = fault(row, answer.strip(), finished)
-                row["response"] = "" if why else answer.strip()
-                rejected.update([(row["task_type"], why)] if why else [])
-            bar.update(len(block))
-    return rejected
-
-def open_engine(o: SynthesizeOptions) -> tuple[Any, int, int]:
-    """(ask_llm or ask_server, rows that it takes at a time, threads). Raises: UserError."""
-    if o.endpoint:
-        return partial(ask_server, o), 1, o.concurrency
-    prompt = Prompt.from_tokenizer(load_pretrained(transformers.AutoTokenizer, o.model, "model"))
-    llm = load_llm(o.model, find_device(), o.bf16, "model")
-    return partial(ask_llm, o, llm, prompt), ANSWERS_AT_ONCE[llm.device.type], 1
-
-def write_split(o: SynthesizeOptions, work: Path, split: str, texts: list[str],
-                rows: list[dict]) -> Tensor:
-    """Write rows and vectors of a split, one for each text, and return these. Raises: UserError."""
+def write_split(o: SynthesizeOptions, work: Path, split: str, texts: list, rows: list) -> Tensor:
+    """Write the rows and vectors of a split of `texts`; returns the vectors. Raises: UserError."""
     table, path = split_paths(DataConfig(dir=str(work / "data")), split)
     place, listing = {text: i for i, text in enumerate(texts)}, work / f"{split}.jsonl"
-    lines = [json.dumps(row | {"embedding_file_idx": place[row["text"]]}, ensure_ascii=False)
-             for row in rows if row["text"] in place and row["response"]]
-    if not lines:
-        raise UserError(f"model: every answer for {split} was rejected; see {work}")
-    write_text(path, "\n".join(lines) + "\n")
-    if not listing.exists():
-        write_text(listing, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    rows = [row | dict(embedding_file_idx=place[row["text"]]) for row in rows
+            if row["text"] in place]
+    if not rows:
+        raise UserError(f"model: all answers about {split} were rejected; they are in {work}")
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     if not table.exists():
-        options = EmbedOptions(model=o.embedder, bf16=o.bf16)
-        embed_file(options, listing, table, key="embedder")
+        if not listing.exists():
+            write_text(listing, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+        embed_file(EmbedOptions(model=o.embedder, bf16=o.bf16), listing, table, key="embedder")
     return open_vectors(table)
 
 def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
@@ -2572,7 +2561,6 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
     texts = split_texts(source, o.split)
     rows = [row for text in texts for row in draw_rows(o, text)]
     load_embedder(o.embedder, o.bf16, "embedder", None)  # its errors come first
-    engine = open_engine(o)
     about = o.model_dump(exclude={"endpoint", "concurrency"}), bool(o.endpoint), texts, QUERIES
     key = hashlib.sha256(repr(about).encode()).hexdigest()[:12]
     work = out.with_name(f".{out.name}.{key}.tmp")
@@ -2581,31 +2569,29 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
             (work / "data" / folder).mkdir(parents=True, exist_ok=True)
     with lock(work / ".lock"):
         check_new(out)  # another process may have finished it since
-        again = answer_rows(o, engine, rows, 0, work / "answers.jsonl")
-        rejected = answer_rows(o, engine, rows, 1, work / "again.jsonl")
-        kept = [row for row in rows if row["response"]]
-        vectors = {split: write_split(o, work, split, [t for t in texts if texts[t] == split], kept)
-                   for split in sorted({*texts.values()}, key=SPLITS.index)}
+        lost = fill_rows(o, rows, work / "answers.jsonl")
+        rows = [row for row in rows if row["response"]]
+        train, *others = [write_split(o, work, s, [t for t in texts if texts[t] == s], rows)
+                          for s in SPLITS if s in texts.values()]
         settings = {
             "model.llm": o.model, "model.bf16": o.bf16, "data.dir": str(out),
-            "data.tasks": sorted({row["task_type"] for row in kept}), "train.lr": 1e-3,
-            "train.warmup_steps": min(100, len(kept) // 100), "eval.embedder": o.embedder,
+            "data.tasks": sorted({row["task_type"] for row in rows}), "train.lr": 1e-3,
+            "train.warmup_steps": min(100, len(rows) // 100), "eval.embedder": o.embedder,
             "output.dir": f"runs/{out.name}"}
-        toml = "".join(f"{key} = {to_toml(value)}\n" for key, value in settings.items())
+        toml = "".join(f"{name} = {to_toml(value)}\n" for name, value in settings.items())
         write_text(work / "data" / "train.toml", toml)
         os.replace(work / "data", out)
         shutil.rmtree(work)
-    for task in settings["data.tasks"]:
-        counts = Counter(texts[row["text"]] for row in kept if row["task_type"] == task)
-        why = ", ".join(f"{n} {why}" for (name, why), n in rejected.items() if name == task)
-        print(f"{task:20}" + "".join(f"{counts[s]:6} {s}" for s in SPLITS), why and f" lost: {why}")
-    seen, *others = vectors.values()
-    near = sum(int(((part @ seen.T).amax(1) > 0.95).sum()) for v in others for part in v.split(64))
-    print(f"{again.total()} answers rejected at first, {rejected.total()} at last; {near} texts of "
-          "val and test within a cosine of .95 of one of train")
-    for row in kept[:: max(1, len(kept) // 3)][:3]:
-        print("", "{task_type}: {query}\n{text}\n    {response}".format(**row), sep="\n")
-    print("", f"{out}/train.toml:", toml, f"next: deepspeed elm.py {out}/train.toml", sep="\n")
+    counts = Counter((row["task_type"], texts[row["text"]]) for row in rows)
+    for task in sorted({task for task, _ in [*counts, *lost]}):
+        why = ", ".join(f"{n} {why}" for (name, why), n in lost.items() if name == task)
+        sizes = "".join(f"{counts[task, split]:6} {split}" for split in SPLITS)
+        print(f"{task:20}{sizes}; left out: {why or 0}")
+    near = sum(int(((v @ train.T).amax(1) > 0.95).sum()) for t in others for v in t.split(64))
+    print(f"{near} texts of val and test have a cosine above .95 with one of train")
+    for row in rows[:: max(1, len(rows) // 3)][:3]:
+        print("\n{task_type}: {query}\n{text}\n    {response}".format(**row))
+    print(f"\n{out}/train.toml:\n{toml}\nnext: deepspeed elm.py {out}/train.toml")
 
 # -----------------------------------------------------------------------------
 # Sweep: Optuna over the settings of training, by any number of workers
