@@ -2436,7 +2436,8 @@ def split_texts(path: Path, shares: tuple[float, ...]) -> dict[str, str]:
     split is the given one, or drawn by the group or else the text. Raises: UserError."""
     entries, texts, bounds = {}, {}, np.cumsum(shares)
     for entry in read_texts(path, whole=True):
-        entry = entry["text"], *(str(entry.get(k) or "") for k in ("group", "split"))
+        group, split = ("" if entry.get(k) is None else str(entry[k]) for k in ("group", "split"))
+        entry = entry["text"], group, split
         key = draw(entry[0])
         entries[key] = min(entry, entries.get(key, entry))  # whatever the order of the lines
     for text, group, split in sorted(entries.values()):
