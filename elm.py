@@ -1156,8 +1156,7 @@ def generate_batch(llm: Any, prompt: Prompt, prompts: list[Tensor], max_new_toke
     if "stop_strings" in options:
         options["tokenizer"] = prompt.tokenizer
     # Greedy is greedy whatever the LLM's generation_config.json says; sampling is as that says.
-    greedy = transformers.GenerationConfig()
-    config = llm.generation_config if options["do_sample"] else greedy
+    config = llm.generation_config if options["do_sample"] else transformers.GenerationConfig()
     mask = [torch.ones_like(p[:, 0], dtype=torch.long) for p in prompts]
     left = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
     with swapped(llm, "generation_config", config):
@@ -2407,7 +2406,8 @@ QUERIES = {task: queries.split("|") for task, queries in dict(
     counterfactual="Retell it as if about cooking.|As if about sailing.|As if about gardening.",
     reconstruct="How does it begin?|Repeat its beginning.|Give its first two sentences.").items()}
 PREAMBLE = re.compile(r"(here('s|’s| is| are)|sure|certainly|of course)\b", re.IGNORECASE)
-SPLITS, WAITS = ("train", "val", "test"), (1, 2, 4, 8, 16)  # seconds before a request's next try
+SPLITS = ("train", "val", "test")
+WAITS = (1, 2, 4, 8, 16)  # seconds before the next try of a request
 QueryFile = Annotated[dict[str, list[str]], pydantic.BeforeValidator(lambda p: read_toml(p, {}))]
 Count = Annotated[PositiveInt, pydantic.BeforeValidator(lambda x: 2**31 if x == "all" else x)]
 Shares = Annotated[tuple[PositiveFloat, PositiveFloat, NonNegativeFloat], FromList]
@@ -2415,7 +2415,7 @@ Shares = Annotated[tuple[PositiveFloat, PositiveFloat, NonNegativeFloat], FromLi
 class SynthesizeOptions(Table):
     model: PathStr = "Qwen/Qwen3-4B-Instruct-2507"  # that answers: the LLM to be trained for
     embedder: PathStr = "Qwen/Qwen3-Embedding-4B"
-    endpoint: Annotated[str, Field(pattern="^https?://")] | None = None  # of a server, up to /v1
+    endpoint: Annotated[str, Field(pattern=r"^https?://.*\w$")] | None = None  # a server, to /v1
     concurrency: PositiveInt = 64  # requests at a time to the server
     tasks: Count = 6  # of each text, drawn by a hash; or all
     queries: QueryFile = {}  # a TOML file, task = [queries]: replaces or adds, [] drops
@@ -2461,7 +2461,8 @@ def draw_rows(o: SynthesizeOptions, text: str) -> list[dict]:
 @torch.no_grad()
 def ask_llm(o: SynthesizeOptions, llm: Any, prompt: Prompt, rows: list, **options: Any) -> list:
     """(answer, whether it is finished) of each row, from one batch of the prompts of the text
-    ceiling: the text stands where the vector will. Raises: UserError if one is too long."""
+    ceiling: the text, cut at the LLM's limit, stands where the vector will. Raises: UserError if
+    the limit leaves no room for an answer."""
     limit = getattr(llm.config.get_text_config(), "max_position_embeddings", 2**31)
     named = [(f"model: {row['text'][:50]!r}", Row.model_construct(**row)) for row in rows]
     examples = tokenize(prompt, named, 0, limit - o.max_new_tokens, "text")
@@ -2474,14 +2475,14 @@ def ask_llm(o: SynthesizeOptions, llm: Any, prompt: Prompt, rows: list, **option
 def ask_server(o: SynthesizeOptions, rows: list, **options: Any) -> list:
     """As ask_llm, of one row, by an OpenAI-compatible server. 429, 5xx, a broken connection and
     half an answer are followed by the next try after each of WAITS. Raises: UserError."""
-    prompt, url = rows[0]["text"].join(Prompt.parts(rows[0]["query"])), f"{o.endpoint}/chat/"
-    body = dict(model=o.model, messages=[dict(role="user", content=prompt)],
-                max_tokens=o.max_new_tokens, **options)
+    message = dict(role="user", content=rows[0]["text"].join(Prompt.parts(rows[0]["query"])))
+    body = dict(model=o.model, messages=[message], max_tokens=o.max_new_tokens, **options)
     head = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
             "Content-Type": "application/json"}
-    call = urllib.request.Request(f"{url}completions", json.dumps(body).encode(), head)
+    url, body = f"{o.endpoint}/chat/completions", json.dumps(body).encode()
     for wait in [*WAITS, None]:
         try:
+            call = urllib.request.Request(url, body, head)
             with urllib.request.urlopen(call, timeout=600) as reply:
                 (choice,) = json.load(reply)["choices"]
             return [(choice["message"]["content"] or "", choice["finish_reason"] == "stop")]
