@@ -2390,21 +2390,26 @@ def generate(o: GenerateOptions) -> None:
 # -----------------------------------------------------------------------------
 # Synthesis: rows, vectors and splits from texts
 
-QUERIES = {task: queries.split("|") for task, queries in dict(
-    keywords="List five keywords.|Which five key terms fit it?|Name the five main terms in it.",
-    category="Name its category briefly.|Which field is it from?|What is it, in a few words?",
-    questions="Ask a question that it answers.|What does it ask?|Which question is behind it?",
-    summary="Summarize it in two sentences.|Summarize it in a sentence.|Say it in 20 words.",
-    describe="Describe it in two sentences.|What is it about, briefly?|Describe it in a sentence.",
-    explain_beginner="Explain it to a child in two sentences.|Explain it simply.|Say it plainly.",
-    explain_expert="Explain it to an expert in two sentences.|Put it technically.|Be technical.",
-    related_topics="Name five related topics.|Which five topics are near?|What is next to read?",
-    characteristics_pos="Name its strengths in two sentences.|What is good about it?|Praise it.",
-    characteristics_neg="Name its weaknesses in two sentences.|What is bad about it?|Criticize it.",
-    style_academic="Say it formally, in two sentences.|Put it as a scholar would.|Be academic.",
-    style_casual="Say it casually, in two sentences.|How would you tell a friend?|Be casual.",
-    counterfactual="Retell it as if about cooking.|As if about sailing.|As if about gardening.",
-    reconstruct="How does it begin?|Repeat its beginning.|Give its first two sentences.").items()}
+PHRASINGS = {  # by the length that each query asks for
+    "in two sentences": dict(
+        summary="Summarize it|Give its main points|Say what matters in it",
+        describe="Describe it|Say what it is about|Describe what it treats",
+        explain_beginner="Explain it to a beginner|Explain it simply|Explain it to a child",
+        explain_expert="Explain it to an expert|Give the technical account|Explain it technically",
+        characteristics_pos="Name its strengths|Say what is good about it|Name its merits",
+        characteristics_neg="Name its weaknesses|Say what is bad about it|Name its flaws",
+        style_academic="Rewrite it in academic style|Say it formally|Put it as a scholar would",
+        style_casual="Rewrite it in casual style|Say it casually|Put it as you would to a friend",
+        counterfactual="Retell it as if about cooking|Retell it as if about sailing|"
+                       "Retell it as if about law"),
+    "five at most": dict(
+        keywords="List its keywords|Name its key terms|Give its main terms",
+        questions="Ask questions that it answers|Ask questions about it|List what it asks",
+        related_topics="Name related topics|List topics close to it|Suggest what to read next"),
+    "in a few words": dict(category="Name its category|Say which field it is from|Say what it is"),
+    "word for word": dict(reconstruct="Repeat its beginning|Give its first two sentences")}
+QUERIES = {task: [f"{phrasing}, {length}." for phrasing in phrasings.split("|")]
+           for length, tasks in PHRASINGS.items() for task, phrasings in tasks.items()}
 PREAMBLE = re.compile(r"(here('s|’s| is| are)|sure|certainly|of course)\b", re.IGNORECASE)
 SPLITS = ("train", "val", "test")
 WAITS = (1, 2, 4, 8, 16)  # seconds before the next try of a request
@@ -2485,7 +2490,8 @@ def ask_server(o: SynthesizeOptions, rows: list, **options: Any) -> list:
             call = urllib.request.Request(url, body, head)
             with urllib.request.urlopen(call, timeout=600) as reply:
                 (choice,) = json.load(reply)["choices"]
-            return [(choice["message"]["content"] or "", choice["finish_reason"] == "stop")]
+            text = str(choice["message"]["content"] or "")
+            return [(text, choice["finish_reason"] == "stop")]
         except Exception as e:  # a server can answer anything
             code, why = getattr(e, "code", 500), repr(e)
             with suppress(Exception):  # what it says
