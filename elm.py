@@ -2508,17 +2508,19 @@ def fault(row: dict, answer: str, finished: bool) -> str:
               "repetitive": repetition(answer) > 0.3, "preamble": PREAMBLE.match(answer.strip())}
     return next((name for name, found in faults.items() if found), "")
 
-def answer_rows(o: SynthesizeOptions, ask: Any, rows: list[dict], attempt: int = 0) -> list:
-    """[answer, its fault or ""] of each row; rejected ones are asked for once more, with another
+def answer_rows(o: SynthesizeOptions, ask: Any, rows: list[dict]) -> list[list[str]]:
+    """[answer, its fault or ""] of each row; rejected answers are asked for once more, with another
     seed and a temperature above 0. Raises: UserError."""
-    seed = int(draw(o.seed, attempt, *rows[0].values()) * 2**31)
-    answers = ask(rows, seed=seed, temperature=o.temperature or float(attempt))
-    faults = [fault(row, *answer) for row, answer in zip(rows, answers, strict=True)]
-    result = [[answer.strip(), why] for (answer, _), why in zip(answers, faults, strict=True)]
-    rejected = [i for i, why in enumerate(faults) if why]
-    if rejected and not attempt:
-        again = answer_rows(o, ask, [rows[i] for i in rejected], 1)
-        result = [again.pop(0) if why else [answer, why] for answer, why in result]
+    result, missing = [["", ""] for _ in rows], list(range(len(rows)))
+    for attempt in (0, 1):
+        batch = [rows[i] for i in missing]
+        seed = int(draw(o.seed, attempt, *rows[0].values()) * 2**31)
+        answers = ask(batch, seed=seed, temperature=o.temperature or float(attempt))
+        for i, row, (answer, finished) in zip(missing, batch, answers, strict=True):
+            result[i] = [answer.strip(), fault(row, answer, finished)]
+        missing = [i for i in missing if result[i][1]]
+        if not missing:
+            break
     return result
 
 def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:

@@ -9,7 +9,7 @@ from conftest import ROOT
 import elm
 
 SOURCE = (ROOT / "elm.py").read_text()
-MAX_LINES = 2670  # of elm.py
+MAX_LINES = 2900  # of elm.py
 README = (ROOT / "README.md").read_text()
 
 
@@ -30,7 +30,7 @@ def test_size_of_the_readme():
 def test_sections_in_the_order_of_reading():
     titles = re.findall(r"^# -{77}\n# (\w+)", SOURCE, re.MULTILINE)
     assert titles == ["Config", "Runtime", "Data", "Model", "Losses", "Checkpoint", "Training",
-                      "Evaluation", "Commands", "Sweep", "Command"]  # fmt: skip
+                      "Evaluation", "Commands", "Synthesis", "Sweep", "Command"]  # fmt: skip
 
 
 def test_only_the_loop_is_long():
