@@ -18,6 +18,7 @@ Needs accelerate: pip install ".[bench]".
 """
 
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -38,7 +39,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 import transformers
-from naive import naive_batch, naive_step, token_rows
+from naive import elm_step, naive_batch, naive_step, token_rows
+from torch.utils.benchmark import Timer
 from torch.utils.data import SequentialSampler
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -165,37 +167,24 @@ def peak_tflops(device, dtype) -> float:
     """Measured rate of a large matrix product."""
     n = 8192
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(20):
-        a @ b
-    stop.record()
-    torch.cuda.synchronize()
-    return 20 * 2 * n**3 / (start.elapsed_time(stop) / 1000) / 1e12
+    return 2 * n**3 / Timer("a @ b", globals=dict(a=a, b=b)).timeit(20).mean / 1e12
 
 
-def contestants(cfg, llm, adapters, split, rows, batch_size, budget, recomputed):
-    """{name: step(meter)}, each with its own adapter and AdamW, over the same rows."""
+def contestants(llm, first, split, rows, batch_size, budget, recomputed):
+    """{name: step(meter)}, each with its own copy of an adapter and AdamW, over the same rows."""
     rt = elm.Runtime(0, 1, llm.device)
-    model = elm.ELM(llm, adapters["elm"]).train()
-    terms = elm.loss_terms(cfg.loss, model, None)
+    ours, naive, trainers = (copy.deepcopy(first).to(llm.device) for _ in range(3))
+    model = elm.ELM(llm, ours).train()
     optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=1e-4, fused=True)
     examples = token_rows(split, rows, 1)
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    adam = torch.optim.AdamW(adapters["naive loop"].parameters(), lr=1e-4)
+    adam = torch.optim.AdamW(naive.parameters(), lr=1e-4)
 
     def run_elm(meter):
         elm.recompute_layers(llm, recomputed)
         meter.begin()
-        step = elm.prepare_step(split, budget, rt, (0, len(rows), rows))
-        soft = model(torch.cat([batch["embeddings"] for _, batch in step.micros]))
-        sums, gradient = elm.soft_gradient(model, soft, step.micros, terms, step.counts)
-        optimizer.zero_grad()
-        soft.backward(gradient / step.counts["labels"])
+        loss = elm_step(model, split, rows, budget, rt)[0]
         torch.nn.utils.clip_grad_norm_(model.adapter.parameters(), 1.0)
-        loss = sums[0].item() / step.counts["labels"]  # the wait of a step
         optimizer.step()
         meter.end()
         for m in llm.modules():  # the others share it
@@ -206,8 +195,8 @@ def contestants(cfg, llm, adapters, split, rows, batch_size, budget, recomputed)
         # Checkpointing works in train mode only, which elm denies this LLM; Qwen3 has no dropout.
         torch.nn.Module.train(llm, True)
         meter.begin()
-        loss = naive_step(llm, adapters["naive loop"], batches)[0]
-        torch.nn.utils.clip_grad_norm_(adapters["naive loop"].parameters(), 1.0)
+        loss = naive_step(llm, naive, batches)[0]
+        torch.nn.utils.clip_grad_norm_(naive.parameters(), 1.0)
         adam.step()
         meter.end()
         llm.gradient_checkpointing_disable()
@@ -228,15 +217,11 @@ def contestants(cfg, llm, adapters, split, rows, batch_size, budget, recomputed)
                 save_strategy="no", use_cpu=llm.device.type == "cpu", disable_tqdm=True,
                 logging_strategy="no",
             )  # fmt: skip
-            trainer = InOrder(
-                TrainerModel(llm, adapters["HF Trainer"]),
-                arguments,
-                data_collator=collate,
-                train_dataset=examples,
-                callbacks=[Clock(meter)],
-            )
+            data = dict(data_collator=collate, train_dataset=examples)
+            trainer = InOrder(TrainerModel(llm, trainers), arguments, **data)
+            trainer.add_callback(Clock(meter))
             trainer.remove_callback(PrinterCallback)
-            trainer.train()  # fmt: skip
+            trainer.train()
 
     return {"elm": run_elm, "naive loop": run_naive, "HF Trainer": run_trainer}
 
@@ -273,9 +258,7 @@ def main() -> None:
     shape |= {"vocab_size": a.vocab or shape["vocab_size"]}
     width = shape["hidden_size"]
     bf16 = a.shape != "cpu"
-    more = [f"model.bf16={str(bf16).lower()}", "train.lr=1e-4"]
-    cfg = elm.load_config(None, more)
-    rt = elm.start_runtime(cfg)
+    rt = elm.start_runtime(elm.load_config(None, [f"model.bf16={str(bf16).lower()}"]))
     torch.manual_seed(0)
     with torch.device(rt.device):
         config = Qwen3Config(**shape, tie_word_embeddings=True)
@@ -284,10 +267,6 @@ def main() -> None:
     split = make_split(a.rows, shape["vocab_size"], width, a.prefix, a.seed)
     scale = elm.embedding_scale(llm)[1]
     first = elm.Adapter(width, 4096 * width // 2560, width, scale=scale)
-    adapters = {}
-    for name in ("elm", "naive loop", "HF Trainer"):
-        adapters[name] = elm.Adapter(**first.settings, scale=scale).to(rt.device)
-        adapters[name].load_state_dict(first.state_dict())
     rows = np.arange(a.rows)
     lengths = np.array([len(example.ids) for example in split.made])
     batches = [lengths[i : i + a.batch] for i in range(0, a.rows, a.batch)]
@@ -295,7 +274,7 @@ def main() -> None:
     efficiency, tokens = lengths.sum() / padded, int(lengths.sum())
     budget = a.budget or elm.MICRO_TOKENS[rt.device.type]
     recomputed = shape["num_hidden_layers"] * (a.checkpoint is True)
-    steps = contestants(cfg, llm, adapters, split, rows, a.batch, budget, recomputed)
+    steps = contestants(llm, first, split, rows, a.batch, budget, recomputed)
     meters = {name: Meter(rt.device) for name in steps}
     losses = {}
     for k in range(a.rounds + 1):  # the first one warms up

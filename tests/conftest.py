@@ -56,6 +56,9 @@ def byte_tokenizer(
     )  # fmt: skip
 
 
+PROMPT = elm.Prompt.from_tokenizer(byte_tokenizer())
+
+
 def make_llm(
     folder: Path, kind: str = "qwen3", chat_template: str | None = CHAT, **shape: int
 ) -> Path:
@@ -78,7 +81,9 @@ def make_llm(
     return folder
 
 
-def make_data(folder: Path, num_rows: int = 40, num_vectors: int = 10, width: int = 12) -> Path:
+def make_data(
+    folder: Path, num_rows: int = 40, num_vectors: int = 10, width: int = 12, scale: float = 1.0
+) -> Path:
     """Random rows of all tasks with ragged responses, and random vectors."""
     rng = random.Random(0)
     words = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
@@ -86,7 +91,7 @@ def make_data(folder: Path, num_rows: int = 40, num_vectors: int = 10, width: in
         (folder / sub).mkdir(parents=True, exist_ok=True)
     for seed, split in enumerate(("train", "val", "test")):
         vectors = torch.randn(num_vectors, width, generator=torch.Generator().manual_seed(seed))
-        save_file({"embeddings": vectors}, vectors_path(folder, split))
+        save_file({"embeddings": scale * vectors}, vectors_path(folder, split))
         rows = [
             dict(
                 task_type=elm.TASKS[i % 13],
@@ -131,19 +136,6 @@ def build_elm(llm: Path, split: elm.Split, device="cpu", bf16=False, **settings)
         model, split.statistics, hidden_dim=24, tokens=split.num_soft, **settings
     )
     return elm.ELM(model, adapter.to(device), split.prompt).eval()
-
-
-def elm_step(model, split, rows, budget, rt=RT):
-    """(mean loss, flat adapter gradient, number of micro-batches) of a step, as the loop takes it;
-    beside naive_step."""
-    model.adapter.zero_grad()
-    step = elm.prepare_step(split, budget, rt, (0, len(rows), rows))
-    terms = elm.loss_terms(elm.LossConfig(), model, None)
-    soft = model(torch.cat([batch["embeddings"] for _, batch in step.micros]))
-    (nll, _), gradient = elm.soft_gradient(model, soft, step.micros, terms, step.counts)
-    soft.backward(gradient / step.counts["labels"])
-    gradient = torch.cat([p.grad.flatten() for p in model.adapter.parameters()])
-    return nll.item() / step.counts["labels"], gradient, len(step.micros)
 
 
 def limit_memory(monkeypatch, most: int) -> None:
@@ -221,14 +213,18 @@ def data_dir(tmp_path):
 
 @pytest.fixture
 def settings(llm_dir, data_dir, tmp_path):
+    return make_settings(llm_dir, data_dir, tmp_path / "out")
+
+
+def make_settings(llm: Path, data: Path, out: Path) -> list[str]:
     """Overrides of a run of six steps, two and a half epochs, in less than a second."""
     return [
-        f"model.llm={llm_dir}", "model.hidden_dim=24", "model.bf16=false", f"data.dir={data_dir}",
+        f"model.llm={llm}", "model.hidden_dim=24", "model.bf16=false", f"data.dir={data}",
         "data.max_seq_length=256", "data.num_workers=1", "train.batch_size=16",
         "train.grad_accum=1", "train.max_steps=6", "train.lr=1e-2", "train.warmup_steps=2",
         "train.eval_steps=3", "train.save_steps=2", "train.logging_steps=1", "eval.samples=6",
         "eval.max_new_tokens=5", f"eval.bertscore_model={ROOT / 'data/tiny/scorer'}",
-        f"output.dir={tmp_path / 'out'}",
+        f"output.dir={out}",
     ]  # fmt: skip
 
 

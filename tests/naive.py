@@ -54,6 +54,18 @@ def naive_step(llm, adapter, batches):
     return total, torch.cat([p.grad.flatten() for p in adapter.parameters()])
 
 
+def elm_step(model, split, rows, budget, rt):
+    """(mean loss, flat adapter gradient, number of micro-batches) of a step of elm's loop."""
+    model.adapter.zero_grad()
+    step = elm.prepare_step(split, budget, rt, (0, len(rows), rows))
+    terms = elm.loss_terms(elm.LossConfig(), model, None)
+    soft = model(torch.cat([batch["embeddings"] for _, batch in step.micros]))
+    (nll, _), gradient = elm.soft_gradient(model, soft, step.micros, terms, step.counts)
+    soft.backward(gradient / step.counts["labels"])
+    gradient = torch.cat([p.grad.flatten() for p in model.adapter.parameters()])
+    return nll.item() / step.counts["labels"], gradient, len(step.micros)
+
+
 def naive_ridge(x, y, held):
     """(weights, mean of x, mean of y, the ridge that is best on the rows `held`)."""
     center, mean = x[~held].mean(0), y[~held].mean(0)

@@ -19,9 +19,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from conftest import make_llm
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import elm
+
 WIDTH = 2560
 
 
@@ -31,15 +35,11 @@ def write(folder: Path, num_rows: int, num_vectors: int) -> None:
     for sub in ("embeddings", "synthesis"):
         (folder / sub).mkdir(parents=True)
     for split, rows, vectors in (("train", num_rows, num_vectors), ("val", 64, 64)):
-        header = {"embeddings": dict(dtype="F16", shape=[vectors, WIDTH],
-                                     data_offsets=[0, vectors * WIDTH * 2])}  # fmt: skip
-        header = json.dumps(header).encode()
-        with open(folder / "embeddings" / f"{split}_embeddings.safetensors", "wb") as f:
-            f.write(len(header).to_bytes(8, "little") + header)
-            for start in range(0, vectors, 8192):
-                n = min(8192, vectors - start)
-                f.write(rng.standard_normal((n, WIDTH), np.float32).astype(np.float16).tobytes())
-        with open(folder / "synthesis" / f"{split}_synthesis.jsonl", "w") as f:
+        sizes = [min(8192, vectors - start) for start in range(0, vectors, 8192)]
+        chunks = (torch.randn(n, WIDTH).half() for n in sizes)
+        table, path = elm.split_paths(elm.DataConfig(dir=str(folder)), split)
+        elm.write_table(table, (vectors, WIDTH), torch.float16, chunks)
+        with open(path, "w") as f:
             for i in range(rows):
                 row = dict(task_type="summary", embedding_file_idx=i % vectors,
                            query="Summarize the text.", response=" ".join(rng.choice(words, 12)),

@@ -15,19 +15,6 @@ def script(name, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("prefix", [0, 30])
-def test_data_of_the_benchmark(prefix):
-    import bench
-
-    split = bench.make_split(2000, 100, 8, prefix, seed=0)
-    assert 70 < sorted(e.num_labels for e in split.made)[1000] < 90
-    prompts = [len(e.ids) - e.num_labels for e in split.made]
-    assert min(prompts) == (prefix + 2 if prefix else 10) and max(prompts) == 40
-    starts = {tuple(e.ids[: e.placeholder]) for e in split.made}
-    assert len(starts) == 1 and len(starts.pop()) == (prefix or 3)
-    assert all(len(e.ids) <= 40 + 512 for e in split.made)
-
-
 @pytest.mark.slow
 def test_benchmark_compares_the_same_losses(tmp_path):
     told = script(

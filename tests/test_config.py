@@ -12,32 +12,12 @@ def test_files_load():
     assert elm.load_config(NO_TABLES) == elm.load_config() == elm.Config()
 
 
-def test_config_survives_its_own_toml(tmp_path):
-    overrides = [
-        "train.lr=3e-4",
-        'data.tasks=["summary"]',
-        "model.grad_checkpoint=true",
-        "deepspeed.zero_stage=3",
-        "deepspeed.zero_optimization={contiguous_gradients=false}",
-        "deepspeed.aio.thread_count=2",
-        "model.template.enable_thinking=false",
-        "wandb.run_name=x y",
-    ]
-    cfg = elm.load_config(None, overrides)
-    assert cfg.train.lr == 3e-4 and cfg.data.tasks == ("summary",)
-    assert cfg.deepspeed.model_extra == {"aio": {"thread_count": 2}}
-    path = tmp_path / "again.toml"
-    path.write_text(elm.config_text(cfg))
-    assert elm.load_config(str(path)) == cfg
-
-
 @pytest.mark.parametrize(
     "override, words",
     [
         ("train.learning_rate=1", ["train.learning_rate", "did you mean train.lr?"]),
         ("num_train_epochs=1", ["num_train_epochs: unknown key, did you mean train.epochs?"]),
         ("train.dir=x", ["did you mean data.dir or output.dir?"]),
-        ("modl.llm=x", ["modl", "did you mean model?"]),
         ("model.hiden_dim=8", ["did you mean model.hidden_dim?"]),
         ("train.hidden_dim=8", ["did you mean model.hidden_dim?"]),
         ("eval.embeder=none", ["did you mean eval.embedder?"]),
@@ -57,7 +37,6 @@ def test_config_survives_its_own_toml(tmp_path):
         ("deepspeed.zero_optimization=3", ["deepspeed.zero_optimization = 3: must be a table"]),
         ("deepspeed.zero_optimization.x=3", ["has no effect unless deepspeed.zero_stage = 3"]),
         ("deepspeed.zero_stag=2", ["deepspeed.zero_stag: unknown", "did you mean zero_stage?"]),
-        ("deepspeed.zero_optmization.x=3", ["did you mean zero_optimization?"]),
         ("model=3", ["model = 3: must be a table"]),
         ("model={hiden_dim=3}", ["model.hiden_dim", "did you mean model.hidden_dim?"]),
         ('output.dir="a\\u0000b"', ["output.dir = 'a\\x00b': must match pattern"]),
@@ -85,22 +64,6 @@ def test_all_mistakes_are_told_each_with_where_it_stands(tmp_path):
         f"{path}: train.epochs = 0: must be greater than 0",
         f"{path}: train.lr = 'fast': must be a valid number",
     ]
-
-
-def test_every_key_of_the_contract():
-    """Golden: a key that comes or goes is a change for users, and belongs into the README."""
-    sections = elm.Config.model_fields.keys()
-    assert elm.list_options(elm.Config).keys() - sections == set(
-        """model.llm model.hidden_dim model.tokens model.dropout model.residual_scale
-        model.standardize model.bf16 model.grad_checkpoint model.template data.dir data.tasks
-        data.max_seq_length data.num_workers train.batch_size train.grad_accum train.epochs
-        train.max_steps train.lr train.warmup_steps train.weight_decay train.max_grad_norm
-        train.eval_steps train.save_steps train.logging_steps train.warm_start train.patience
-        train.seed train.resume loss.drift_weight loss.drift_target
-        eval.samples eval.max_new_tokens eval.embedder eval.split eval.bertscore_model
-        eval.bertscore_layers deepspeed.zero_stage deepspeed.zero_optimization wandb.enabled
-        wandb.project wandb.run_name wandb.mode output.dir output.log_file""".split()
-    )
 
 
 @pytest.mark.parametrize(

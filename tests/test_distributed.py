@@ -33,7 +33,8 @@ pytestmark = pytest.mark.slow
 
 
 def launch(folder, *arguments, script=ROOT / "elm.py", processes=2, code=0):
-    """What `script` says when started by the launcher; with all its processes it ends in time."""
+    """What `script` says when started by the launcher; with all its processes it ends in time, with
+    any error if code is None."""
     words = [*deepspeed_launcher(processes), script, *arguments]
     with open(folder / "log", "w") as log:
         job = subprocess.Popen(list(map(str, words)), stdout=log, stderr=log,
@@ -44,7 +45,7 @@ def launch(folder, *arguments, script=ROOT / "elm.py", processes=2, code=0):
             if job.poll() is None:
                 os.killpg(job.pid, signal.SIGKILL)
     said = (folder / "log").read_text()
-    assert ended == code, said[-3000:]
+    assert ended and code is None or ended == code, said[-3000:]
     return said
 
 
@@ -63,7 +64,7 @@ def losses(folder):
 
 def test_processes_and_stages_agree_and_resume_each_other(tmp_path):
     """Losses of 20 steps, adapters, Adam's moments and the report; 4 of the 16 resumes."""
-    n, *worst = torture.stages(torture.small_settings(tmp_path), tmp_path, everything=False)
+    n, *worst = torture.stages(tmp_path, everything=False)
     print(n, worst)
     assert n == 8 and max(worst) < 1e-5
 
@@ -119,19 +120,6 @@ elm.validation_losses, elm.report = start(elm.validation_losses), start(elm.repo
         assert len(numbers) == 6  # two loads, two validations, two reports
         assert (numbers[:, 0] < 0.6).all() and (numbers[:, 1] < 0.75).all()
     assert not list((tmp_path / "extensions").glob("*"))
-
-
-def test_answers_of_unequal_length_under_zero_3(tmp_path):
-    """Two processes that share the LLM out; one that ends earlier must not leave the other."""
-    settings = [ROOT / "train.toml", "train.max_steps=1", "eval.samples=6", "train.save_steps=9",
-                'data.tasks=["keywords", "summary", "category"]', "eval.split=val"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    launch(tmp_path, *settings, f"output.dir={one}", processes=1)
-    launch(tmp_path, *settings, f"output.dir={two}", "deepspeed.zero_stage=3",
-           "deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
-           "train.batch_size=16")
-    said = [[p["prediction"] for p in read_jsonl(f / "predictions.jsonl")] for f in (one, two)]
-    assert said[0] == said[1] and len({len(x.split()) for x in said[0]}) > 2
 
 
 @pytest.mark.parametrize("how", ["hosts", "torchrun"])
@@ -198,35 +186,22 @@ check, elm.check_finite, elm.soft_gradient = elm.check_finite, checked, spoiled
     assert all(same_tree(torch.load(tmp_path / f"left{rank}"), saved) for rank in (0, 1))
 
 
-@pytest.mark.parametrize("how", ["killed", "raises"])
-def test_one_process_that_dies_ends_the_job(settings, tmp_path, how):
-    """Within a minute, its own error before any other's, and no process is left."""
-    script = changed(tmp_path, "def broken(*_): raise ArithmeticError('only process 1 has this')\n"
-                     f"if RANK == '1' and {how == 'raises'}: elm.soft_gradient = broken")
-    metrics, log = tmp_path / "out" / "metrics.jsonl", tmp_path / "log"
-    words = [*deepspeed_launcher(2), script, NO_TABLES, *settings, "train.max_steps=9999",
-             "train.eval_steps=9999", "train.save_steps=9999"]
-    with open(log, "w") as f:
-        job = subprocess.Popen(list(map(str, words)), stdout=f, stderr=f)
-    if how == "killed":
-        torture.until(job, lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 3)
-        (child,) = (p for p in psutil.Process(job.pid).children(recursive=True)
-                    if "--local_rank=1" in p.cmdline())
-        child.send_signal(signal.SIGKILL)
-    else:
-        torture.until(job, lambda: "only process 1 has this" in log.read_text())
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "raise ArithmeticError('only here')"])
+def test_one_process_that_dies_ends_the_job(settings, tmp_path, end):
+    """Soon, its own error before any other's, and no process is left."""
+    script = changed(tmp_path, f"def broken(*_): {end}\nif RANK == '1': elm.soft_gradient = broken")
+    words = [NO_TABLES, *settings, "train.batch_size=8"]
     begin = time.time()
-    assert job.wait(60) != 0
-    said = log.read_text()
-    if how == "raises":
+    said = launch(tmp_path, *words, script=script, code=None)
+    if "raise" in end:
         first = said.index("Traceback")
-        assert said.index("only process 1 has this", first) < said.find("[rank0]: Traceback") % 1e9
+        assert said.index("only here", first) < said.find("[rank0]: Traceback") % 1e9
 
     def left():
         return [p for p in psutil.process_iter(["cmdline"])
                 if str(script) in (p.info["cmdline"] or [])]
 
-    while left() and time.time() - begin < 70:
+    while left() and time.time() - begin < 120:
         time.sleep(0.1)
     assert not left()
 
@@ -274,7 +249,7 @@ def test_traffic_and_offload_of_zero_3(settings, tmp_path):
     parameters few are live before a layer; parameters kept on the CPU train as well."""
     script = changed(tmp_path, f"""
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-gather, counts = PartitionedParameterCoordinator.fetch_sub_module, [0, 0, 0, 0]
+gather, counts = PartitionedParameterCoordinator.fetch_sub_module, [0, 0, 0]
 elm.CHUNK_LOGITS = dict(cpu=3000, cuda=3000)
 llms, load = [], elm.load_llm
 def kept(*arguments, **options):
@@ -284,7 +259,6 @@ elm.load_llm = kept
 def fetch(self, module, *rest, **options):
     live = sum(p.numel() for llm in llms for p in llm.parameters())
     counts[2] = max(counts[2], live if "Layer" in type(module).__name__ else 0)
-    counts[3] += self.is_complete_trace()
     counts[0] += any(p.ds_status.name == "NOT_AVAILABLE" for p in module.parameters(recurse=False)
                      if type(module).__name__ == "Linear" and p.ds_shape[0] == 264)
     return gather(self, module, *rest, **options)
@@ -304,11 +278,10 @@ elm.ELM.lm_head = lm_head
         "stage3_max_reuse_distance = 1000\noffload_param = {device = 'cpu'}\n")
     settings = [*settings, "eval.samples=0", "loss.drift_weight=0.1"]
     launch(tmp_path, config, *settings, "train.batch_size=8", script=script)
-    gathered, chunks, live, prefetching = map(int, (tmp_path / "counts0").read_text().split())
-    print(gathered, chunks, live, prefetching)
+    gathered, chunks, live = map(int, (tmp_path / "counts0").read_text().split())
+    print(gathered, chunks, live)
     assert chunks > 60 and gathered < chunks / 3
     assert live < 0.6 * 24_000  # of which the embeddings, tied to the head, have 8,448
-    assert not prefetching  # as README has it: the trace of modules is never complete
     _, alone = go(settings, f"output.dir={tmp_path / 'alone'}")
     assert losses(tmp_path / "out") == pytest.approx(losses(alone), rel=1e-5)
     a, b = (torch.cat([v.flatten() for v in final_state(f)["adapter"].values()])

@@ -6,18 +6,18 @@ import torch
 from conftest import (
     NO_TABLES,
     build_elm,
-    elm_step,
     go,
     limit_memory,
     make_data,
     make_llm,
     open_train,
 )
-from naive import naive_step, token_rows
+from naive import elm_step, naive_step, token_rows
 from transformers import AutoTokenizer
 
 import elm
 
+CUDA = elm.Runtime(0, 1, torch.device("cuda"))
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
@@ -34,7 +34,7 @@ def parts(tmp_path, kind="qwen3", bf16=True, **shape):
 def test_packed_rows_agree_with_the_naive_reference(tmp_path, kind, head_dim, recomputed):
     """In fp32 by segments to 1e-4, in bf16 by varlen_attn to what bf16 can hold; Gemma's layers
     have sliding windows."""
-    rt, rows = elm.Runtime(0, 1, torch.device("cuda")), np.arange(12)
+    rows = np.arange(12)
     naive, split, folder = parts(tmp_path, kind, False, head_dim=head_dim)
     loss, gradient = naive_step(naive.llm, naive.adapter, [token_rows(split, rows, 2)])
     for bf16, tolerance in ((False, 1e-4), (True, 5e-2)):
@@ -42,7 +42,7 @@ def test_packed_rows_agree_with_the_naive_reference(tmp_path, kind, head_dim, re
         elm.check_llm(model)
         elm.recompute_layers(model.llm, recomputed)
         for budget in (100_000, 150):
-            found, at_adapter, _ = elm_step(model, split, rows, budget, rt)
+            found, at_adapter, _ = elm_step(model, split, rows, budget, CUDA)
             assert abs(found - loss) / loss < tolerance
             assert (at_adapter - gradient).norm() / gradient.norm() < tolerance
 
@@ -50,9 +50,8 @@ def test_packed_rows_agree_with_the_naive_reference(tmp_path, kind, head_dim, re
 def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch):
     """In the gradient of the soft tokens nothing waits; `train` waits where it says so."""
     model, split, _ = parts(tmp_path)
-    rt = elm.Runtime(0, 1, torch.device("cuda"))
-    elm_step(model, split, np.arange(12), 1000, rt)
-    step = elm.prepare_step(split, 1000, rt, (0, 12, np.arange(12)))
+    elm_step(model, split, np.arange(12), 1000, CUDA)
+    step = elm.prepare_step(split, 1000, CUDA, (0, 12, np.arange(12)))
     terms = elm.loss_terms(elm.LossConfig(), model, None)
     soft = model(torch.cat([batch["embeddings"] for _, batch in step.micros]))
     torch.cuda.set_sync_debug_mode("error")
@@ -64,11 +63,10 @@ def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch):
 
 def test_the_trial_pass_needs_what_a_step_needs(tmp_path):
     model, split, _ = parts(tmp_path)
-    rt = elm.Runtime(0, 1, torch.device("cuda"))
     terms = elm.loss_terms(elm.LossConfig(), model, None)
-    assert elm.fits_memory(model, 512, 256, terms, rt)
+    assert elm.fits_memory(model, 512, 256, terms, CUDA)
     hog = torch.empty(int(torch.cuda.mem_get_info()[0] * 0.999), dtype=torch.uint8, device="cuda")
-    assert not elm.fits_memory(model, 2**20, 2**20, terms, rt)
+    assert not elm.fits_memory(model, 2**20, 2**20, terms, CUDA)
     del hog
 
 
@@ -80,13 +78,12 @@ def test_the_plan_is_the_first_that_fits(tmp_path, monkeypatch, limit, setting, 
     model, _, _ = parts(tmp_path)
     overrides = ["data.max_seq_length=256", f"model.grad_checkpoint={elm.to_toml(setting)}"]
     cfg, terms = elm.load_config(None, overrides), elm.loss_terms(elm.LossConfig(), model, None)
-    rt = elm.Runtime(0, 1, torch.device("cuda"))
     limit_memory(monkeypatch, limit)
     if not plan:
         with pytest.raises(torch.OutOfMemoryError):
-            elm.plan_memory(cfg, model, terms, rt)
+            elm.plan_memory(cfg, model, terms, CUDA)
         return
-    budget = elm.plan_memory(cfg, model, terms, rt)
+    budget = elm.plan_memory(cfg, model, terms, CUDA)
     assert (budget, sum("forward" in vars(m) for m in model.llm.modules())) == plan
 
 

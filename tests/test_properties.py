@@ -1,17 +1,21 @@
 """The small functions, on whatever Hypothesis finds."""
 
-import tempfile
 from itertools import islice
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
-import torch
-from conftest import byte_tokenizer, make_data, open_train, read_jsonl, rows_path, write_rows
+from conftest import (
+    PROMPT,
+    byte_tokenizer,
+    make_data,
+    open_train,
+    read_jsonl,
+    rows_path,
+    write_rows,
+)
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_data import PROMPT, decode
 from tokenizers import normalizers
 
 import elm
@@ -49,35 +53,6 @@ def test_step_rows(num_rows, seed, size, epochs):
         epoch, position, _ = steps[done - 1]
         again = next(elm.step_rows(num_rows, seed, size, epoch, position))
         assert again[:2] == steps[done][:2] and (again[2] == steps[done][2]).all()
-
-
-ids = st.lists(st.integers(1, 9), min_size=1, max_size=6)
-
-
-@few
-@given(st.lists(st.tuples(ids, ids, st.integers(1, 6)), min_size=1, max_size=12), st.integers(0, 3))
-def test_collate(made, num_soft):
-    """Each example stands alone in the pack, and its labels are its response."""
-    rows = [before + [0] * num_soft + after + [7] * n for before, after, n in made]
-    examples = [elm.Example(np.array(row), len(before), n, False)
-                for row, (before, _, n) in zip(rows, made, strict=True)]  # fmt: skip
-    vectors = torch.randn(len(made), 2) if num_soft else None
-    batch = elm.collate(examples, vectors, num_soft)
-    assert batch["input_ids"].tolist() == sum(rows, [])
-    assert batch["position_ids"].tolist() == [i for row in rows for i in range(len(row))]
-    assert batch["lengths"] == [len(row) for row in rows]
-    ends = batch["cu_seqlens"]
-    assert ends.tolist() == [0, *np.cumsum(batch["lengths"])] and ends.dtype == torch.int32
-    lasts = [(k, i - 1) for k, e in enumerate(examples, 1)
-             for i in range(ends[k] - e.num_labels, ends[k])]  # fmt: skip
-    assert batch["example_index"].tolist() == [k - 1 for k, _ in lasts]
-    assert batch["logit_positions"].tolist() == [i for _, i in lasts]
-    assert batch["labels"].tolist() == [7] * len(lasts)
-    if num_soft:
-        placed = [ends[k] + e.placeholder + i for k, e in enumerate(examples)
-                  for i in range(num_soft)]  # fmt: skip
-        assert batch["placeholder_positions"].tolist() == placed
-    assert batch["embeddings"] is vectors if num_soft else "embeddings" not in batch
 
 
 def normalizing_tokenizer(normalizer):
@@ -145,17 +120,6 @@ def test_shuffled_vectors(vectors):
     assert all(mapped[v] == o for v, o in zip(vectors, other, strict=True))
 
 
-@few
-@given(st.integers(1, 40), st.integers(1, 30), st.sampled_from([torch.float32, torch.float16,
-                                                                torch.bfloat16]))  # fmt: skip
-def test_table_written_by_chunks_is_a_safetensors_file(num, width, dtype):
-    table = torch.randn(num, width).to(dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "table.safetensors")
-        elm.write_table(path, (num, width), dtype, table.split(7), about="x")
-        assert torch.equal(elm.open_vectors(path), table)
-
-
 anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
 
 
@@ -164,24 +128,10 @@ anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="
     st.sampled_from(elm.TASKS), min_size=1, max_size=5))  # fmt: skip
 @example("\U0001f600 \x7f", "\x7f\u2028\U0001f600", 1e-4, True, ["summary"])
 def test_config_written_and_read_again(llm, project, lr, flag, tasks):
-    tables = dict(model=dict(llm=llm, standardize=flag), train=dict(lr=lr), data=dict(tasks=tasks),
-                  wandb=dict(project=project),
-                  deepspeed=dict(zero_stage=3, own={llm: [lr, flag, {}]}))  # fmt: skip
+    deepspeed = dict(zero_stage=3, own={llm: [lr, flag, {}]}, zero_optimization={"x": {llm: flag}})
+    tables = dict(model=dict(llm=llm, standardize=flag, template={project: lr}),
+                  train=dict(lr=lr), data=dict(tasks=tasks), wandb=dict(project=project),
+                  deepspeed=deepspeed)  # fmt: skip
     cfg = elm.build(elm.Config, tables)
     with mock.patch("shutil.which", return_value=None):  # git, for the commit, takes its time
         assert elm.build(elm.Config, elm.tomllib.loads(elm.config_text(cfg))) == cfg
-
-
-@few
-@given(anything, st.booleans(), anything)
-def test_prompt_parts_keep_the_query(before, slot, after):
-    query = before + elm.PLACEHOLDER * slot + after
-    if query.count(elm.PLACEHOLDER) > 1:
-        with pytest.raises(elm.UserError, match="at most"):
-            PROMPT.parts(query)
-        return
-    parts = PROMPT.parts(query)
-    wanted = query.strip().split(elm.PLACEHOLDER) if slot else ["", "\n" + query.strip()]
-    assert parts == wanted
-    assert all(decode(ids) == p or "\ufffd" in p
-               for ids, p in zip(PROMPT.ids(parts), parts, strict=True))  # fmt: skip

@@ -1,15 +1,10 @@
 """The embedded default: what it is made from, what its models can do, and its run."""
 
 import json
-import random
-import re
 
 import make
 import pytest
-import torch
-import torch.nn.functional as F
 from conftest import ROOT, deepspeed_launcher, read_jsonl, run
-from transformers import AutoTokenizer
 
 import elm
 
@@ -59,64 +54,6 @@ def test_size():
         p for p in TINY.rglob("*") if p.is_file() and not {".cache", "__pycache__"} & set(p.parts)
     ]
     assert sum(p.stat().st_size for p in files) < 12e6
-
-
-def test_embedder_makes_the_shipped_vectors():
-    """Last-token pooling at <|endoftext|>, which the tokenizer appends, and unit norm."""
-    seen = {r["embedding_file_idx"]: r["text"] for r in rows("val")}
-    shipped = elm.open_vectors(TINY / "embeddings" / "val_embeddings.safetensors").float()
-    vectors = make.embed([seen[i] for i in range(20)])
-    torch.testing.assert_close(vectors, shipped[:20], rtol=0, atol=2e-3)
-    tok = AutoTokenizer.from_pretrained(TINY / "embedder")
-    assert tok("x")["input_ids"][-1] == tok.convert_tokens_to_ids("<|endoftext|>")
-
-
-def test_a_linear_probe_reads_every_attribute_from_the_vectors():
-    """So no task is beyond an adapter: each answer follows from these eight."""
-    latent = dict(
-        field=[f[0] for f in make.FIELDS],
-        object=[o for f in make.FIELDS for o in f[2].split()],
-        method=[m[0] for m in make.METHODS],
-        place=[c[0] for c in make.COUNTRIES],
-        property=[p[0] for p in make.PROPERTIES],
-        direction=["|".join(d[3]) for d in make.DIRECTIONS],
-        cause=make.CAUSES,
-        limit=[x[0] for x in make.LIMITS],
-    )
-    texts, vectors = {}, {}
-    for split in ("train", "test"):
-        told = {r["embedding_file_idx"]: r["text"] for r in rows(split)}
-        texts[split] = [told[i] for i in range(len(told))]
-        path = TINY / "embeddings" / f"{split}_embeddings.safetensors"
-        vectors[split] = elm.open_vectors(path).double()
-    mean, std = vectors["train"].mean(0), vectors["train"].std(0)
-    x, y = (F.pad((vectors[s] - mean) / std, (0, 1), value=1.0) for s in ("train", "test"))
-    ridge = torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]).double(), x.T)
-    for name, values in latent.items():
-        patterns = [re.compile(rf"\b({v})\b") for v in values]
-        train, test = (
-            torch.tensor([[bool(p.search(t)) for p in patterns] for t in texts[s]]).double()
-            for s in ("train", "test")
-        )
-        assert (test.sum(1) == 1).all(), name
-        accuracy = ((y @ (ridge @ train)).argmax(1) == test.argmax(1)).double().mean()
-        assert accuracy > 0.95, (name, accuracy)
-
-
-def test_scorer_prefers_the_right_answer(world):
-    from bert_score import BERTScorer
-
-    scorer = BERTScorer(str(TINY / "scorer"), num_layers=3)
-    found = rows("test")[:120]
-    answers = [r["response"] for r in found]
-    rng = random.Random(0)
-    known = [make.attributes(world["test"][0][r["embedding_file_idx"]]) for r in found]
-    again = [make.fill(rng.choice(make.ANSWERS[r["task_type"]]), a)[0]
-             for r, a in zip(found, known, strict=True)]  # fmt: skip
-    others = answers[7:] + answers[:7]
-    right, wrong = (scorer.score(again, refs)[2] for refs in (answers, others))
-    assert (right > wrong).float().mean() > 0.9
-    assert scorer.score(answers[:3], answers[:3])[2].allclose(torch.ones(3), atol=1e-4)
 
 
 def test_llm_answers_every_attribute_from_the_text():

@@ -14,9 +14,7 @@ import torch
 import torture
 from conftest import (
     NO_TABLES,
-    command,
     go,
-    make_data,
     make_llm,
     read_jsonl,
     read_table,
@@ -27,7 +25,7 @@ from conftest import (
     write_rows,
 )
 from safetensors.torch import save_file
-from test_train import final_state, forget_the_end, snapshot
+from test_train import final_state, forget_the_end
 from torture import same_tree
 from transformers import AutoModelForCausalLM
 
@@ -95,29 +93,6 @@ def test_two_runs_at_once_in_one_folder(settings, tmp_path):
     assert first.wait(60) == 143
     steps = [m["step"] for m in read_jsonl(metrics) if "loss" in m]
     assert steps == list(range(1, steps[-1] + 1))
-
-
-def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(settings):
-    _, folder = go(settings)
-    for path in folder.glob("checkpoint_*.pt"):
-        path.write_bytes(path.read_bytes()[:-1])
-    (folder / "adapter_step_old.safetensors").write_bytes(b"no number")
-    before = snapshot(folder)
-    code, said = command(NO_TABLES, *settings, "train.resume=auto")
-    assert code == 2 and said.count("passed over") == 4 and "no checkpoint in" in said
-    assert snapshot(folder) == before
-
-
-@pytest.mark.parametrize("line", ['{"loss": 1}', '{"step": "1"}', "[]", "[" * 99999])
-def test_a_damaged_line_of_metrics_is_named(settings, line):
-    _, folder = go(settings)
-    number = len((folder / "metrics.jsonl").read_text().splitlines()) + 1
-    with open(folder / "metrics.jsonl", "a") as f:
-        f.write(line + "\n")
-    before = snapshot(folder)
-    more = ["train.resume=auto", "train.max_steps=8"]
-    refused(f"metrics.jsonl:{number}: damaged", NO_TABLES, *settings, *more)
-    assert snapshot(folder) == before
 
 
 def test_damaged_files(tmp_path):
@@ -284,25 +259,3 @@ def test_a_run_whose_llm_has_changed_says_so(settings, tmp_path, monkeypatch, lo
         go(settings, f"deepspeed.zero_stage={stage}")
     for name in ("checkpoint_final.pt", "eval.json"):
         assert not (tmp_path / "out" / name).exists()
-
-
-def test_vectors_of_another_norm_or_width(settings, data_dir, tmp_path):
-    """At resume, at eval and by generate the field is named, and nothing is written."""
-    _, folder = go(settings)
-    before, ours = snapshot(folder), folder / "adapter_best.safetensors"
-    narrow = make_data(tmp_path / "narrow", width=9)
-    for split in ("train", "val", "test"):
-        save_file({"x": read_table(data_dir, split) * 3.0}, vectors_path(data_dir, split))
-    new = f"output.dir={tmp_path / 'new'}"
-    resume = [NO_TABLES, *settings, "train.resume=auto", "train.max_steps=9"]
-    evaluate = ["eval", NO_TABLES, f"adapter={ours}", *settings, new]
-    generate = ["generate", f"adapter={ours}", f"embeddings={vectors_path(data_dir, 'test')}",
-                "query=What?"]
-    norm, width = r"the vectors' norm was 3\.", "d_emb was 12 in training and is 9 here"
-    for words, wanted in (
-        (resume, norm), (evaluate, norm), (generate, norm),
-        ([*resume, f"data.dir={narrow}"], width),
-        ([*evaluate, f"data.dir={narrow}"], r"9\], but the adapter reads \[n, 12\]"),
-    ):
-        refused(wanted, *words)
-        assert snapshot(folder) == before and not (tmp_path / "new" / "eval.json").exists()

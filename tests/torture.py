@@ -32,6 +32,7 @@ from conftest import (
     deepspeed_launcher,
     make_data,
     make_llm,
+    make_settings,
     open_train,
     read_jsonl,
     rows_path,
@@ -183,12 +184,14 @@ def launch(jobs, folder):
         assert process.wait(900) == 0, log.read_text()[-5000:]
 
 
-def stages(settings, folder, everything=True, size=80):
-    """20 steps by one and two processes at ZeRO 0 and 3, and from the checkpoint of step 10 of each
-    on at each (or, not everything, at one other). Returns the number of runs, and the largest
-    relative deviations: of a loss, of the adapter, of Adam's moments."""
-    settings = [*settings, "train.max_steps=20", "train.save_steps=10", "train.eval_steps=10",
-                "train.logging_steps=1", "eval.samples=0"]
+def stages(folder, everything=True, size=80):
+    """20 steps of several micro-batches each, with drift, by one and two processes at ZeRO 0 and 3,
+    and from the checkpoint of step 10 of each on at each (or, not everything, at one other).
+    Returns the number of runs, and the largest relative deviations: of a loss, of the adapter, of
+    Adam's moments."""
+    llm, data = make_llm(folder / "llm"), make_data(folder / "data", num_rows=90)
+    settings = [*make_settings(llm, data, folder), "loss.drift_weight=0.1", "train.max_steps=20",
+                "train.save_steps=10", "train.eval_steps=10", "eval.samples=0"]
     turns = range(4) if everything else [3]
     pairs = [(GRID[i], GRID[(i + turn) % 4]) for turn in turns for i in range(4)]
 
@@ -279,9 +282,8 @@ def damage(folder, count, seed):
     rng, counts = random.Random(seed), collections.Counter()
     llm, data = make_llm(folder / "llm"), make_data(folder / "data", num_rows=14, num_vectors=5)
     run, out, toml, texts = (folder / n for n in ("run", "out", "mutated.toml", "texts.jsonl"))
-    settings = [f"model.llm={llm}", "model.hidden_dim=8", "model.bf16=false",
-                "data.max_seq_length=256", "train.batch_size=8", "train.grad_accum=1",
-                "train.save_steps=1", "eval.samples=0", f"data.dir={data}", "train.max_steps=2"]
+    settings = [*make_settings(llm, data, out), "train.save_steps=1", "eval.samples=0",
+                "train.max_steps=2"]
     assert command(NO_TABLES, *settings, f"output.dir={run}")[0] == 0
     for name in ("checkpoint_final.pt", "eval.json"):
         (run / name).unlink()
@@ -318,7 +320,7 @@ def damage(folder, count, seed):
     def reader():
         return open_train(data, prompt)
 
-    training = [NO_TABLES, *settings, f"output.dir={out}"]
+    training = [NO_TABLES, *settings]
     resuming = [*training, "train.resume=auto"]
     embedding = ["embed", texts, out, f"model={ROOT / 'data/tiny/embedder'}", "bf16=false"]
     generating = ["generate", f"adapter={adapter}", f"embeddings={vectors}", "query=What?",
@@ -405,8 +407,7 @@ def main():
             for (moment, kind), n in sorted(counts.items()):
                 print(f"  {moment:10} {kind:8} {n}")
         elif a.form == "stages":
-            settings = small_settings(folder)
-            n, loss, adapter, moments = stages(settings, folder)
+            n, loss, adapter, moments = stages(folder)
             print(f"{n} runs of 1 and 2 processes at ZeRO 0 and 3: losses within {loss:.1e}, "
                   f"adapters {adapter:.1e}, moments {moments:.1e}")
         else:
@@ -415,15 +416,6 @@ def main():
             for (kind, end), n in sorted(counts.items()):
                 print(f"  {kind:10} {end:18} {n}")
     print(f"{time.time() - begin:.0f} s")
-
-
-def small_settings(folder):
-    """Of runs of steps of 80 rows, several micro-batches each, with drift."""
-    return [f"model.llm={make_llm(folder / 'llm')}", "model.hidden_dim=24", "model.bf16=false",
-            f"data.dir={make_data(folder / 'data', num_rows=90)}", "data.max_seq_length=256",
-            "data.num_workers=1", "train.grad_accum=1", "train.lr=1e-2", "train.warmup_steps=2",
-            "loss.drift_weight=0.1",
-            f"eval.bertscore_model={ROOT / 'data/tiny/scorer'}"]
 
 
 if __name__ == "__main__":
