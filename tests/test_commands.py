@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +26,9 @@ from conftest import (
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 import elm
 
@@ -186,21 +188,6 @@ def test_embed_makes_the_shipped_vectors_and_they_speak(trained, texts, tmp_path
         "again.safetensors", "out.safetensors", "texts.txt"]  # fmt: skip
 
 
-def saved_model(folder: Path, kind: str) -> Path:
-    """A folder of sentence-transformers: the shipped one, or a mean-pooled encoder with a dense
-    layer, whose vectors are not of unit norm."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Dense, Transformer
-    from sentence_transformers.sentence_transformer.modules import Pooling
-
-    if kind == "embedder":
-        return EMBEDDER
-    torch.manual_seed(0)
-    modules = [Transformer(str(TINY / "scorer")), Pooling(96, "mean"), Dense(96, 24)]
-    SentenceTransformer(modules=modules, device="cpu").save(str(folder))
-    return folder
-
-
 TASK = "Given a question, find the answer"
 
 
@@ -211,9 +198,13 @@ TASK = "Given a question, find the answer"
      ("dense", dict(bf16=True, max_tokens=12, instruction=TASK, batch_size=7))],
 )  # fmt: skip
 def test_embed_agrees_with_the_library_used_by_hand(texts, tmp_path, kind, more):
-    from sentence_transformers import SentenceTransformer
-
-    model = saved_model(tmp_path / "model", kind)
+    """Also by a mean-pooled encoder with a dense layer, whose vectors are not of unit norm."""
+    model = EMBEDDER
+    if kind == "dense":
+        model = tmp_path / "model"
+        torch.manual_seed(0)
+        modules = [Transformer(str(TINY / "scorer")), Pooling(96, "mean"), Dense(96, 24)]
+        SentenceTransformer(modules=modules, device="cpu").save(str(model))
     lines = [t["text"] for t in read_jsonl(texts)[:40]]
     lines = [" ".join(t.split()[: 3 + 7 * (i % 5)]) for i, t in enumerate(lines)]  # ragged
     (tmp_path / "lines.txt").write_text("\n".join(lines))

@@ -92,20 +92,6 @@ def test_train_end_to_end(settings):
     assert result["step"] == 4 and (folder / "report.png").exists()
 
 
-def test_a_loss_that_is_not_finite_leaves_the_adapter(settings, monkeypatch):
-    gradient, models = elm.soft_gradient, []
-
-    def spoiled(model, *arguments):
-        models.append(model)
-        sums, at_soft = gradient(model, *arguments)
-        return sums, at_soft * torch.nan
-
-    monkeypatch.setattr(elm, "soft_gradient", spoiled)
-    with pytest.raises(elm.UserError, match="step 1: the loss or its gradient is not finite"):
-        go(settings)
-    assert all(v.isfinite().all() for v in models[-1].adapter.state_dict().values())
-
-
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 def test_two_gpus(settings, tmp_path):
     from test_distributed import launch, losses

@@ -95,6 +95,7 @@ def test_loss_and_gradient_agree_with_the_naive_reference(parts, monkeypatch):
     naive.llm.gradient_checkpointing_disable()
     naive.llm.eval()
     model, passes = build_elm(naive.llm.config._name_or_path, split), []
+    elm.check_llm(model)
     for name, module in model.llm.named_modules():
         if name.endswith(".mlp"):
             module.register_forward_pre_hook(lambda *_: passes.append(1))
@@ -191,22 +192,6 @@ def test_a_dry_run_says_whether_memory_suffices(plain, monkeypatch):
 
 
 @torch.no_grad()
-def test_examples_do_not_see_each_other(parts):
-    """Packed with others, in another order, or alone: an example's loss is its own."""
-    model, split = parts
-    elm.check_llm(model)
-    for source in ("embedding", "text"):
-        together = model.nll(batch_of(split, [0, 1, 2, 3], source))
-        backwards = model.nll(batch_of(split, [3, 2, 1, 0], source)).flip(0)
-        alone = torch.cat([model.nll(batch_of(split, [i], source)) for i in range(4)])
-        others = model.nll(batch_of(split, [9, 1, 8, 7], source))
-        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(backwards, alone, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(others[1], alone[1], rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(others[0], alone[0])
-
-
-@torch.no_grad()
 def test_splicing_a_tokens_own_embedding_gives_the_logits_of_input_ids(parts, monkeypatch):
     model, split = parts
     rows = [0, 5, 6]
@@ -284,12 +269,9 @@ def test_load_refuses_another_llm(tmp_path):
                  prompt=prompt.text)  # fmt: skip
     model = elm.ELM.load(tmp_path / "a.safetensors")
     assert model.llm.dtype == torch.float32
-    assert len(model.generate(torch.randn(2, 12), "What?", max_new_tokens=3)) == 2
     assert elm.ELM.load(tmp_path / "a.safetensors", str(llm), bf16=True).llm.dtype == torch.bfloat16
     with pytest.raises(elm.UserError, match="llama: hash of the LLM's weights was"):
         elm.ELM.load(tmp_path / "a.safetensors", str(other))
-    with pytest.raises(elm.UserError, match="no folder"):
-        elm.ELM.load(tmp_path / "a.safetensors", "/nowhere/llm")
     adapter.save(tmp_path / "a.safetensors", llm=origin, identity=whole.identity())
     with pytest.raises(elm.UserError, match="does not say which LLM"):  # nor its prompt
         elm.ELM.load(tmp_path / "a.safetensors")

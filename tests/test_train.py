@@ -28,7 +28,6 @@ from conftest import (
     write_rows,
 )
 from naive import naive_step, token_rows
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torture import check_same, same_tree
 
@@ -90,19 +89,6 @@ def test_what_a_run_leaves(settings, tmp_path):
     assert elm.load_config(str(folder / "config.toml")) == cfg
     assert "# torch " in (folder / "config.toml").read_text()
     assert "val_loss" in (tmp_path / "log.txt").read_text()
-
-
-def test_adapter_file_of_a_run_speaks(settings, data_dir):
-    _, folder = go(settings)
-    model = elm.ELM.load(folder / "adapter_best.safetensors")
-    predictions = read_jsonl(folder / "predictions.jsonl")
-    vectors = read_table(data_dir, "test")[[p["embedding_file_idx"] for p in predictions]]
-    spoken = model.generate(vectors, [p["query"] for p in predictions], max_new_tokens=5)
-    assert spoken == [p["prediction"] for p in predictions]
-    with safe_open(folder / "adapter_best.safetensors", "pt") as f:
-        about = json.loads(f.metadata()["elm"])
-    assert about["adapter"]["d_emb"] == 12 and about["step"] >= 0
-    assert "hash of the LLM's weights" in about["identity"]
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -386,7 +372,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
         go(settings, "train.logging_steps=1", f"deepspeed.zero_stage={stage}")
     saved = final_state(tmp_path / "out", "step_2")["adapter"]
     assert steps_of(tmp_path / "out") == [1, 2]
-    assert len(models) == 3 and same_tree(dict(models[0].adapter.state_dict()), saved)
+    left = {k: v.cpu() for k, v in models[0].adapter.state_dict().items()}
+    assert len(models) == 3 and same_tree(left, dict(saved))
 
 
 def test_out_of_memory_in_the_loop_names_the_lines_to_change(settings, tmp_path, monkeypatch):
