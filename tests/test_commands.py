@@ -169,7 +169,7 @@ def texts(tmp_path_factory):
     return path
 
 
-def test_embed_makes_the_shipped_vectors_and_they_speak(trained, texts, tmp_path, capsys):
+def test_embed_makes_the_shipped_vectors(texts, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     assert elm.main(["embed", str(texts), str(out), f"model={EMBEDDER}", "bf16=false"]) == 0
     assert "200 vectors of width 128; texts cut at 4096 tokens" in capsys.readouterr().out
@@ -182,8 +182,6 @@ def test_embed_makes_the_shipped_vectors_and_they_speak(trained, texts, tmp_path
     plain.write_text("".join(t["text"] + "\n" for t in read_jsonl(texts)))
     assert elm.main(["embed", str(plain), str(again), f"model={EMBEDDER}", "bf16=false"]) == 0
     assert again.read_bytes() == out.read_bytes()
-    ask = ["generate", f"adapter={trained[1]}", f"embeddings={out}", "query=Q", "rows=[0]"]
-    assert elm.main([*ask, "max_new_tokens=3"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "again.safetensors", "out.safetensors", "texts.txt"]  # fmt: skip
 

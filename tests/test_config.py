@@ -29,7 +29,6 @@ def test_files_load():
         ("model.dropout=1.0", ["model.dropout = 1.0: must be less than 1"]),
         ("model.bf16=1", ["model.bf16 = 1: must be true or false"]),
         ("model.grad_checkpoint=maybe", ["= 'maybe': must be true, false or 'auto'"]),
-        ("train.max_steps=-1", ["train.max_steps = -1: must be greater than or equal to 0"]),
         ('data.tasks=[""]', ["data.tasks.0 = '': must have at least 1 character"]),
         ("data.tasks=summary", ["data.tasks = 'summary': must be a list, in quotes"]),
         ("deepspeed.train_batch_size=4", ["deepspeed.train_batch_size: is set by elm"]),

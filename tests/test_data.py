@@ -97,12 +97,6 @@ def bad_vectors(**tensors):
     return lambda folder: save_file(tensors, vectors_path(folder))
 
 
-def table(row, value):
-    vectors = torch.randn(10, 12)
-    vectors[row] = value
-    return vectors
-
-
 def npy(table, cut=0):
     def write(folder):
         vectors_path(folder).unlink()
@@ -137,8 +131,8 @@ VECTORS = "train_embeddings.safetensors"
         (bad_row(query="long " * 99), r":5: the prompt takes all of data.max_seq_length = 256 "),
         (lambda f: rows_path(f).write_text("\n"), r"train_synthesis.jsonl: no row of data.tasks"),
         (lambda f: rows_path(f).unlink(), r"train_synthesis.jsonl: there is no such file"),
-        (bad_vectors(a=table((6, 3), torch.nan)), VECTORS + r": vector 6 is zero, NaN or inf"),
-        (bad_vectors(a=table(2, 0)), r": vector 2 is zero"),
+        (bad_vectors(a=torch.eye(10, 9)), VECTORS + r": vector 9 is zero, NaN or infinite"),
+        (bad_vectors(a=torch.full((10, 12), torch.nan)), r": vector 0 is zero, NaN or infinite"),
         (bad_vectors(a=torch.randn(2, 3), b=torch.randn(12)), r"float32 \[12\], not one table"),
         (bad_vectors(a=torch.ones(2, 3, dtype=torch.int64)), r"torch.int64 \[2, 3\]"),
         (bad_vectors(), r"holds nothing"),

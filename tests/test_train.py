@@ -223,18 +223,13 @@ def test_a_longer_run_goes_on_from_the_final_checkpoint(settings):
 
 
 def test_resume_by_path_into_another_folder(settings, tmp_path):
-    """From an earlier step: allowed into a new folder, with the best adapter of that time, and
-    refused where the folder holds a run of its own."""
+    """From an earlier step, with the best adapter of that time."""
     _, one = go(settings)
     start = f"train.resume={one / 'checkpoint_step_4.pt'}"
     result, two = go(settings, start, f"output.dir={tmp_path / 'two'}", "train.lr=1e-9")
     best = [m for m in read_jsonl(one / "metrics.jsonl") if "val_loss" in m and m["step"] <= 4]
     wanted = min(best, key=lambda m: m["val_loss"])["step"]
     assert result["adapter_step"] in (wanted, 6) and (two / "adapter_best.safetensors").exists()
-    before = snapshot(two)
-    with pytest.raises(elm.UserError, match="holds a run already"):
-        go(settings, start, f"output.dir={two}")
-    assert snapshot(two) == before
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(settings, capsys):
@@ -341,13 +336,6 @@ def test_the_report_is_on_validation_where_there_is_no_test_split(settings, data
     assert result["split"] == "val"
     best = min(m["val_loss"] for m in read_jsonl(folder / "metrics.jsonl") if "val_loss" in m)
     assert result["loss"] == pytest.approx(best, rel=1e-9)
-
-
-def test_unequal_width_of_splits(settings, data_dir, tmp_path):
-    other = make_data(tmp_path / "other", width=13)
-    shutil.copy(vectors_path(other, "val"), vectors_path(data_dir, "val"))
-    with pytest.raises(elm.UserError, match="data.dir: .*differ in width.*13"):
-        go(settings)
 
 
 # ------------------------------------------------------------------ what goes wrong
@@ -465,15 +453,18 @@ def test_bad_input_is_one_line_and_exit_code_2(settings, tmp_path):
     few, wide = make_data(tmp_path / "few", 3), make_llm(tmp_path / "wide", "llama")
     far, narrow = make_data(tmp_path / "far", scale=3.0), make_data(tmp_path / "narrow", width=9)
     resume = [own, "train.resume=auto", "train.max_steps=8"]
+    shutil.copy(vectors_path(narrow, "val"), vectors_path(few, "val"))
     for message, *overrides in (
         ("train_embeddings.safetensors: there is no such file", "data.dir=/nowhere"),
         ("no row of", 'data.tasks=["summary"]', f"data.dir={few}"),
+        ("data.dir: .*differ in width.*9", f"data.dir={few}"),
         ("model.llm: no folder /nowhere/llm", "model.llm=/nowhere/llm"),
         ("model.llm: cannot load no/such", "model.llm=no/such"),
         ("model.llm: cannot load", f"model.llm={tmp_path}"),
         ("synthesis.jsonl:1: the prompt takes all of", "data.max_seq_length=20"),
         ("data.max_seq_length = 4096", "data.max_seq_length=4096"),
         (f"output.dir: {out} holds a run already", own),
+        (f"output.dir: {out} holds a run already", own, f"train.resume={rows_path(few)}"),
         ("hidden_dim was 24 in training and is 16 here", *resume, "model.hidden_dim=16"),
         ("train.resume: hash of the LLM's weights was", *resume, f"model.llm={wide}"),
         (r"the vectors' norm was 3\.", *resume, f"data.dir={far}"),
