@@ -165,53 +165,22 @@ def test_a_signal_in_a_step_saves_and_leaves_without_validating(
 
 def test_resumes_of_a_finished_run(settings, capsys):
     """Nothing to do; a report that is missing or damaged is made again, also where fewer steps are
-    wanted; a longer run goes on from the final checkpoint. What has changed is said."""
+    wanted; a longer run goes on from the final checkpoint."""
     result, folder = go(settings)
-<<<<<<< HEAD
-    before = snapshot(folder)
-    capsys.readouterr()
-    again, _ = go(settings, "train.resume=auto", "train.seed=7")
-    out = capsys.readouterr().out
-    assert again == result and snapshot(folder) == before
-    assert "nothing to do" in out
-
-
-def test_a_report_that_is_missing_or_damaged_is_made_again(settings):
-    result, folder = go(settings)
-    wanted = (folder / "eval.json").read_bytes()
-    for report in (None, "[]", "null", "5", "{", "[" * 99999, "[[1, 2]]"):
-        (folder / "eval.json").unlink()
-        if report:
-            (folder / "eval.json").write_text(report)
-        again, _ = go(settings, "train.resume=auto")
-        assert again == result and (folder / "eval.json").read_bytes() == wanted
-
-
-def test_a_longer_run_goes_on_from_the_final_checkpoint(settings):
-    _, folder = go(settings)
-    old = (folder / "eval.json").read_bytes()
-    longer = ["train.resume=auto", "train.max_steps=8", "train.lr=1e-3"]
-    result, _ = go(settings, *longer)
-=======
     before, report = snapshot(folder), folder / "eval.json"
     wanted = report.read_bytes()
     assert go(settings, "train.resume=auto", "train.seed=7")[0] == result
     said = capsys.readouterr().out
     assert snapshot(folder) == before
-    assert "nothing to do" in said and "train.seed = 7, was 42" in said
+    assert "nothing to do" in said
     for damaged in ("", "[]", "5", "[" * 99999, "[[1, 2]]"):
         report.write_text(damaged)
         assert go(settings, "train.resume=auto")[0] == result and report.read_bytes() == wanted
     forget_the_end(folder)
     fewer, _ = go(settings, "train.resume=auto", "train.max_steps=3")
     assert fewer["step"] == 6 and json.loads(report.read_text()) == fewer
-    capsys.readouterr()
     longer = ["train.resume=auto", "train.max_steps=8", "train.lr=1e-3"]
     result, _ = go(settings, *longer)
-    said = capsys.readouterr().out
-    assert "train.lr = 0.001, was 0.01" in said and "train.max_steps = 8, was 3" in said
-    assert "train.seed" not in said
->>>>>>> 287e9f8 (Merge tests of resumes, fits, bad input and launches; drop what a stronger test says as well)
     assert result["step"] == 8 and steps_of(folder) == [1, 2, 3, 4, 5, 6, 7, 8]
     report.write_bytes(wanted)  # as if killed before the report of step 8
     assert go(settings, *longer)[0] == result
