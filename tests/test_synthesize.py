@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import make
 import pytest
 import torch
-from conftest import ROOT, read_jsonl, rows_path, run, vectors_path
-from test_commands import TINY, refused
+from conftest import ROOT, command, read_jsonl, refused, rows_path, run, vectors_path
+from test_commands import TINY
 
 import elm
 
@@ -35,7 +35,7 @@ def contents(out):
 
 
 def synthesize(source, out, *more):
-    assert elm.main(["synthesize", str(source), str(out), *MODELS, *more]) == 0
+    assert command("synthesize", source, out, *MODELS, *more)[0] == 0
     assert not list(out.parent.glob(f".{out.name}.*"))
     return contents(out)
 
@@ -131,9 +131,10 @@ def test_filters(answer, finished, why):
     assert said == ("" if why == "copied" else why)
 
 
-def test_rejected_answers_are_left_out_and_counted(texts, tmp_path, capsys):
-    synthesize(texts, tmp_path / "mine", "max_new_tokens=12", "reconstruct=1")
-    lost = sum(map(int, re.findall(r"(\d+) not finished", capsys.readouterr().out)))
+def test_rejected_answers_are_left_out_and_counted(texts, tmp_path):
+    _, said = command("synthesize", texts, tmp_path / "mine", *MODELS, "max_new_tokens=12",
+                      "reconstruct=1")  # fmt: skip
+    lost = sum(map(int, re.findall(r"(\d+) not finished", said)))
     assert lost > 20 and lost + len(all_rows(tmp_path / "mine")) == 7 * 40
 
 
@@ -185,21 +186,21 @@ def test_a_server_that_fails_at_first_gives_the_answers_of_the_llm(texts, tmp_pa
     assert not any(b"secret" in p.read_bytes() for p in tmp_path.rglob("*.*") if p.is_file())
 
 
-def test_servers_that_are_refused_lose_nothing(texts, tmp_path, capsys, monkeypatch):
+def test_servers_that_are_refused_lose_nothing(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(elm, "WAITS", (0.01,) * 2)
     start = ["synthesize", texts, tmp_path / "mine", *MODELS, "concurrency=2"]
-    refused(capsys, [*start, "endpoint=http://127.0.0.1:9/v1"], "endpoint: .* refused")
+    refused("endpoint: .* refused", *start, "endpoint=http://127.0.0.1:9/v1")
     server, endpoint = Handler.start(status=404)
-    refused(capsys, [*start, endpoint], "endpoint: .*404.*garbage")
+    refused("endpoint: .*404.*garbage", *start, endpoint)
     assert set(server.asked.values()) == {1}
     for way in ("429", "garbage", "half", "nothing"):
         server, endpoint = Handler.start((way,) * 9)
-        refused(capsys, [*start, endpoint], "endpoint: ")
+        refused("endpoint: ", *start, endpoint)
         assert max(server.asked.values()) == 3
     synthesize(texts, tmp_path / "mine", Handler.start()[1])  # it goes on
 
 
-def test_bad_input(texts, tmp_path, capsys):
+def test_bad_input(texts, tmp_path):
     new, odd = tmp_path / "new", [dict(text="a", split="dev"), *"bcdefg"]
     none, gap, few, odd = (write_texts(tmp_path / f"{i}.jsonl", lines) for i, lines in enumerate(
         ([], ["a", " "], ["a", "b"], odd)))  # fmt: skip
@@ -218,7 +219,7 @@ def test_bad_input(texts, tmp_path, capsys):
         (texts, "new", f"model={tmp_path / 'none'}", "model: no folder"),
     ]  # fmt: skip
     for source, out, *more, message in cases:
-        refused(capsys, ["synthesize", source, tmp_path / out, *MODELS, *more], message)
+        refused(message, "synthesize", source, tmp_path / out, *MODELS, *more)
     assert not new.exists()
 
 
