@@ -2,8 +2,8 @@
 
     python tests/full_size.py [--folder /tmp]
 
-4,022,468,096 frozen parameters in bf16, vectors of width 2560, an adapter of 20,980,736; 16 rows,
-two steps, a report on four answers of four tokens. Prints seconds, peak memory and the sizes of
+4,022,468,096 frozen parameters in bf16, vectors of width 2560, an adapter of 20,980,736; 4 rows,
+two steps, a report on two answers of four tokens. Prints seconds, peak memory and the sizes of
 what is left. Needs 8 GB of disk in the folder and 11 GB of memory. Not part of the suite.
 """
 
@@ -49,11 +49,11 @@ def main() -> None:
             make_llm(folder / "llm")
             os._exit(0)
         assert os.wait()[1] == 0
-        make_data(folder / "data", 16, 8, 2560)
+        make_data(folder / "data", 4, 4, 2560)
         begin = time.time()
         elm.train(elm.load_config(None, [
             f"model.llm={folder / 'llm'}", f"data.dir={folder / 'data'}", "train.max_steps=2",
-            "train.batch_size=8", "train.grad_accum=1", "train.logging_steps=1", "eval.samples=4",
+            "train.batch_size=2", "train.grad_accum=1", "train.logging_steps=1", "eval.samples=2",
             "eval.max_new_tokens=4", f"eval.bertscore_model={ROOT / 'data/tiny/scorer'}",
             f"output.dir={folder / 'run'}"]))  # fmt: skip
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
