@@ -128,7 +128,7 @@ anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="
     st.sampled_from(elm.TASKS), min_size=1, max_size=5))  # fmt: skip
 @example("\U0001f600 \x7f", "\x7f\u2028\U0001f600", 1e-4, True, ["summary"])
 def test_config_written_and_read_again(llm, project, lr, flag, tasks):
-    deepspeed = dict(zero_stage=3, own={llm: [lr, flag, {}]}, zero_optimization={"x": {llm: flag}})
+    deepspeed = dict(zero_stage=3, zero_optimization={"x": {llm: [lr, flag, {}]}})
     tables = dict(model=dict(llm=llm, standardize=flag, template={project: lr}),
                   train=dict(lr=lr), data=dict(tasks=tasks), wandb=dict(project=project),
                   deepspeed=deepspeed)  # fmt: skip
