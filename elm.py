@@ -190,11 +190,8 @@ MESSAGES = {"model_type": "must be a table", "dict_type": "must be a table",
             "tuple_type": "must be a list, in quotes on the command line",
             "bool_type": "must be true or false"}
 COMMON_NAMES = {  # of other programs
-    "train.lr": "learning_rate", "train.epochs": "num_epochs max_epochs num_train_epochs",
-    "train.batch_size": "per_device_train_batch_size", "train.patience": "early_stopping_patience",
-    "train.grad_accum": "gradient_accumulation_steps", "train.warmup_steps": "warmup",
-    "data.max_seq_length": "max_length max_seq_len", "train.resume": "resume_from_checkpoint",
-    "model.grad_checkpoint": "gradient_checkpointing", "model.llm": "model_name_or_path"}
+    "train.lr": "learning_rate", "train.epochs": "num_epochs num_train_epochs",
+    "train.batch_size": "per_device_train_batch_size", "model.llm": "model_name_or_path"}
 
 def list_options(kind: type[Table], prefix: str = "") -> dict[str, str]:
     """The fields of a model and its tables: type, default and comment by dotted name."""
@@ -262,15 +259,11 @@ def read_toml(path: str | None, over: dict[str, Any]) -> dict[str, dict]:
     return tables
 
 def load_config(path: str | None = None, overrides: Iterable[str] = (),
-                kind: type[Config] = Config) -> Any:
-    """The config of a TOML file (none: the defaults) under `section.key=value` overrides, see
-    read_override. Raises: UserError with one line for each error."""
+                kind: type[Table] = Config) -> Any:
+    """A TOML file (none: the defaults) under `section.key=value` overrides, see read_override.
+    Raises: UserError with one line for each error."""
     tables = read_toml(path, dict(map(read_override, overrides)))
     return build(kind, tables, f"{path}: " if path else "")
-
-def parse_options(kind: type[Table], arguments: list[str]) -> Any:
-    """`key=value` arguments as a model. Raises: UserError with one line for each error."""
-    return build(kind, dict(map(read_override, arguments)))
 
 def flat(tables: dict, name: str = "") -> dict[str, Any]:
     """Nested tables by dotted name; {low, high} tables are left nested."""
@@ -2827,11 +2820,11 @@ def start_command(*arguments: str) -> None:
         beside = not any(option.startswith("output.dir") for option in options)
         evaluate(load_config(paths[0], options, EvalOptions), beside)
     elif command == "generate":
-        generate(parse_options(GenerateOptions, options))
+        generate(load_config(None, options, GenerateOptions))
     elif command == "embed":
-        embed_file(parse_options(EmbedOptions, options), *map(Path, paths))
+        embed_file(load_config(None, options, EmbedOptions), *map(Path, paths))
     elif command == "synthesize":
-        synthesize(parse_options(SynthesizeOptions, options), *map(Path, paths))
+        synthesize(load_config(None, options, SynthesizeOptions), *map(Path, paths))
     elif command == "filter":
         filter_tasks(load_config(paths[0], options).data, Path(paths[1]))
     else:

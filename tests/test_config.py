@@ -89,7 +89,7 @@ def test_paths_are_expanded(tmp_path, monkeypatch):
     cfg = elm.load_config("~/$NAME.toml", ["model.llm=$HOME/llm", "train.resume=$UNSET/x"])
     assert cfg.output.dir == f"{tmp_path}/run" and cfg.model.llm == f"{tmp_path}/llm"
     assert cfg.train.resume == "$UNSET/x"
-    options = elm.parse_options(elm.GenerateOptions, ["adapter=~/a", "embeddings=$NAME"])
+    options = elm.load_config(None, ["adapter=~/a", "embeddings=$NAME"], elm.GenerateOptions)
     assert options.adapter == f"{tmp_path}/a" and options.embeddings == "run"
 
 
