@@ -347,5 +347,5 @@ def test_bad_input_of_filter(data_dir, tmp_path):
     write_rows(data_dir, "val", rows)
     refused("val_synthesis.jsonl: no row of data.tasks", *start, 'data.tasks=["summary"]')
     write_rows(data_dir, "val", [*rows, "{"])
-    refused(f"val_synthesis.jsonl:{len(rows) + 1}: Invalid JSON", *start)
+    refused(f"val_synthesis.jsonl:{len(rows) + 1}: EOF while parsing", *start)
     assert not list(tmp_path.glob("out*"))
