@@ -57,6 +57,7 @@ from functools import lru_cache, partial
 from importlib.metadata import distributions
 from itertools import chain, islice, takewhile
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any, Literal, NamedTuple
 
 import huggingface_hub
@@ -359,9 +360,8 @@ def start_runtime(cfg: Config) -> Runtime:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                     **(alone if world == 1 else {}))
         except (RuntimeError, ValueError) as e:
-            why = " ".join(str(e).split())[:200]
-            raise UserError(f"the processes cannot connect: {why}; if the port is in use, give the "
-                            "launcher another --master_port") from None
+            raise UserError(f"the processes cannot connect: {shorten(str(e), 200)}; if the port is "
+                            "in use, give the launcher another --master_port") from None
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world > 1 else None
     return Runtime(dist.get_rank(), dist.get_world_size(), device, patient, cfg.output.log_file)
 
@@ -797,10 +797,9 @@ class Adapter(nn.Module):
     def load(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
         """The adapter of a file, or of a repository on the hub, in eval mode on the CPU, and its
         metadata. Raises: UserError."""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", name := str(path)) and not Path(path).exists():
-            if not name.endswith(".safetensors"):  # user/name on the hub
-                with loading(name, "adapter"):
-                    path = huggingface_hub.hf_hub_download(name, "adapter_best.safetensors")
+        if Path(path).suffix != ".safetensors" and not Path(path).exists():  # on the hub
+            with loading(str(path), "adapter"):
+                path = huggingface_hub.hf_hub_download(str(path), "adapter_best.safetensors")
         check_file(path)
         try:
             with safe_open(path, framework="pt") as f:
@@ -809,8 +808,7 @@ class Adapter(nn.Module):
             adapter = Adapter(**metadata["adapter"])
             adapter.load_state_dict(state)
         except Exception as e:  # a damaged file can raise anything
-            why = " ".join(str(e).split())[:200]
-            raise UserError(f"{path}: not a whole elm adapter: {why}") from None
+            raise UserError(f"{path}: not a whole elm adapter: {shorten(str(e), 200)}") from None
         return adapter.eval(), metadata
 
 def check_identity(trained: dict[str, Any], current: dict[str, Any], where: Any) -> None:
@@ -887,21 +885,13 @@ def packed(llm: Any) -> Any:
 @contextmanager
 def loading(name: str, key: str):
     """Raises: UserError that names the config key if loading `name` fails."""
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"{key}: no folder {name}, nor is that the name of a model on the hub")
-    here = Path(name).is_dir() or huggingface_hub.try_to_load_from_cache(name, "config.json")
-    if not here and not huggingface_hub.is_offline_mode():
-        warn(f"{key}: {name} is not on this machine yet; it is downloaded from the hub")
     transformers.logging.set_verbosity_error()  # no table of what a headless model leaves out
-    bar = key.endswith("llm")  # one bar: the LLM's
-    (transformers.logging.enable_progress_bar if bar else
-     transformers.logging.disable_progress_bar)()
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # of transformers, jinja, safetensors, torch.load, ...
-        raise UserError(f"{key}: cannot load {name}: {' '.join(str(e).split())[:300]}") from None
+        raise UserError(f"{key}: cannot load {name}: {shorten(str(e), 300)}") from None
 
 def load_pretrained(auto: Any, name: str, key: str, **options: Any) -> Any:
     with loading(name, key):
@@ -967,18 +957,15 @@ def fingerprint(llm: Any) -> str:
     return hashlib.sha256(torch.cat(sample).cpu().numpy().tobytes()).hexdigest()[:16]
 
 @torch.no_grad()
-def embedding_scale(llm: Any) -> tuple[int, float]:
-    """Width and root mean square of the token embeddings."""
-    embed = llm.get_input_embeddings()
-    ids = torch.linspace(0, embed.num_embeddings - 1, 4096, device=embed.weight.device).long()
-    rows = embed(ids).float()
-    return rows.shape[1], rows.square().mean().sqrt().item()
-
 def fresh_adapter(llm: Any, statistics: dict[str, Tensor], standardize: bool = True,
                   **settings: Any) -> Adapter:
-    """An untrained adapter from vectors of these statistics to the LLM's token embeddings."""
-    (d_llm, scale), norm = embedding_scale(llm), statistics["norm"].tolist()
-    adapter = Adapter(len(statistics["mean"]), d_llm=d_llm, scale=scale, norm=norm, **settings)
+    """An untrained adapter from vectors of these statistics to the LLM's token embeddings, which
+    give its output's width and root mean square."""
+    embed = llm.get_input_embeddings()
+    ids = torch.linspace(0, embed.num_embeddings - 1, 4096, device=embed.weight.device).long()
+    rows, norm = embed(ids).float(), statistics["norm"].tolist()
+    adapter = Adapter(len(statistics["mean"]), d_llm=rows.shape[1], norm=norm,
+                      scale=rows.square().mean().sqrt().item(), **settings)
     if standardize:
         adapter.load_state_dict({k: statistics[k] for k in ("mean", "std")}, strict=False)
     return adapter
@@ -1166,15 +1153,12 @@ def check_llm(elm: ELM) -> None:
             alone = F.cross_entropy(logits, text[4:], reduction="sum")
             if not torch.isclose(loss, alone, rtol=1e-4 if loss.dtype == elm.llm.dtype else 2e-3):
                 raise ValueError(f"its attention is more than causal ({loss}, not {alone})")
-        embeds = elm.llm.get_input_embeddings()(text[None])
-        elm.llm.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(text[None]),
-                         max_new_tokens=1, do_sample=False, pad_token_id=0)
+        generate_batch(elm.llm, elm.prompt, [elm.llm.get_input_embeddings()(text)], 1)
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # of code that depends on the LLM
-        why = " ".join(str(e).split())[:300]
         raise UserError(f"model.llm: {type(elm.llm).__name__} cannot be used, as rows are packed "
-                        f"and prompts are embeddings: {why}") from None
+                        f"and prompts are embeddings: {shorten(str(e), 300)}") from None
 
 def recompute_layers(llm: Any, count: int) -> None:
     """Recompute the last `count` layers in the backward pass instead of keeping their activations.

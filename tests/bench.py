@@ -265,8 +265,8 @@ def main() -> None:
         llm = Qwen3ForCausalLM(config).to(torch.bfloat16 if bf16 else torch.float32).eval()
     llm.requires_grad_(False)
     split = make_split(a.rows, shape["vocab_size"], width, a.prefix, a.seed)
-    scale = elm.embedding_scale(llm)[1]
-    first = elm.Adapter(width, 4096 * width // 2560, width, scale=scale)
+    like = dict(mean=torch.zeros(width), norm=torch.ones(3))
+    first = elm.fresh_adapter(llm, like, False, hidden_dim=4096 * width // 2560)
     rows = np.arange(a.rows)
     lengths = np.array([len(example.ids) for example in split.made])
     batches = [lengths[i : i + a.batch] for i in range(0, a.rows, a.batch)]

@@ -319,13 +319,13 @@ def test_bad_input_of_eval(settings, tmp_path):
     for message, *more in (
         ("metrics.jsonl: exists already", f"output.dir={folder}"),
         ("foreign.safetensors/x: Not a directory", f"output.dir={foreign / 'x'}"),
-        ("nowhere: there is no such file", f"adapter={tmp_path / 'nowhere'}"),
+        ("there is no such file", f"adapter={tmp_path / 'nowhere.safetensors'}"),
         ("adapter: is missing", "adapter=none"),
         ("not a whole elm adapter", f"adapter={foreign}"),
         (r"data.dir: test: \[10, 12\], but the adapter reads \[n, 8\]", f"adapter={narrow}"),
         (r"the vectors' norm was 3\.", f"data.dir={far}"),
         ("llm2: hash of the LLM's weights was .* in training", f"model.llm={other}"),
-        ("eval.bertscore_model: no folder", f"eval.bertscore_model={tmp_path / 'none'}"),
+        ("eval.bertscore_model: cannot load", f"eval.bertscore_model={tmp_path / 'none'}"),
         ("cannot load .*scorer: Invalid num_layers", "eval.bertscore_layers=4"),
         ("eval.embedder: .* makes vectors of width 8, data.dir has 12", f"eval.embedder={thin}"),
     ):
@@ -344,7 +344,7 @@ def test_answers_are_kept_where_the_scores_fail(settings, tmp_path, monkeypatch)
 
 def test_what_the_report_lacks_is_told_before_training(settings, data_dir, tmp_path):
     bad = [*settings, f"eval.bertscore_model={tmp_path / 'none'}"]
-    with pytest.raises(elm.UserError, match="eval.bertscore_model: no folder"):
+    with pytest.raises(elm.UserError, match="eval.bertscore_model: cannot load"):
         go(bad)
     rows = read_jsonl(rows_path(data_dir, "val"))
     write_rows(data_dir, "val", [row | {"embedding_file_idx": 3} for row in rows])

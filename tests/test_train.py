@@ -427,7 +427,7 @@ def test_bad_input_is_one_line_and_exit_code_2(settings, tmp_path):
         ("train_embeddings.safetensors: there is no such file", "data.dir=/nowhere"),
         ("no row of", 'data.tasks=["summary"]', f"data.dir={few}"),
         ("data.dir: .*differ in width.*9", f"data.dir={few}"),
-        ("model.llm: no folder /nowhere/llm", "model.llm=/nowhere/llm"),
+        ("model.llm: cannot load /nowhere/llm", "model.llm=/nowhere/llm"),
         ("model.llm: cannot load no/such", "model.llm=no/such"),
         ("model.llm: cannot load", f"model.llm={tmp_path}"),
         ("synthesis.jsonl:1: the prompt takes all of", "data.max_seq_length=20"),
