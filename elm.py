@@ -30,7 +30,6 @@ import difflib
 import fcntl
 import hashlib
 import importlib
-import inspect
 import io
 import json
 import math
@@ -333,9 +332,8 @@ def warn(message: str) -> None:
 def import_optional(package: str) -> Any:
     try:
         return importlib.import_module(package)
-    except ImportError:
-        name = package.split(".")[0]
-        raise UserError(f"{name} is not installed: pip install {name}") from None
+    except ImportError as e:
+        raise UserError(f"{e.name} is not installed: pip install {e.name}") from None
 
 def find_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -409,10 +407,6 @@ def lock(path: Path, wait: bool = False) -> Any:
     except OSError:  # a file system without locks
         pass
     return file
-
-def check_file(path: str | Path) -> None:
-    if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such file")
 
 def check_new(*paths: Path) -> None:
     """Raises: UserError if a path exists or could not be created."""
@@ -551,11 +545,10 @@ def collate(examples: list[Example], embeddings: Tensor | None = None, num_soft:
                  logit_positions=np.concatenate(positions),
                  example_index=np.repeat(np.arange(len(examples)), num_labels))
     batch["labels"] = batch["input_ids"][batch["logit_positions"] + 1]
-    if embeddings is not None:
-        first = ends - lengths + [e.placeholder for e in examples]
-        batch["placeholder_positions"] = (first[:, None] + np.arange(num_soft)).ravel()
     batch = {k: torch.from_numpy(v) for k, v in batch.items()}
     if embeddings is not None:
+        first = torch.from_numpy(ends - lengths + [e.placeholder for e in examples])
+        batch["placeholder_positions"] = (first[:, None] + torch.arange(num_soft)).flatten()
         batch["embeddings"] = embeddings
     if torch.cuda.is_available():  # so that the copy to the device does not wait
         batch = {k: v.pin_memory() for k, v in batch.items()}
@@ -563,7 +556,6 @@ def collate(examples: list[Example], embeddings: Tensor | None = None, num_soft:
 
 def open_vectors(path: Path) -> Tensor:
     """The one table [N, E] of floats of a safetensors or .npy file, mapped. Raises: UserError."""
-    check_file(path)
     try:
         if path.suffix == ".npy":
             with warnings.catch_warnings(action="ignore"):  # torch's, that the map is read-only
@@ -571,8 +563,8 @@ def open_vectors(path: Path) -> Tensor:
         else:
             with safe_open(path, framework="pt") as f:
                 tensors = [f.get_tensor(k) for k in f.keys()]
-    except (SafetensorError, ValueError, TypeError, EOFError) as e:
-        raise UserError(f"{path}: not a whole {path.suffix[1:]} file: {e}") from None
+    except (SafetensorError, OSError, ValueError, TypeError, EOFError) as e:
+        raise UserError(f"{path}: not a whole table: {e}") from None
     floats = torch.float32, torch.float16, torch.bfloat16, torch.float64
     if [t.ndim * (t.numel() > 0) * (t.dtype in floats) for t in tensors] != [2]:
         found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors[:3])
@@ -693,7 +685,6 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, num_soft: int, rt: 
     max_seq_length, a token being at least a byte, are tokenised. Raises: UserError."""
     vectors_path, path = split_paths(data, split)
     vectors, counts, chunks = open_vectors(vectors_path), Counter(), []
-    check_file(path)
     room = data.max_seq_length - num_soft - len(prompt.head + prompt.tail + prompt.end) - 8
     rows = read_rows(path, data.tasks, len(vectors), counts)
     rows = iter(rt.progress(rows, f"reading {split}", unit=" rows"))
@@ -800,7 +791,6 @@ class Adapter(nn.Module):
         if Path(path).suffix != ".safetensors" and not Path(path).exists():  # on the hub
             with loading(str(path), "adapter"):
                 path = huggingface_hub.hf_hub_download(str(path), "adapter_best.safetensors")
-        check_file(path)
         try:
             with safe_open(path, framework="pt") as f:
                 metadata = json.loads((f.metadata() or {}).get("elm", "{}"))
@@ -847,12 +837,11 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, le
     groups, d = query.shape[1] // key.shape[1], query.shape[-1]
     if (query.is_cuda and not torch.version.hip and query.dtype.itemsize == 2 and d % 8 == 0
             and d <= 256 and not softcap):
-        from torch.nn.attention.varlen import varlen_attn  # of torch 2.10 and newer
+        from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters  # 2.11: implied
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max(lengths), max(lengths),
                            scale=scaling, window_size=((sliding_window or 0) - 1, 0),
-                           **(dict(enable_gqa=groups > 1) if grouped else {}))[None], None
+                           enable_gqa=groups > 1)[None], None
     key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
     outs = []
     for q, k, v in zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True):
@@ -1332,7 +1321,6 @@ def save_checkpoint(path: Path, **parts: Any) -> None:
 
 def load_checkpoint(path: Path) -> dict:
     """Runs no code from the file. Raises: UserError if it is not a whole checkpoint."""
-    check_file(path)
     try:
         data = memoryview(path.read_bytes())  # torch.load itself verifies no checksum
         if hashlib.sha256(data[:-32]).digest() != data[-32:]:
@@ -1340,23 +1328,23 @@ def load_checkpoint(path: Path) -> dict:
         saved = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
         return saved | {"state": TrainState(**saved["state"])}
     except Exception as e:  # torch.load has no error of its own for a file that is not whole
-        why = (str(e) if type(e) is ValueError else repr(e)).splitlines()[0][:200]
+        why = shorten(repr(e), 200)
         raise UserError(f"train.resume: {path}: no whole checkpoint: {why}") from None
 
 def newest_checkpoint(folder: Path, rt: Runtime) -> Path | None:
     """The whole checkpoint of the most steps, if any. Raises: UserError if none is whole."""
     steps = {int(p.stem[16:]): p for p in folder.glob("checkpoint_step_*.pt")
              if p.stem[16:].isdecimal()}
-    paths, found = [steps[n] for n in sorted(steps, reverse=True)], {}
-    final = folder / "checkpoint_final.pt"
-    for path in [final] * final.exists() + paths:
+    final, found = folder / "checkpoint_final.pt", {}
+    paths = [final] * final.exists() + [steps[n] for n in sorted(steps, reverse=True)]
+    for path in paths:
         try:
             found[path] = load_checkpoint(path)["state"].step
         except UserError as e:
             rt.log(f"passed over: {e}")
         if found and path != final:
             break
-    if not found and (paths or final.exists()):
+    if not found and paths:
         raise UserError(f"train.resume: no checkpoint in {folder} is whole; choose another folder")
     if not found:
         rt.log(f"train.resume: {folder} holds no checkpoint; this is a new run")
@@ -1366,8 +1354,6 @@ def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
     """The checkpoint that train.resume names; "auto": the newest in output.dir, if any.
     Raises: UserError, also if the folder holds another run."""
     folder, resume = Path(cfg.output.dir), cfg.train.resume
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output.dir: {folder} is not a folder")
     if resume == "auto":
         resume = rt.on_first(lambda: newest_checkpoint(folder, rt))
     elif (folder / "metrics.jsonl").exists() and not (
@@ -2211,7 +2197,6 @@ def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024,
     to a hidden folder first, so that the same command resumes after a kill. Raises: UserError,
     which calls the model `key`."""
     check_new(out)
-    check_file(texts)
     num = sum(1 for _ in read_texts(texts))
     model = load_embedder(o.model, o.bf16, key, o.max_tokens)
     folder = blocks_folder(o, texts, out, block)

@@ -143,7 +143,7 @@ def test_other_launches_are_as_good(settings, tmp_path, how):
 
 def test_bad_input_under_the_launcher_is_told_once(settings, tmp_path):
     said = launch(tmp_path, NO_TABLES, *settings, "model.llm=/nowhere/llm", code=2)
-    assert said.count("model.llm: no folder /nowhere/llm") == 1 and "Traceback" not in said
+    assert said.count("model.llm: cannot load /nowhere/llm") == 1 and "Traceback" not in said
 
 
 def test_ctrl_c_under_the_launcher_saves_and_resumes(settings, tmp_path):
@@ -232,7 +232,7 @@ def wait_for_the_first(rank, folder):
     assert rt.on_first(lambda: time.sleep(5) or "done") == "done"
     assert rt.sum(torch.ones(1)).item() == 2
     try:
-        rt.on_first(lambda: elm.check_file(folder / "nothing"))
+        rt.on_first(lambda: elm.Adapter.load(folder / "no.safetensors"))
     except elm.UserError as e:
         (folder / f"told{rank}").write_text(str(e))
 
@@ -240,7 +240,7 @@ def wait_for_the_first(rank, folder):
 def test_all_wait_for_what_process_0_does_alone(tmp_path):
     torch.multiprocessing.spawn(wait_for_the_first, (tmp_path,), 2)
     for rank in (0, 1):
-        assert "there is no such file" in (tmp_path / f"told{rank}").read_text()
+        assert "No such file" in (tmp_path / f"told{rank}").read_text()
 
 
 def test_traffic_and_offload_of_zero_3(settings, tmp_path):

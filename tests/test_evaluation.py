@@ -319,7 +319,7 @@ def test_bad_input_of_eval(settings, tmp_path):
     for message, *more in (
         ("metrics.jsonl: exists already", f"output.dir={folder}"),
         ("foreign.safetensors/x: Not a directory", f"output.dir={foreign / 'x'}"),
-        ("there is no such file", f"adapter={tmp_path / 'nowhere.safetensors'}"),
+        ("No such file", f"adapter={tmp_path / 'nowhere.safetensors'}"),
         ("adapter: is missing", "adapter=none"),
         ("not a whole elm adapter", f"adapter={foreign}"),
         (r"data.dir: test: \[10, 12\], but the adapter reads \[n, 8\]", f"adapter={narrow}"),

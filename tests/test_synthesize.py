@@ -215,8 +215,8 @@ def test_bad_input(texts, tmp_path):
         (texts, "new", "split=[1, 0, 0]", "split.1 = 0: must be greater than 0"),
         (texts, "new", "endpoint=localhost", "endpoint = 'localhost': .*must match pattern"),
         (texts, "new", f"queries={tmp_path / 'q.toml'}", "queries.summary = "),
-        (texts, "new", f"embedder={tmp_path / 'none'}", "embedder: no folder"),
-        (texts, "new", f"model={tmp_path / 'none'}", "model: no folder"),
+        (texts, "new", f"embedder={tmp_path / 'none'}", "embedder: cannot load"),
+        (texts, "new", f"model={tmp_path / 'none'}", "model: cannot load"),
     ]  # fmt: skip
     for source, out, *more, message in cases:
         refused(message, "synthesize", source, tmp_path / out, *MODELS, *more)
