@@ -54,7 +54,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.metadata import distributions
-from itertools import chain, islice, takewhile
+from itertools import chain, count, islice, takewhile
 from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, Literal, NamedTuple
@@ -94,7 +94,6 @@ def expand_path(path: str) -> str:
     return os.path.expanduser(os.path.expandvars(path))
 
 PathStr = Annotated[str, Field(pattern=r"^[^\x00]*$"), pydantic.AfterValidator(expand_path)]
-Name = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 FromList = pydantic.BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)
 
@@ -124,7 +123,7 @@ class ModelConfig(Table):
 
 class DataConfig(Table):
     dir: PathStr = "data"  # holds embeddings/ and synthesis/
-    tasks: Annotated[tuple[Name, ...], FromList, Field(min_length=1)] = TASKS  # or your own
+    tasks: Annotated[tuple[str, ...], FromList, Field(min_length=1)] = TASKS  # or your own
     max_seq_length: PositiveInt = 2048  # tokens of prompt and response
     num_workers: NonNegativeInt = 4  # threads that read ahead
 
@@ -188,8 +187,7 @@ class Config(Table):
     output: OutputConfig = OutputConfig()
 
 MESSAGES = {"model_type": "must be a table", "dict_type": "must be a table",
-            "tuple_type": "must be a list, in quotes on the command line",
-            "bool_type": "must be true or false"}
+            "tuple_type": "must be a list, in quotes on the command line"}
 COMMON_NAMES = {  # of other programs
     "train.lr": "learning_rate", "train.epochs": "num_epochs num_train_epochs",
     "train.batch_size": "per_device_train_batch_size", "model.llm": "model_name_or_path"}
@@ -440,15 +438,8 @@ class Prompt:
     """The LLM's chat template around one user turn: token ids `head` and `tail`, and `end`, which
     ends an answer. Only these parts can hold control tokens; what rows say is split into text."""
 
-    def __init__(self, tokenizer: Any, head: str, tail: str, end: str):
-        self.tokenizer, self.text = tokenizer, dict(head=head, tail=tail, end=end)
-        self.head, self.tail, self.end = (
-            tokenizer(part, add_special_tokens=False)["input_ids"] for part in (head, tail, end))
-        self.ids([""])  # a fast tokenizer keeps this mode: threads that share it never switch it
-
-    @staticmethod
-    def from_tokenizer(tokenizer: Any, template: dict[str, Any] | None = None,
-                       stored: dict[str, str] | None = None) -> Prompt:
+    def __init__(self, tokenizer: Any, template: dict[str, Any] | None = None,
+                 stored: dict[str, str] | None = None):
         """Render the chat template with keyword arguments `template`; parts that are stored with an
         adapter come before it. Without a chat template: a line break after the query.
         Raises: UserError if the template fails or does not contain the turn once."""
@@ -464,8 +455,7 @@ class Prompt:
             after = answered.rpartition("<ANSWER>")[2]  # up to and with its first control token
             control = [t.content for t in tokenizer.added_tokens_decoder.values()]
             ends = [after.index(t) + len(t) for t in control if t.strip() and t in after]
-            text = dict(head=head, tail=tail,
-                        end=after[: min(ends)] if ends else tokenizer.eos_token)
+            text |= dict(head=head, tail=tail, end=after[: min(ends)] if ends else text["end"])
         if stored and stored != text:
             warn(f"{name}: its chat template differs from training; the adapter's prompt is used")
         text = stored or text
@@ -473,7 +463,11 @@ class Prompt:
             raise UserError(f"{name}: the tokenizer has no token that ends an answer")
         if text["tail"].rstrip().endswith("<think>"):
             warn(f"{name}: the prompt ends within <think>; model.template.enable_thinking = false?")
-        return Prompt(tokenizer, **text)
+        self.tokenizer, self.text = tokenizer, text
+        self.head, self.tail, self.end = (
+            tokenizer(text[part], add_special_tokens=False)["input_ids"]
+            for part in ("head", "tail", "end"))
+        self.ids([""])  # a fast tokenizer keeps this mode: threads that share it never switch it
 
     @staticmethod
     def parts(query: str) -> list[str]:
@@ -520,16 +514,14 @@ def make_micro_batches(lengths: Any, num_processes: int, budget: int) -> list[li
     fewest micro-batches, a multiple of num_processes, so that none of several examples exceeds
     `budget` tokens. Some may be empty."""
     lengths = np.asarray(lengths)
-    per_process = max(1, math.ceil(int(lengths.sum()) / (num_processes * budget)))
-    while True:
-        num_bins = per_process * num_processes
+    fewest = max(1, math.ceil(int(lengths.sum()) / (num_processes * budget)))
+    for num_bins in count(fewest * num_processes, num_processes):
         load, micros = np.zeros(num_bins, np.int64), [[] for _ in range(num_bins)]
         for i in np.argsort(-lengths, kind="stable"):
             micros[load.argmin()].append(int(i))
             load[load.argmin()] += lengths[i]
         if all(len(m) < 2 or total <= budget for m, total in zip(micros, load, strict=True)):
             return [sorted(m) for m in micros]
-        per_process += 1
 
 def collate(examples: list[Example], embeddings: Tensor | None = None, num_soft: int = 0) -> dict:
     """Pack n examples end to end, T tokens, without padding. int64 unless said otherwise:
@@ -986,7 +978,7 @@ class ELM(nn.Module):
         model = load_llm(name, device := find_device(), bf16, "llm", options)
         elm = ELM(model, adapter.to(device)).eval()
         check_identity(identity, elm.identity(), f"{path}: {name}")
-        elm.prompt = Prompt.from_tokenizer(tokenizer, template, stored)
+        elm.prompt = Prompt(tokenizer, template, stored)
         return elm
 
     @staticmethod
@@ -998,7 +990,7 @@ class ELM(nn.Module):
         used, device = torch.ones(len(vectors), dtype=torch.bool), find_device()
         statistics, _, _ = scan_vectors(vectors, used, "embeddings")
         tokenizer = load_pretrained(transformers.AutoTokenizer, llm, "llm")
-        prompt, model = Prompt.from_tokenizer(tokenizer), load_llm(llm, device, bf16, "llm")
+        prompt, model = Prompt(tokenizer), load_llm(llm, device, bf16, "llm")
         adapter = fresh_adapter(model, statistics, hidden_dim=hidden_dim, **settings)
         return ELM(model, adapter.to(device), prompt)
 
@@ -1107,9 +1099,8 @@ def generate_batch(llm: Any, prompt: Prompt, prompts: list[Tensor], max_new_toke
     `options` of the LLM's own `generate` say otherwise."""
     end, own = prompt.end[-1], llm.generation_config.eos_token_id  # none, one or several
     ends = {end, *(own if isinstance(own, list) else [own])} - {None}
-    options = dict(eos_token_id=sorted(ends), pad_token_id=end, do_sample=False) | options
-    if "stop_strings" in options:
-        options["tokenizer"] = prompt.tokenizer
+    options = dict(eos_token_id=sorted(ends), pad_token_id=end, do_sample=False,
+                   tokenizer=prompt.tokenizer) | options  # for stop_strings
     # Greedy is greedy whatever the LLM's generation_config.json says; sampling is as that says.
     config = llm.generation_config if options["do_sample"] else transformers.GenerationConfig()
     mask = [torch.ones_like(p[:, 0], dtype=torch.long) for p in prompts]
@@ -1494,7 +1485,7 @@ def open_data(data: DataConfig, scoring: EvalConfig, llm: str, template: str,
     import_optional("matplotlib")
     import_optional("pandas")
     tokenizer = load_pretrained(transformers.AutoTokenizer, llm, "model.llm")
-    prompt = Prompt.from_tokenizer(tokenizer, json.loads(template), stored)
+    prompt = Prompt(tokenizer, json.loads(template), stored)
     splits = {name: open_split(data, name, prompt, num_soft, rt) for name in names}
     widths = {name: split.vectors.shape[1] for name, split in splits.items()}
     if len(set(widths.values())) > 1:
@@ -2479,7 +2470,7 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:
     if not o.endpoint:
         tokenizer = load_pretrained(transformers.AutoTokenizer, o.model, "model")
         llm = load_llm(o.model, find_device(), o.bf16, "model")
-        ask = partial(ask_llm, o, llm, Prompt.from_tokenizer(tokenizer))
+        ask = partial(ask_llm, o, llm, Prompt(tokenizer))
         size, threads = ANSWERS_AT_ONCE[llm.device.type], 1
     rows = sorted((row for row in rows if not row["response"]), key=lambda row: -len(row["text"]))
     blocks = [rows[i : i + size] for i in range(0, len(rows), size)]

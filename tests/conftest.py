@@ -56,7 +56,7 @@ def byte_tokenizer(
     )  # fmt: skip
 
 
-PROMPT = elm.Prompt.from_tokenizer(byte_tokenizer())
+PROMPT = elm.Prompt(byte_tokenizer())
 
 
 def make_llm(

@@ -107,7 +107,7 @@ def test_the_llms_own_generation_config_does_not_make_greedy_answers_random(tmp_
         (folder / "generation_config.json").write_text(json.dumps(more))
         torch.manual_seed(0)
         llm = elm.load_llm(str(folder), torch.device("cpu"), False)
-        prompt = elm.Prompt.from_tokenizer(byte_tokenizer())
+        prompt = elm.Prompt(byte_tokenizer())
         model = elm.ELM(llm, elm.Adapter(4, 4, 32), prompt)
         said.append([model.generate(torch.ones(2, 4), "q", max_new_tokens=12) for _ in range(2)])
     assert said[0][0] == said[0][1] == said[1][0] == said[1][1]

@@ -272,7 +272,7 @@ def test_read_ahead_keeps_order(threads):
 
 
 def test_tokenizer_without_chat_template_gets_a_plain_prompt(data_dir):
-    prompt = elm.Prompt.from_tokenizer(byte_tokenizer(chat_template=None))
+    prompt = elm.Prompt(byte_tokenizer(chat_template=None))
     assert prompt.text == dict(head="", tail="\n", end="<|im_end|>")
     assert prompt.parts(" What is it?\n") == ["", "\nWhat is it?"]
     assert prompt.parts(" Is <EMB> it? ") == ["Is ", " it?"]
@@ -283,14 +283,14 @@ def test_tokenizer_without_chat_template_gets_a_plain_prompt(data_dir):
                                       "no turn", "{{ raise_exception('no') }}"])  # fmt: skip
 def test_chat_template_that_cannot_be_used_is_refused(template):
     with pytest.raises(elm.UserError, match="chat template fails"):
-        elm.Prompt.from_tokenizer(byte_tokenizer(template))
+        elm.Prompt(byte_tokenizer(template))
 
 
 def test_tokenizer_without_end_token_is_refused():
     tok = byte_tokenizer(chat_template=None)
     tok.eos_token = None
     with pytest.raises(elm.UserError, match="no token that ends an answer"):
-        elm.Prompt.from_tokenizer(tok)
+        elm.Prompt(tok)
 
 
 GEMMA = (
@@ -313,7 +313,7 @@ def test_a_response_ends_as_the_template_ends_a_turn(data_dir, template, control
     """Whatever the tokenizer's eos_token is, and whatever tokens it calls special."""
     tokenizer = byte_tokenizer(template, "<|endoftext|>")
     tokenizer.add_tokens(["\n", *control], special_tokens=special)
-    prompt = elm.Prompt.from_tokenizer(tokenizer)
+    prompt = elm.Prompt(tokenizer)
     assert prompt.text["end"].strip() == end
     assert prompt.end == [tokenizer.convert_tokens_to_ids(end)]
     for row, example in zip(read_jsonl(rows_path(data_dir)),
@@ -336,8 +336,8 @@ def test_names_of_control_tokens_in_rows_are_text(data_dir, source):
 def test_arguments_of_the_template(capsys):
     think = "{% if add_generation_prompt %}<think>\n{% if not enable_thinking | default(true) %}"
     tokenizer = byte_tokenizer(CHAT + think + "\n</think>\n\n{% endif %}{% endif %}")
-    assert elm.Prompt.from_tokenizer(tokenizer).text["tail"].endswith("assistant\n<think>\n")
+    assert elm.Prompt(tokenizer).text["tail"].endswith("assistant\n<think>\n")
     assert "ends within <think>; model.template.enable_thinking" in capsys.readouterr().err
-    prompt = elm.Prompt.from_tokenizer(tokenizer, {"enable_thinking": False})
+    prompt = elm.Prompt(tokenizer, {"enable_thinking": False})
     assert prompt.text["tail"].endswith("<think>\n</think>\n\n")
     assert not capsys.readouterr().err

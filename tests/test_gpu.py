@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 def parts(tmp_path, kind="qwen3", bf16=True, **shape):
     folder = make_llm(tmp_path / "llm", kind, **shape)
-    prompt = elm.Prompt.from_tokenizer(AutoTokenizer.from_pretrained(folder))
+    prompt = elm.Prompt(AutoTokenizer.from_pretrained(folder))
     split = open_train(make_data(tmp_path / "data"), prompt, 2)
     return build_elm(folder, split, "cuda", bf16), split, folder
 

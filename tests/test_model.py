@@ -39,7 +39,7 @@ def parts(request, tmp_path_factory):
     """(ELM, train split) for each architecture, with 2 soft tokens."""
     folder = tmp_path_factory.mktemp(request.param)
     make_llm(folder / "llm", request.param)
-    prompt = elm.Prompt.from_tokenizer(AutoTokenizer.from_pretrained(folder / "llm"))
+    prompt = elm.Prompt(AutoTokenizer.from_pretrained(folder / "llm"))
     split = open_train(make_data(folder / "data"), prompt, 2)
     model = build_elm(folder / "llm", split)
     model.llm.set_attn_implementation("eager")  # the reference: SDPA drops Gemma 2's softcap
@@ -344,7 +344,7 @@ def test_an_llm_that_cannot_be_packed_is_refused(tmp_path):
     llm = BloomForCausalLM(config).eval()
     for p in llm.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    model = elm.ELM(llm, elm.Adapter(12, 8, 32), elm.Prompt.from_tokenizer(tok))
+    model = elm.ELM(llm, elm.Adapter(12, 8, 32), elm.Prompt(tok))
     with pytest.raises(elm.UserError, match="BloomForCausalLM cannot be used"):
         elm.check_llm(model)
 

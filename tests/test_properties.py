@@ -61,7 +61,7 @@ def normalizing_tokenizer(normalizer):
     return tok
 
 
-PROMPTS = [elm.Prompt.from_tokenizer(t) for t in (
+PROMPTS = [elm.Prompt(t) for t in (
     byte_tokenizer(), byte_tokenizer(None),
     normalizing_tokenizer(normalizers.NFC()), normalizing_tokenizer(normalizers.NFKC()),
     normalizing_tokenizer(normalizers.Prepend("_")))]  # fmt: skip

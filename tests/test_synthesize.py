@@ -146,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
         tokenizer = make.AutoTokenizer.from_pretrained(TINY / "llm")
         llm = elm.load_llm(str(TINY / "llm"), torch.device("cpu"), False)
         server.ways, server.status, server.asked, server.keys = ways, status, Counter(), set()
-        server.models, server.one = (llm, elm.Prompt.from_tokenizer(tokenizer)), threading.Lock()
+        server.models, server.one = (llm, elm.Prompt(tokenizer)), threading.Lock()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return server, f"endpoint=http://127.0.0.1:{server.server_port}/v1"
 

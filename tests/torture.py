@@ -289,7 +289,7 @@ def damage(folder, count, seed):
     texts.write_text("".join(json.dumps({"text": r["text"]}) + "\n" for r in read_jsonl(rows)))
     checkpoint, metrics = run / "checkpoint_step_2.pt", run / "metrics.jsonl"
     adapter = run / "adapter_best.safetensors"
-    prompt = elm.Prompt.from_tokenizer(AutoTokenizer.from_pretrained(llm))
+    prompt = elm.Prompt(AutoTokenizer.from_pretrained(llm))
     saved = torch.load(checkpoint, weights_only=True)
 
     # What was read from a damaged file is what its bytes say, or what they said before.
