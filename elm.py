@@ -43,6 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import unicodedata
 import urllib.request
 import warnings
@@ -76,7 +77,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 __version__ = "0.1.0"
 START = time.perf_counter()  # of the process, for the report
-tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 class UserError(ValueError):
     """An error the user can correct: each line says what, where and what to do. Exit code 2."""
@@ -550,8 +550,7 @@ def open_vectors(path: Path) -> Tensor:
     """The one table [N, E] of floats of a safetensors or .npy file, mapped. Raises: UserError."""
     try:
         if path.suffix == ".npy":
-            with warnings.catch_warnings(action="ignore"):  # torch's, that the map is read-only
-                tensors = [torch.from_numpy(np.load(path, mmap_mode="r"))]
+            tensors = [torch.from_numpy(np.load(path, mmap_mode="c"))]  # torch warns of read-only
         else:
             with safe_open(path, framework="pt") as f:
                 tensors = [f.get_tensor(k) for k in f.keys()]
@@ -571,25 +570,24 @@ def scan_vectors(vectors: Tensor, used: Tensor, path: Path) -> tuple[dict, np.nd
     """(mean, std [E] and norm fp32 of the `used` vectors, [N] bool; for each vector the index of
     its first copy [N]; the number of dimensions without spread, below 1 % of the typical deviation,
     which get that). Raises: UserError at any NaN, infinite or zero vector."""
-    total, first, copies = torch.zeros(2, vectors.shape[1], dtype=torch.float64), {}, []
-    lengths = []
-    for start in range(0, len(vectors), 2048):
-        chunk = vectors[start : start + 2048]
-        for i, row in enumerate(chunk.contiguous().view(torch.uint8).numpy(), start):
-            copies.append(first.setdefault(hash(row.tobytes()), i))
-        square, mask = chunk.double().square(), used[start : start + 2048]
-        norms = square.sum(1)
-        if len(invalid := (~norms.isfinite() | (norms == 0)).nonzero()):
-            i = start + int(invalid[0])
+    total, norms = torch.zeros(2, vectors.shape[1], dtype=torch.float64), []
+    first, copies = {}, []
+    for chunk, mask in zip(vectors.split(2048), used.split(2048), strict=True):
+        square = chunk.double().square()
+        norm = square.sum(1).sqrt()
+        if len(invalid := (~norm.isfinite() | (norm == 0)).nonzero()):
+            i = len(copies) + int(invalid[0])
             raise UserError(f"{path}: vector {i} is zero, NaN or infinite; embed its text again")
+        for row in chunk.contiguous().view(torch.uint8).numpy():
+            copies.append(first.setdefault(hash(row.tobytes()), len(copies)))
         total += torch.stack([chunk[mask].double().sum(0), square[mask].sum(0)])
-        lengths += norms[mask].sqrt().tolist()
+        norms += norm[mask].tolist()
     mean, square = total / max(1, int(used.sum()))
     std = (square - mean.square()).clamp(min=0).sqrt().float()
     typical = std.square().mean().sqrt()
     flat = std < 0.01 * typical
     std[flat] = typical
-    norm = torch.tensor([min(lengths), square.sum().sqrt(), max(lengths)]).float()
+    norm = torch.tensor([min(norms), square.sum().sqrt(), max(norms)]).float()
     return {"mean": mean.float(), "std": std, "norm": norm}, np.array(copies), int(flat.sum())
 
 class Row(BaseModel, frozen=True, strict=True, extra="allow"):
@@ -1069,7 +1067,9 @@ class ELM(nn.Module):
         [n, E] and one query or n -> a list of n. Raises: UserError."""
         vectors = check_vectors(embeddings, self.adapter)
         embed, prompts = self.llm.get_input_embeddings(), []
-        for soft, text in zip(self(vectors), expand(query, len(vectors)), strict=True):
+        with swapped(self.adapter, "training", False):
+            softs = self(vectors)
+        for soft, text in zip(softs, expand(query, len(vectors)), strict=True):
             before, after = self.prompt.ids(self.prompt.parts(text))
             before, after = (embed(torch.tensor(ids, dtype=torch.long, device=self.device))
                              for ids in (self.prompt.head + before, after + self.prompt.tail))
@@ -1081,16 +1081,14 @@ class ELM(nn.Module):
                  batch_size: int = 16, **options: Any) -> list[str]:
         """[n, E] or [E], numpy or torch, and one query or n -> n answers; greedy, unless `options`
         of the LLM's own `generate` say otherwise. Raises: UserError."""
-        vectors, answers, training = check_vectors(embeddings, self.adapter), [], self.training
+        vectors, answers = check_vectors(embeddings, self.adapter), []
         queries = expand(query, len(vectors))
-        self.eval()
         for i in range(0, len(vectors), batch_size):
             part = slice(i, i + batch_size)
             prompts = self.prompt_embeds(vectors[part], queries[part])
             answers += [text for text, _ in generate_batch(
                 self.llm, self.prompt, prompts, max_new_tokens, synced_gpus=self.lockstep,
                 **options)]
-        self.train(training)
         return answers
 
 def generate_batch(llm: Any, prompt: Prompt, prompts: list[Tensor], max_new_tokens: int,
