@@ -327,6 +327,17 @@ def warn(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(f"elm: warning: {message}", sys.stderr)
 
+@contextmanager
+def user_error(message: str):
+    """Raises: UserError, the message and the reason in one line, at any error but a lack of
+    memory: what libraries raise at a user's file or setting is of many kinds."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:
+        raise UserError(f"{message}: {shorten(str(e) or repr(e), 300)}") from None
+
 def import_optional(package: str) -> Any:
     try:
         return importlib.import_module(package)
@@ -352,12 +363,9 @@ def start_runtime(cfg: Config) -> Runtime:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     if not dist.is_initialized():
         alone = dict(store=dist.HashStore(), rank=0, world_size=1)  # needs no port
-        try:
+        with user_error("the processes cannot connect (is the launcher's --master_port in use?)"):
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                     **(alone if world == 1 else {}))
-        except (RuntimeError, ValueError) as e:
-            raise UserError(f"the processes cannot connect: {shorten(str(e), 200)}; if the port is "
-                            "in use, give the launcher another --master_port") from None
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world > 1 else None
     return Runtime(dist.get_rank(), dist.get_world_size(), device, patient, cfg.output.log_file)
 
@@ -447,11 +455,9 @@ class Prompt:
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": PLACEHOLDER}]
             render = partial(tokenizer.apply_chat_template, tokenize=False, **(template or {}))
-            try:
+            with user_error(f"{name}: its chat template fails"):
                 head, tail = render(chat, add_generation_prompt=True).split(PLACEHOLDER)
                 answered = render([*chat, {"role": "assistant", "content": "<ANSWER>"}])
-            except Exception as e:  # of jinja
-                raise UserError(f"{name}: its chat template fails: {e}") from None
             after = answered.rpartition("<ANSWER>")[2]  # up to and with its first control token
             control = [t.content for t in tokenizer.added_tokens_decoder.values()]
             ends = [after.index(t) + len(t) for t in control if t.strip() and t in after]
@@ -548,14 +554,12 @@ def collate(examples: list[Example], embeddings: Tensor | None = None, num_soft:
 
 def open_vectors(path: Path) -> Tensor:
     """The one table [N, E] of floats of a safetensors or .npy file, mapped. Raises: UserError."""
-    try:
+    with user_error(f"{path}: not a whole table"):
         if path.suffix == ".npy":
             tensors = [torch.from_numpy(np.load(path, mmap_mode="c"))]  # torch warns of read-only
         else:
             with safe_open(path, framework="pt") as f:
                 tensors = [f.get_tensor(k) for k in f.keys()]
-    except (SafetensorError, OSError, ValueError, TypeError, EOFError) as e:
-        raise UserError(f"{path}: not a whole table: {e}") from None
     floats = torch.float32, torch.float16, torch.bfloat16, torch.float64
     if [t.ndim * (t.numel() > 0) * (t.dtype in floats) for t in tensors] != [2]:
         found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors[:3])
@@ -779,16 +783,14 @@ class Adapter(nn.Module):
         """The adapter of a file, or of a repository on the hub, in eval mode on the CPU, and its
         metadata. Raises: UserError."""
         if Path(path).suffix != ".safetensors" and not Path(path).exists():  # on the hub
-            with loading(str(path), "adapter"):
+            with user_error(f"adapter: cannot load {path}"):
                 path = huggingface_hub.hf_hub_download(str(path), "adapter_best.safetensors")
-        try:
+        with user_error(f"{path}: not a whole elm adapter"):
             with safe_open(path, framework="pt") as f:
                 metadata = json.loads((f.metadata() or {}).get("elm", "{}"))
                 state = {k: f.get_tensor(k) for k in f.keys()}
             adapter = Adapter(**metadata["adapter"])
             adapter.load_state_dict(state)
-        except Exception as e:  # a damaged file can raise anything
-            raise UserError(f"{path}: not a whole elm adapter: {shorten(str(e), 200)}") from None
         return adapter.eval(), metadata
 
 def check_identity(trained: dict[str, Any], current: dict[str, Any], where: Any) -> None:
@@ -861,19 +863,9 @@ def swapped(owner: Any, name: str, value: Any):
 def packed(llm: Any) -> Any:
     return swapped(llm.config, "_attn_implementation", "elm_packed")
 
-@contextmanager
-def loading(name: str, key: str):
-    """Raises: UserError that names the config key if loading `name` fails."""
-    transformers.logging.set_verbosity_error()  # no table of what a headless model leaves out
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as e:  # of transformers, jinja, safetensors, torch.load, ...
-        raise UserError(f"{key}: cannot load {name}: {shorten(str(e), 300)}") from None
-
 def load_pretrained(auto: Any, name: str, key: str, **options: Any) -> Any:
-    with loading(name, key):
+    transformers.logging.set_verbosity_error()  # no table of what a headless model leaves out
+    with user_error(f"{key}: cannot load {name}"):
         return auto.from_pretrained(name, trust_remote_code=False, **options)
 
 class Zero3:  # what transformers needs of accelerate's HfDeepSpeedConfig to build a model in parts
@@ -1123,7 +1115,8 @@ def check_llm(elm: ELM) -> None:
     causal attention, or fails."""
     ids = np.arange(46) % elm.llm.get_input_embeddings().num_embeddings
     parts = np.split(ids, [20])
-    try:
+    with user_error(f"model.llm: {type(elm.llm).__name__} cannot be used, as rows are packed and "
+                    "prompts are embeddings"):
         losses = elm.nll(collate([Example(part, 0, len(part) - 4, False) for part in parts]))
         for part, loss in zip(parts, losses, strict=True):
             text = torch.from_numpy(part).to(loss.device)
@@ -1132,11 +1125,6 @@ def check_llm(elm: ELM) -> None:
             if not torch.isclose(loss, alone, rtol=1e-4 if loss.dtype == elm.llm.dtype else 2e-3):
                 raise ValueError(f"its attention is more than causal ({loss}, not {alone})")
         generate_batch(elm.llm, elm.prompt, [elm.llm.get_input_embeddings()(text)], 1)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as e:  # of code that depends on the LLM
-        raise UserError(f"model.llm: {type(elm.llm).__name__} cannot be used, as rows are packed "
-                        f"and prompts are embeddings: {shorten(str(e), 300)}") from None
 
 def recompute_layers(llm: Any, count: int) -> None:
     """Recompute the last `count` layers in the backward pass instead of keeping their activations.
@@ -1310,15 +1298,12 @@ def save_checkpoint(path: Path, **parts: Any) -> None:
 
 def load_checkpoint(path: Path) -> dict:
     """Runs no code from the file. Raises: UserError if it is not a whole checkpoint."""
-    try:
+    with user_error(f"train.resume: {path}: no whole checkpoint"):
         data = memoryview(path.read_bytes())  # torch.load itself verifies no checksum
         if hashlib.sha256(data[:-32]).digest() != data[-32:]:
             raise ValueError("its checksum differs")
         saved = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
         return saved | {"state": TrainState(**saved["state"])}
-    except Exception as e:  # torch.load has no error of its own for a file that is not whole
-        why = shorten(repr(e), 200)
-        raise UserError(f"train.resume: {path}: no whole checkpoint: {why}") from None
 
 def newest_checkpoint(folder: Path, rt: Runtime) -> Path | None:
     """The whole checkpoint of the most steps, if any. Raises: UserError if none is whole."""
@@ -1863,7 +1848,7 @@ def load_scorer(name: str, num_layers: int | None) -> Any:
     layers = num_layers or bert_score.utils.model2layers.get(name, config.num_hidden_layers)
     if "t5" in name and config.model_type != "t5":
         raise UserError(f"{key}: bert-score takes {name} for a T5 by its name; rename or link it")
-    with loading(name, key):
+    with user_error(f"{key}: cannot load {name}"):
         scorer = bert_score.BERTScorer(name, num_layers=layers, device="cpu")
     scorer._model.float()
     byte_level = bert_score.utils.GPT2Tokenizer, bert_score.utils.RobertaTokenizer
@@ -1880,7 +1865,7 @@ def load_embedder(name: str, bf16: bool = False, key: str = "eval.embedder",
                   max_tokens: int | None = None) -> Any:
     """A SentenceTransformer on the CPU. Raises: UserError that names the config key `key`."""
     library, folder = import_optional("sentence_transformers"), Path(name)
-    with loading(name, key):
+    with user_error(f"{key}: cannot load {name}"):
         if folder.is_dir() and not (folder / "modules.json").is_file():
             raise UserError("without modules.json, the library would take mean pooling; add this "
                             "file and 1_Pooling/config.json, as in data/tiny/embedder")
