@@ -242,11 +242,9 @@ def read_override(text: str) -> tuple[str, Any]:
 
 def read_toml(path: str | None, over: dict[str, Any]) -> dict[str, dict]:
     """The tables of a TOML file (none: empty ones) under values by dotted name."""
-    try:
-        data = Path(expand_path(path)).read_bytes() if path else b""
+    data = Path(expand_path(path)).read_bytes() if path else b""
+    with user_error(f"{path}: not valid TOML"):
         tables = tomllib.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as e:  # of TOML, of UTF-8, of nesting
-        raise UserError(f"{path}: not valid TOML: {e}") from None
     for name, value in over.items():
         *parents, key = name.split(".")
         node = tables
@@ -958,12 +956,10 @@ class ELM(nn.Module):
         """The adapter of a file with the LLM that it names, or the same one at `llm`.
         Raises: UserError if that is not the LLM it was trained for."""
         adapter, metadata = Adapter.load(path)
-        try:
+        with user_error(f"{path}: does not say which LLM it was trained for"):
             origin, stored, identity = (metadata[k] for k in ("llm", "prompt", "identity"))
             name, bf16 = llm or origin["name"], origin["bf16"] if bf16 is None else bf16
             template = dict(origin["template"])
-        except (LookupError, TypeError):
-            raise UserError(f"{path}: does not say which LLM it was trained for") from None
         tokenizer = load_pretrained(transformers.AutoTokenizer, name, "llm")
         model = load_llm(name, device := find_device(), bf16, "llm", options)
         elm = ELM(model, adapter.to(device)).eval()
@@ -1341,11 +1337,9 @@ def read_metrics(path: Path) -> list[dict]:
     file. Raises: UserError that names a damaged line."""
     lines, entries = path.read_bytes().split(b"\n")[:-1] if path.exists() else [], []
     for number, line in enumerate(lines, 1):
-        try:
+        with user_error(f"{path}:{number}: damaged; delete this line"):
             entries.append(json.loads(line))
             entries[-1]["step"] + 0
-        except (ValueError, TypeError, LookupError, RecursionError):
-            raise UserError(f"{path}:{number}: damaged; delete this line") from None
     return entries
 
 # -----------------------------------------------------------------------------
