@@ -437,6 +437,7 @@ def read_ahead(make: Any, keys: Any, threads: int):
 MICRO_TOKENS = dict(cpu=1024, cuda=8192)  # of a micro-batch; see plan_memory
 EVAL_ROWS = 16  # of a micro-batch in evaluation
 ANSWERS_AT_ONCE = dict(cpu=16, cuda=64)
+SPLITS = ("train", "val", "test")
 PLACEHOLDER = "<EMB>"  # where the vector goes in a query; without it, on a line before the query
 ROW = np.dtype([("byte", "i8"), ("line", "i4"), ("vector", "i4"), ("task", "i2"), ("text", "?")])
 
@@ -2031,16 +2032,13 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, run: Path, about: d
     print_report(result, predictions, metrics, cfg, rt)
     return result
 
-def gap_history(metrics: list[dict]) -> dict[int, float]:
-    """The gap closed on the validation split by step, as far as metrics.jsonl has it."""
-    text = [m["val_loss_text"] for m in metrics if "val_loss_text" in m]
-    return {m["step"]: (m["val_loss_shuffled"] - m["val_loss"]) / (m["val_loss_shuffled"] - text[0])
-            for m in metrics if text and m.get("val_loss_shuffled", -math.inf) > text[0]}
-
 def describe_gap(result: dict, metrics: list[dict]) -> str:
+    """The gap closed of a report, and on the validation split at its first and last step."""
     closed = (f"{result['gap_closed']:.4f} on {result['split']}" if "gap_closed" in result else
               "none, as this LLM does not do these tasks from the text either")
-    steps = [f"{gap:.4f} at step {step}" for step, gap in gap_history(metrics).items()]
+    text = next((m["val_loss_text"] for m in metrics if "val_loss_text" in m), math.inf)
+    steps = [f"{(shuffled - m['val_loss']) / (shuffled - text):.4f} at step {m['step']}"
+             for m in metrics if (shuffled := m.get("val_loss_shuffled", -math.inf)) > text]
     return closed + (f"; on val {steps[0]}, {steps[-1]}" if len(steps) > 1 else "")
 
 def plot_report(path: Path, metrics: list, name: str, result: dict | None = None) -> None:
@@ -2115,18 +2113,13 @@ class EmbedOptions(Table):
 def write_table(path: Path, shape: tuple[int, int], dtype: torch.dtype, chunks: Any,
                 **metadata: str) -> None:
     """Write `chunks` of rows, together [N, E] = `shape`, as the one tensor of a safetensors file.
-    A mapped scratch file beside it collects them, so that no table is held in anonymous memory.
+    A scratch file beside it collects them, so that no table is held in anonymous memory.
     Raises: UserError."""
-    size = math.prod(shape)
-    with atomic_write(path) as temporary:
-        with tempfile.NamedTemporaryFile(dir=path.parent) as scratch:  # the mapping outlives it
-            # Reserved first: a disk that fills up under a mapping ends the process with SIGBUS.
-            os.posix_fallocate(scratch.fileno(), 0, size * dtype.itemsize)
-            table = torch.from_file(scratch.name, shared=True, size=size, dtype=dtype).view(shape)
-        start = 0
+    with atomic_write(path) as temporary, tempfile.NamedTemporaryFile(dir=path.parent) as scratch:
         for chunk in chunks:
-            table[start : start + len(chunk)] = chunk
-            start += len(chunk)
+            scratch.write(chunk.contiguous().view(torch.uint8).numpy())
+        scratch.flush()
+        table = torch.from_file(scratch.name, size=math.prod(shape), dtype=dtype).view(shape)
         save_file({"embeddings": table}, temporary, metadata)
 
 def read_texts(path: Path, whole: bool = False):
@@ -2189,17 +2182,18 @@ def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024,
         shutil.rmtree(folder)
     print(f"{out}: {num} vectors of width {shape[1]}; texts cut at {model.max_seq_length} tokens")
 
-def filter_tasks(data: DataConfig, folder: Path) -> None:
+def filter_tasks(cfg: Config, folder: Path) -> None:
     """A data set of data.tasks alone at `folder`, whole or not at all: their rows as they are, but
     for the index, and only the vectors that these need, in the same order. Raises: UserError."""
     check_new(folder)
-    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    splits = [s for s in ("train", "val", "test") if all(p.exists() for p in split_paths(data, s))]
+    data = cfg.data
+    splits = [s for s in SPLITS if all(p.exists() for p in split_paths(data, s))]
     if not splits:
         raise UserError(f"data.dir: no {split_paths(data, 'train')[1]} with its vectors")
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
+        made = DataConfig(dir=f"{work}/data")
         for split in splits:
-            source, target = split_paths(data, split), split_paths(DataConfig(dir=str(work)), split)
+            source, target = split_paths(data, split), split_paths(made, split)
             vectors, counts = open_vectors(source[0]), dict(rows=0, pair_tasks=0, other_tasks=0)
             used = np.zeros(len(vectors), bool)
             for *_, row in read_rows(source[1], data.tasks, len(vectors), dict(counts)):
@@ -2216,30 +2210,26 @@ def filter_tasks(data: DataConfig, folder: Path) -> None:
                     f.write(json.dumps(row) + "\n")
             print(f"{split}: {counts['rows']} of {sum(counts.values())} rows, {len(kept)} of "
                   f"{len(vectors)} vectors")
-        os.replace(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        os.replace(made.dir, folder)
 
 class EvalOptions(Config):
     adapter: PathStr  # a file adapter_*.safetensors
 
-def evaluate(cfg: EvalOptions, beside: bool = False) -> dict:
-    """The report of training's end on the adapter of a file, in output.dir or in a folder beside
-    the adapter: returns the dict of eval.json. Raises: UserError."""
+def evaluate(cfg: EvalOptions) -> dict:
+    """The report of training's end on the adapter of a file, in output.dir: returns the dict of
+    eval.json. Raises: UserError."""
     rt, final, path = start_runtime(cfg), final_split(cfg), Path(cfg.adapter)
-    (adapter, about), run = Adapter.load(path), path.resolve().parent
-    step = about.get("step")
-    folder = run / f"eval_{final}_step_{step}" if beside else Path(cfg.output.dir)
+    (adapter, about), folder = Adapter.load(path), Path(cfg.output.dir)
     names = ("metrics.jsonl", "predictions.jsonl", "eval.json", "report.png")
     rt.on_first(lambda: check_new(*(p for p in map(folder.joinpath, names) if p.exists())))
-    cfg = cfg.model_copy(update=dict(output=OutputConfig(dir=str(folder))))
-    num_soft = adapter.settings["tokens"]
+    num_soft, step = adapter.settings["tokens"], about.get("step")
     split = open_inputs(cfg, [final], num_soft, rt, about.get("prompt"))[final]
     check_vectors(split.vectors[:8192], adapter, f"data.dir: {final}")
     elm = ELM.load(path, cfg.model.llm, cfg.model.bf16, cfg.deepspeed)
     check_llm(elm)
     folder.mkdir(parents=True, exist_ok=True)
-    return report(elm, split, cfg, rt, run, dict(split=final, step=step, adapter_step=step))
+    about = dict(split=final, step=step, adapter_step=step)
+    return report(elm, split, cfg, rt, path.resolve().parent, about)
 
 class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM's own `generate`
     adapter: PathStr
@@ -2327,7 +2317,6 @@ PHRASINGS = {  # by the length that each query asks for
 QUERIES = {task: [f"{phrasing}, {length}." for phrasing in phrasings.split("|")]
            for length, tasks in PHRASINGS.items() for task, phrasings in tasks.items()}
 PREAMBLE = re.compile(r"(here('s|’s| is| are)|sure|certainly|of course)\b", re.IGNORECASE)
-SPLITS = ("train", "val", "test")
 WAITS = (1, 2, 4, 8, 16)  # seconds before the next try of a request
 QueryFile = Annotated[dict[str, list[str]], pydantic.BeforeValidator(lambda p: read_toml(p, {}))]
 Count = Annotated[PositiveInt, pydantic.BeforeValidator(lambda x: 2**31 if x == "all" else x)]
@@ -2732,35 +2721,31 @@ def run_sweep(sweep: Sweep) -> None:
 # -----------------------------------------------------------------------------
 # Command line
 
-OPERANDS = dict(train=["TRAIN.TOML"], eval=["TRAIN.TOML"], generate=[], embed=["TEXTS", "OUT"],
-                synthesize=["TEXTS", "OUT"], filter=["TRAIN.TOML", "OUT"], sweep=["SWEEP.TOML"])
+COMMANDS = {  # by name: what `key=value` sets, the operands, and the function of both
+    "train": (Config, ["TRAIN.TOML"], train),
+    "eval": (EvalOptions, ["TRAIN.TOML"], evaluate),
+    "generate": (GenerateOptions, [], generate),
+    "embed": (EmbedOptions, ["TEXTS", "OUT"], embed_file),
+    "synthesize": (SynthesizeOptions, ["TEXTS", "OUT"], synthesize),
+    "filter": (Config, ["TRAIN.TOML", "OUT"], filter_tasks),
+    "sweep": (SweepFile, ["SWEEP.TOML"], run_sweep)}
 
 def start_command(*arguments: str) -> None:
     options = [a for a in arguments if re.match(r"[\w.\"]+\s*=", a)]
     command, *paths = [expand_path(a) for a in arguments if a not in options] or [""]
-    if command not in OPERANDS and (Path(command).suffix == ".toml" or Path(command).exists()):
+    if command not in COMMANDS and (Path(command).suffix == ".toml" or Path(command).exists()):
         command, paths = "train", [command, *paths]
-    if command not in OPERANDS:
-        raise UserError(f"{command}: no command{did_you_mean(command, OPERANDS)}; nor a TOML file "
+    if command not in COMMANDS:
+        raise UserError(f"{command}: no command{did_you_mean(command, COMMANDS)}; nor a TOML file "
                         "to train by: elm.py TRAIN.TOML")
-    if len(paths) != len(OPERANDS[command]):
-        raise UserError(f"{command}: takes {' '.join([*OPERANDS[command], 'key=value …'])}, in "
-                        f"quotes where it has spaces; given: {' '.join(paths) or 'no path'}")
-    if command == "train":
-        train(load_config(paths[0], options))
-    elif command == "eval":
-        beside = not any(option.startswith("output.dir") for option in options)
-        evaluate(load_config(paths[0], options, EvalOptions), beside)
-    elif command == "generate":
-        generate(load_config(None, options, GenerateOptions))
-    elif command == "embed":
-        embed_file(load_config(None, options, EmbedOptions), *map(Path, paths))
-    elif command == "synthesize":
-        synthesize(load_config(None, options, SynthesizeOptions), *map(Path, paths))
-    elif command == "filter":
-        filter_tasks(load_config(paths[0], options).data, Path(paths[1]))
-    else:
-        run_sweep(load_sweep(paths[0], options))
+    kind, operands, function = COMMANDS[command]
+    if len(paths) != len(operands):
+        raise UserError(f"{command}: takes {' '.join([*operands, 'key=value …'])}, in quotes "
+                        f"where it has spaces; given: {' '.join(paths) or 'no path'}")
+    if command == "sweep":
+        return run_sweep(load_sweep(*paths, options))
+    toml = paths.pop(0) if "TRAIN.TOML" in operands else None
+    function(load_config(toml, options, kind), *map(Path, paths))
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 only if the job is done, 2 after an error its user can mend."""
@@ -2773,9 +2758,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(__doc__)
         return 0 if given else 2
     if {"-h", "--help"} & set(given):
-        kinds = dict(eval=(EvalOptions,), generate=(GenerateOptions,), embed=(EmbedOptions,),
-                     synthesize=(SynthesizeOptions,), sweep=(StudyConfig, "study."))
-        options = list_options(*kinds.get(given[0], (Config,)))
+        kind, *_ = COMMANDS.get(given[0], COMMANDS["train"])
+        options = list_options(kind)
         print(*(f"{name}: {option}" for name, option in options.items()), sep="\n")
         return 0
     try:

@@ -225,8 +225,8 @@ def test_bad_input(texts, tmp_path):
 
 def test_own_tasks_and_all_tasks(tmp_path):
     (tmp_path / "q.toml").write_text('rhyme = ["Rhyme on <EMB>."]\nkeywords = []\n')
-    o = elm.load_config(
-        None, [f"queries={tmp_path / 'q.toml'}", "tasks=all"], elm.SynthesizeOptions)
+    more = [f"queries={tmp_path / 'q.toml'}", "tasks=all"]
+    o = elm.load_config(None, more, elm.SynthesizeOptions)
     rows = elm.draw_rows(o.model_copy(update=dict(reconstruct=1)), "One. Two. Three.")
     tasks = {"reconstruct", "rhyme", *elm.TASKS} - {"keywords"}
     assert {row["task_type"] for row in rows} == tasks

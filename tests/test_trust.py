@@ -162,7 +162,7 @@ def test_rows_are_text_and_never_paths(settings, data_dir, tmp_path):
     save_file(table, vectors_path(data_dir), {"x": "../../escaped"})
     before = set(tmp_path.rglob("*"))
     go(settings)
-    elm.filter_tasks(elm.DataConfig(dir=str(data_dir)), tmp_path / "filtered")
+    elm.filter_tasks(elm.load_config(None, [f"data.dir={data_dir}"]), tmp_path / "filtered")
     mine = (tmp_path / "out", tmp_path / "filtered")
     made = set(tmp_path.rglob("*")) - before
     assert made and all(any(m in (p, *p.parents) for m in mine) for p in made)
