@@ -1443,7 +1443,6 @@ class Log:
         line = f"loss {loss:.4f}  " + "".join(
             f"{name} {means[name]:.4f}  " for name, term in terms.items() if 0 < term.weight != 1)
         line += f"lr {values['lr']:.2e}  {rate:,.0f} tokens/s  {memory:.2f} GiB"
-        self.bar.set_postfix_str(line)
         passed = time.perf_counter() - self.begin
         left = passed / (state.step - self.first) * (self.total - state.step)
         line += f"  {tqdm.format_interval(passed)} passed, {tqdm.format_interval(left)} left"
@@ -1542,9 +1541,6 @@ def open_folder(cfg: Config, state: TrainState) -> Any:
     write_text(folder / "config.toml", config_text(cfg))
     return held
 
-def dropout_seed(seed: int, step: int, rank: int) -> int:  # of 32 bits: the CPU's generator
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])  # ignores more
-
 def check_finite(numbers: list[float], step: int, split: Split, rows: np.ndarray) -> None:
     """Raises: UserError that names the step and its rows."""
     if not all(map(math.isfinite, numbers)):
@@ -1606,24 +1602,19 @@ def warm_start(elm: ELM, split: Split, rt: Runtime, max_vectors: int = 32768) ->
     rt.log(f"warm start on {int((~heldout).sum())} vectors; cosine {cosine:.3f} with the targets "
            f"of {int(heldout.sum())} held-out ones")
 
-def validation_losses(elm: ELM, split: Split, cfg: Config, rt: Runtime, signals: list,
-                      first: bool, scored: bool) -> dict[str, float]:
+def validation_losses(elm: ELM, split: Split, rt: Runtime, signals: list,
+                      first: bool) -> dict[str, float]:
     """Losses per response token by the right and by shuffled vectors; at the `first` validation by
-    the texts; if `scored`, the BERTScore composite of answers. Nothing if a signal arrives."""
-    elm.eval()
+    the texts, too. Raises: Stopped if a signal arrives."""
     kinds = {"val_loss": ("embedding", None),
              "val_loss_shuffled": ("embedding", shuffled_vectors(split))}
     if first and split.rows["text"].all():  # the ceiling stays the same
         kinds["val_loss_text"] = "text", None
     losses = {}
-    try:
-        for name, (source, vector_ids) in kinds.items():
-            nll, num_labels = evaluate_nll(elm, split, rt, source, vector_ids, signals)
-            losses[name] = float(nll.sum() / num_labels.sum())
-    except Stopped:
-        return {}
-    if scored:
-        losses["val_bertscore"] = score_now(elm, split, cfg.eval, rt)
+    elm.eval()
+    for name, (source, vector_ids) in kinds.items():
+        nll, num_labels = evaluate_nll(elm, split, rt, source, vector_ids, signals)
+        losses[name] = float(nll.sum() / num_labels.sum())
     elm.train()
     return losses
 
@@ -1707,9 +1698,12 @@ def train(cfg: Config, trial: Any = None) -> dict:
             config=cfg.tables(), prompt=source.prompt.text))
 
     def validate() -> None:
-        scored = trial is not None and 0 < state.step < total
-        first, split = state.validated < 0, data["val"]
-        losses = validation_losses(elm, split, cfg, rt, signals, first, scored) or leave()
+        try:
+            losses = validation_losses(elm, data["val"], rt, signals, state.validated < 0)
+        except Stopped:
+            leave()
+        if scored := trial is not None and 0 < state.step < total:
+            losses["val_bertscore"] = score_now(elm, data["val"], cfg.eval, rt)
         state.validated, state.since_best = state.step, state.since_best + 1
         log.record("  ".join(f"{k} {v:.4f}" for k, v in losses.items()), state.step, **losses)
         if losses["val_loss"] < state.best or not state.best_adapter:
@@ -1740,7 +1734,8 @@ def train(cfg: Config, trial: Any = None) -> dict:
             if due(eval_steps) and state.validated < state.step:
                 validate()  # step 0, or one whose validation a signal prevented
             for step in steps:
-                torch.manual_seed(dropout_seed(c.seed, state.step, rt.rank))
+                seed = np.random.SeedSequence([c.seed, state.step, rt.rank]).generate_state(1)
+                torch.manual_seed(int(seed[0]))  # 32 bits: the CPU's generator ignores more
                 soft = elm(torch.cat([batch["embeddings"] for _, batch in step.micros]))
                 sums, gradient = soft_gradient(elm, soft, step.micros, terms, step.counts)
                 optimizer.zero_grad()
@@ -2145,33 +2140,37 @@ def read_texts(path: Path, whole: bool = False):
     if not number:
         raise UserError(f"{path}: is empty")
 
-def blocks_folder(o: EmbedOptions, texts: Path, out: Path, block: int) -> Path:
-    """A hidden folder beside `out` whose name is a hash of all that determines the vectors."""
-    files = [texts, *sorted(Path(o.model).rglob("*"))]
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    key = hashlib.sha256(repr((o, block, stats)).encode()).hexdigest()[:12]
-    return out.with_name(f".{out.name}.{key}.tmp")
+@contextmanager
+def hidden_folder(out: Path, *key: Any):
+    """A locked folder for what a kill must not lose, deleted at the end: beside `out`, which must
+    be new, named by a hash of `key`, all that determines what is made. Raises: UserError."""
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+    folder = out.with_name(f".{out.name}.{digest}.tmp")
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    with lock(folder / ".lock"):
+        check_new(out)  # another process may have finished it since
+        yield folder
+        shutil.rmtree(folder)
 
 def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024,
                key: str = "model") -> None:
     """Embed a file of texts into a safetensors table [N, width] fp32. Each block of texts is saved
-    to a hidden folder first, so that the same command resumes after a kill. Raises: UserError,
-    which calls the model `key`."""
+    first, so that the same command resumes after a kill. Raises: UserError, which calls the model
+    `key`."""
     check_new(out)
     num = sum(1 for _ in read_texts(texts))
-    model = load_embedder(o.model, o.bf16, key, o.max_tokens)
-    folder = blocks_folder(o, texts, out, block)
-    with writing(folder):
-        folder.mkdir(exist_ok=True)
-    blocks = [folder / f"{first}.safetensors" for first in range(0, num, block)]
-    lines, prompt = read_texts(texts), f"Instruct: {o.instruction}\nQuery:"
-    with lock(folder / ".lock"), tqdm(total=num, unit="text") as bar:
-        check_new(out)  # another process may have finished it since
+    model, lines = load_embedder(o.model, o.bf16, key, o.max_tokens), read_texts(texts)
+    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns)
+             for p in (texts, *sorted(Path(o.model).rglob("*")))]
+    prompt = f"Instruct: {o.instruction}\nQuery:" if o.instruction else None
+    with hidden_folder(out, o, block, stats) as folder, tqdm(total=num, unit="text") as bar:
+        blocks = [folder / f"{first}.safetensors" for first in range(0, num, block)]
         for path in blocks:
             batch = list(islice(lines, block))
             if not path.exists():
                 vectors = embed_texts(model, batch, find_device(), batch_size=o.batch_size,
-                                      prompt=prompt if o.instruction else None)
+                                      prompt=prompt)
                 if invalid_rows(vectors).any():
                     raise UserError(f"{key}: {o.model} makes vectors that are zero or not finite; "
                                     "bf16=false?")
@@ -2179,7 +2178,6 @@ def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024,
             bar.update(len(batch))
         shape = num, open_vectors(blocks[0]).shape[1]
         write_table(out, shape, torch.float32, map(open_vectors, blocks), embed=o.model_dump_json())
-        shutil.rmtree(folder)
     print(f"{out}: {num} vectors of width {shape[1]}; texts cut at {model.max_seq_length} tokens")
 
 def filter_tasks(cfg: Config, folder: Path) -> None:
@@ -2416,16 +2414,15 @@ def fault(row: dict, answer: str, finished: bool) -> str:
 def answer_rows(o: SynthesizeOptions, ask: Any, rows: list[dict]) -> list[list[str]]:
     """[answer, its fault or ""] of each row; rejected answers are asked for once more, with another
     seed and a temperature above 0. Raises: UserError."""
-    result, missing = [["", ""] for _ in rows], list(range(len(rows)))
+    result = [["", "not asked"]] * len(rows)
     for attempt in (0, 1):
+        missing = [i for i, (_, why) in enumerate(result) if why]
         batch = [rows[i] for i in missing]
         seed = int(draw(o.seed, attempt, *rows[0].values()) * 2**31)
-        answers = ask(batch, seed=seed, temperature=o.temperature or float(attempt))
+        temperature = o.temperature or float(attempt)
+        answers = ask(batch, seed=seed, temperature=temperature) if batch else []
         for i, row, (answer, finished) in zip(missing, batch, answers, strict=True):
             result[i] = [answer.strip(), fault(row, answer, finished)]
-        missing = [i for i in missing if result[i][1]]
-        if not missing:
-            break
     return result
 
 def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:
@@ -2470,20 +2467,15 @@ def write_split(o: SynthesizeOptions, work: Path, split: str, texts: list, rows:
 
 def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
     """A data set at `out`, whole or not at all, of the texts of a file: queries about each, the
-    LLM's answers, and vectors. They are kept in a hidden folder first, so that the same command
-    goes on after a kill. Raises: UserError."""
+    LLM's answers, and vectors. Killed, the same command goes on. Raises: UserError."""
     check_new(out)
     texts = split_texts(source, o.split)
     rows = [row for text in texts for row in draw_rows(o, text)]
     load_embedder(o.embedder, o.bf16, "embedder", None)  # its errors come first
     about = o.model_dump(exclude={"endpoint", "concurrency"}), bool(o.endpoint), texts, QUERIES
-    key = hashlib.sha256(repr(about).encode()).hexdigest()[:12]
-    work = out.with_name(f".{out.name}.{key}.tmp")
-    with writing(work):
+    with hidden_folder(out, *about) as work:
         for folder in ("embeddings", "synthesis"):
             (work / "data" / folder).mkdir(parents=True, exist_ok=True)
-    with lock(work / ".lock"):
-        check_new(out)  # another process may have finished it since
         lost = fill_rows(o, rows, work / "answers.jsonl")
         rows = [row for row in rows if row["response"]]
         train, *others = [write_split(o, work, s, [t for t in texts if texts[t] == s], rows)
@@ -2496,7 +2488,6 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
         toml = "".join(f"{name} = {to_toml(value)}\n" for name, value in settings.items())
         write_text(work / "data" / "train.toml", toml)
         os.replace(work / "data", out)
-        shutil.rmtree(work)
     counts = Counter((row["task_type"], texts[row["text"]]) for row in rows)
     for task in sorted({task for task, _ in [*counts, *lost]}):
         why = ", ".join(f"{n} {why}" for (name, why), n in lost.items() if name == task)
@@ -2519,42 +2510,40 @@ class StudyConfig(Table):
     seed: Seed = 42
     repeat_best: NonNegativeInt = 3  # how many of the best run with two more seeds
 
-class SweepFile(Table):
+Settings = Annotated[dict[str, Any], pydantic.AfterValidator(flat)]  # by dotted name
+
+class Sweep(Table):
     study: StudyConfig = StudyConfig()
-    base: dict[str, Any] = {}  # config, a train TOML, and settings over it
-    space: dict[str, Any] = {}  # settings as {low, high, log} or lists of choices
+    base: Settings = {}  # config, a train TOML, and settings over it
+    space: Settings = {}  # settings as {low, high, log} or lists of choices
     wandb: WandbConfig = WandbConfig()
     output: OutputConfig = OutputConfig()
 
-RESERVED = ("eval.", "output.", "wandb.", "train.eval_steps", "train.resume", "train.seed")
-HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120  # a trial without a heartbeat for so long was killed
-
-class Sweep(NamedTuple):
-    source: str
-    study: StudyConfig
-    base: dict[str, Any]  # settings by dotted name
-    space: dict[str, dict | list]  # low, high and log by dotted name, or choices
-    folder: Path
+    @property
+    def folder(self) -> Path:
+        return Path(self.output.dir)
 
     def config(self, settings: dict[str, Any], name: str = "best") -> Config:
         """The training of a trial; it reports on the validation split. Raises: UserError."""
         fixed = {"eval.split": "val", "output.dir": f"{self.folder}/{name}", "wandb.run_name": name}
-        tables = read_toml(None, self.base | settings | fixed)
-        return build(Config, tables, f"{self.source}: ")
+        return build(Config, read_toml(None, self.base | settings | fixed))
+
+RESERVED = ("eval.", "output.", "wandb.", "train.eval_steps", "train.resume", "train.seed")
+HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120  # a trial without a heartbeat for so long was killed
 
 def load_sweep(path: str, overrides: list[str]) -> Sweep:
     """A sweep file under overrides. Both ends of each range and each choice are checked as settings
     of a training. Raises: UserError with one line for each mistake."""
     over = {key.replace('"', ""): value for key, value in map(read_override, overrides)}
-    file = build(SweepFile, read_toml(None, flat(read_toml(path, {})) | over), f"{path}: ")
-    base, space, errors = flat(file.base), flat(file.space), []
-    own = file.model_dump(include={"wandb", "output"}, exclude_unset=True)
-    base = flat(read_toml(str(base.pop("config", "train.toml")), {})) | base | flat(own)
+    file = build(Sweep, read_toml(None, flat(read_toml(path, {})) | over), f"{path}: ")
+    own = flat(file.model_dump(include={"wandb", "output"}, exclude_unset=True))
+    template = flat(read_toml(str(file.base.pop("config", "train.toml")), {}))
+    base, errors = template | file.base | own, []
     cfg = build(Config, read_toml(None, base), f"{path}: ")
-    if not cfg.eval.samples or not space:
+    sweep = file.model_copy(update=dict(base=base, output=cfg.output))
+    if not cfg.eval.samples or not sweep.space:
         errors.append("a sweep needs eval.samples above 0 and a [space]")
-    sweep = Sweep(path, file.study, base, space, Path(cfg.output.dir))
-    for key, spec in space.items():
+    for key, spec in sweep.space.items():
         values = [spec.get("low"), spec.get("high")] if isinstance(spec, dict) else spec
         if key.startswith(RESERVED):
             errors.append(f"space.{key}: is set by the sweep itself")
@@ -2566,7 +2555,7 @@ def load_sweep(path: str, overrides: list[str]) -> Sweep:
                     sweep.config({key: value})
                     suggest(import_optional("optuna").trial.FixedTrial({key: value}), key, spec)
             except (TypeError, ValueError) as e:  # a UserError, or one of Optuna
-                errors.append(f"space.{key} = {spec}: {str(e).removeprefix(f'{path}: ')}")
+                errors.append(f"space.{key} = {spec}: {e}")
     if errors:
         raise UserError("\n".join(f"{path}: {e}" for e in errors))
     return sweep
@@ -2716,7 +2705,7 @@ def run_sweep(sweep: Sweep) -> None:
         raise
     print(write_results(sweep, study))
     if not best_trials(study, 1):
-        raise UserError(f"{sweep.source}: no trial was completed")
+        raise UserError(f"{sweep.study.name}: no trial was completed")
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -2728,7 +2717,7 @@ COMMANDS = {  # by name: what `key=value` sets, the operands, and the function o
     "embed": (EmbedOptions, ["TEXTS", "OUT"], embed_file),
     "synthesize": (SynthesizeOptions, ["TEXTS", "OUT"], synthesize),
     "filter": (Config, ["TRAIN.TOML", "OUT"], filter_tasks),
-    "sweep": (SweepFile, ["SWEEP.TOML"], run_sweep)}
+    "sweep": (Sweep, ["SWEEP.TOML"], run_sweep)}
 
 def start_command(*arguments: str) -> None:
     options = [a for a in arguments if re.match(r"[\w.\"]+\s*=", a)]
