@@ -30,6 +30,7 @@ import difflib
 import fcntl
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import math
@@ -43,7 +44,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 import unicodedata
 import urllib.request
 import warnings
@@ -77,6 +77,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 __version__ = "0.1.0"
 START = time.perf_counter()  # of the process, for the report
+tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 class UserError(ValueError):
     """An error the user can correct: each line says what, where and what to do. Exit code 2."""
@@ -89,6 +90,9 @@ TASKS = ("keywords", "category", "questions", "summary", "describe", "explain_be
          "style_academic", "style_casual", "counterfactual")
 MORE_TASKS = ("reconstruct",)  # known as well, used where data.tasks names them
 REMOVED_TASKS = ("compare", "hypothetical")  # pair tasks of older data sets: skipped and counted
+RESERVED_KEYS = (  # of DeepSpeed's config
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping", "optimizer", "scheduler", "bf16", "fp16", "activation_checkpointing")
 
 def expand_path(path: str) -> str:
     return os.path.expanduser(os.path.expandvars(path))
@@ -156,14 +160,20 @@ class EvalConfig(Table):
     bertscore_model: PathStr = "microsoft/deberta-xlarge-mnli"
     bertscore_layers: PositiveInt | None = None
 
-class DeepSpeedConfig(Table):
+class DeepSpeedConfig(Table, extra="allow"):  # other keys: DeepSpeed's own, at stage 3
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0  # 0 to 3
-    zero_optimization: dict[str, Any] = {}  # DeepSpeed's own settings of stage 3
+    zero_optimization: dict[str, Any] = {}
 
     @pydantic.model_validator(mode="after")
-    def check_stage(self) -> DeepSpeedConfig:
-        if self.zero_optimization and (self.zero_stage < 3 or "stage" in self.zero_optimization):
-            raise ValueError("zero_optimization: needs deepspeed.zero_stage = 3; has no own stage")
+    def check_keys(self) -> DeepSpeedConfig:
+        """Refuse keys that elm sets, misspelled ones, and those that nothing reads."""
+        for key in sorted(self.model_fields_set - {"zero_stage"}):
+            if key in RESERVED_KEYS or key == "zero_optimization" and "stage" in getattr(self, key):
+                raise ValueError(f"{key}: is set by elm, from [train], [model] and zero_stage")
+            if key in self.model_extra and (hint := did_you_mean(key, type(self).model_fields)):
+                raise ValueError(f"{key}: unknown key{hint}")
+            if self.zero_stage < 3:
+                raise ValueError(f"{key}: has no effect unless deepspeed.zero_stage = 3")
         return self
 
 class WandbConfig(Table):
@@ -189,8 +199,11 @@ class Config(Table):
 MESSAGES = {"model_type": "must be a table", "dict_type": "must be a table",
             "tuple_type": "must be a list, in quotes on the command line"}
 COMMON_NAMES = {  # of other programs
-    "train.lr": "learning_rate", "train.epochs": "num_epochs num_train_epochs",
-    "train.batch_size": "per_device_train_batch_size", "model.llm": "model_name_or_path"}
+    "train.lr": "learning_rate", "train.epochs": "num_epochs max_epochs num_train_epochs",
+    "train.batch_size": "per_device_train_batch_size", "train.patience": "early_stopping_patience",
+    "train.grad_accum": "gradient_accumulation_steps", "train.warmup_steps": "warmup",
+    "data.max_seq_length": "max_length max_seq_len", "train.resume": "resume_from_checkpoint",
+    "model.grad_checkpoint": "gradient_checkpointing", "model.llm": "model_name_or_path"}
 
 def list_options(kind: type[Table], prefix: str = "") -> dict[str, str]:
     """The fields of a model and its tables: type, default and comment by dotted name."""
@@ -830,9 +843,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, le
             and d <= 256 and not softcap):
         from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11: implied
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max(lengths), max(lengths),
                            scale=scaling, window_size=((sliding_window or 0) - 1, 0),
-                           enable_gqa=groups > 1)[None], None
+                           **(dict(enable_gqa=groups > 1) if grouped else {}))[None], None
     key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
     outs = []
     for q, k, v in zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True):
@@ -863,8 +877,13 @@ def packed(llm: Any) -> Any:
     return swapped(llm.config, "_attn_implementation", "elm_packed")
 
 def load_pretrained(auto: Any, name: str, key: str, **options: Any) -> Any:
-    transformers.logging.set_verbosity_error()  # no table of what a headless model leaves out
+    logging, bar = transformers.logging, key.endswith("llm")  # one bar: the LLM's
+    (logging.enable_progress_bar if bar else logging.disable_progress_bar)()
+    logging.set_verbosity_error()  # no table of what a headless model leaves out
     with user_error(f"{key}: cannot load {name}"):
+        here = Path(name).is_dir() or huggingface_hub.try_to_load_from_cache(name, "config.json")
+        if not here and not huggingface_hub.is_offline_mode():
+            warn(f"{key}: {name} is not on this machine yet; it is downloaded from the hub")
         return auto.from_pretrained(name, trust_remote_code=False, **options)
 
 class Zero3:  # what transformers needs of accelerate's HfDeepSpeedConfig to build a model in parts
@@ -892,7 +911,7 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     from transformers.integrations import deepspeed as integration
-    zero = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": bf16},
+    zero = {**options.model_extra, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": bf16},
             "zero_optimization": {**options.zero_optimization, "stage": 3}}
     shared = Zero3(zero)  # of which transformers keeps a weak reference
     integration.set_hf_deepspeed_config(shared)
@@ -1188,6 +1207,9 @@ def drift(probe: Probe, adapter: Adapter, target: float, hidden: Tensor, batch: 
 
 RIDGES = (0.1, 0.01, 1.0, 10.0)  # times the mean diagonal; without a choice the first
 
+def every_tenth(indices: np.ndarray) -> Tensor:  # and the last one: of few vectors, too, one
+    return torch.from_numpy((indices % 10 == 9) | (indices == indices.max()))
+
 def ridge(x: Tensor, y: Tensor, heldout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ridge regression (Hoerl and Kennard, 1970) of y [n, q] on x [n, p] over the rows that are not
     `heldout`, [n] bool, with the ridge that has the least squared error on those that are: weights
@@ -1224,8 +1246,7 @@ def fit_probe(elm: ELM, split: Split, rt: Runtime, max_rows: int = 8192) -> Prob
         hidden[micro] = response_hidden(*elm.forward_hidden(batch))[: len(micro)]
     hidden, vector_ids = rt.sum(hidden), split.rows["vector"][rows]
     vectors = elm.adapter.standardize(split.embeddings(vector_ids).to(rt.device))
-    heldout = torch.from_numpy(np.unique(vector_ids, return_inverse=True)[1] % 10 == 9)
-    heldout = heldout.to(rt.device)
+    heldout = every_tenth(np.unique(vector_ids, return_inverse=True)[1]).to(rt.device)
     probe = Probe(*(rt.sum(t * (rt.rank == 0)) for t in ridge(hidden, vectors, heldout)))
     cosine = 1 - probe.distance(hidden[heldout], vectors[heldout]).mean()
     rt.log(f"drift probe of {int((~heldout).sum())} rows; cosine {cosine:.3f} on "
@@ -1325,6 +1346,8 @@ def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
     """The checkpoint that train.resume names; "auto": the newest in output.dir, if any.
     Raises: UserError, also if the folder holds another run."""
     folder, resume = Path(cfg.output.dir), cfg.train.resume
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output.dir: {folder} is not a folder")
     if resume == "auto":
         resume = rt.on_first(lambda: newest_checkpoint(folder, rt))
     elif (folder / "metrics.jsonl").exists() and not (
@@ -1454,16 +1477,15 @@ def final_split(cfg: Config) -> str:  # the one of the report
     has_test = all(p.exists() for p in split_paths(cfg.data, "test"))
     return cfg.eval.split or ("test" if has_test else "val")
 
-def open_data(data: DataConfig, scoring: EvalConfig, llm: str, template: str,
-              names: tuple[str, ...], num_soft: int, rt: Runtime,
-              stored: dict | None = None) -> dict[str, Split]:
-    """The splits by name, after a check of what the report will need. The prompt is the stored one
-    or that of the LLM's template, with keyword arguments in JSON. Raises: UserError."""
+def open_inputs(cfg: Config, names: Iterable[str], num_soft: int, rt: Runtime,
+                stored: dict | None = None) -> dict[str, Split]:
+    """The splits by name, after a check of what the report on the last one will need. The prompt is
+    the stored one or that of the LLM's chat template. Raises: UserError."""
     import_optional("matplotlib")
     import_optional("pandas")
-    tokenizer = load_pretrained(transformers.AutoTokenizer, llm, "model.llm")
-    prompt = Prompt(tokenizer, json.loads(template), stored)
-    splits = {name: open_split(data, name, prompt, num_soft, rt) for name in names}
+    tokenizer = load_pretrained(transformers.AutoTokenizer, cfg.model.llm, "model.llm")
+    prompt = Prompt(tokenizer, cfg.model.template, stored)
+    splits = {name: open_split(cfg.data, name, prompt, num_soft, rt) for name in names}
     widths = {name: split.vectors.shape[1] for name, split in splits.items()}
     if len(set(widths.values())) > 1:
         raise UserError(f"data.dir: the vectors of the splits differ in width: {widths}")
@@ -1473,15 +1495,9 @@ def open_data(data: DataConfig, scoring: EvalConfig, llm: str, template: str,
         if (split.rows["vector"] == split.rows["vector"][0]).all():
             raise UserError(f"{split.path}: all rows are about one vector: none is left to compare "
                             "it with")
-    if scoring.samples:
-        rt.on_first(lambda: load_report_models(scoring, splits[names[-1]], rt))
+    if cfg.eval.samples:
+        rt.on_first(lambda: load_report_models(cfg.eval, split, rt))
     return splits
-
-def open_inputs(cfg: Config, names: Iterable[str], num_soft: int, rt: Runtime,
-                stored: dict | None = None, cached: bool = False) -> dict[str, Split]:
-    open_splits, template = sweep_data if cached else open_data, json.dumps(cfg.model.template)
-    return open_splits(cfg.data, cfg.eval, cfg.model.llm, template, tuple(names), num_soft, rt,
-                       stored)
 
 def plan_memory(cfg: Config, elm: ELM, terms: dict[str, Term], rt: Runtime) -> int:
     """The token budget of a micro-batch. On a GPU the first of several plans that a trial pass
@@ -1588,7 +1604,7 @@ def warm_start(elm: ELM, split: Split, rt: Runtime, max_vectors: int = 32768) ->
     y -= y.mean(0)
     y /= y.square().mean().sqrt().clamp(min=1e-9)
     x = adapter.standardize(embeddings := split.embeddings(vector_ids).to(device))
-    heldout = torch.arange(len(x), device=device) % 10 == 9
+    heldout = every_tenth(np.arange(len(x))).to(device)
     scale, residual = adapter.settings["residual_scale"], adapter.residual
     if scale and isinstance(residual, nn.Linear):
         residual.weight.copy_(ridge(x, y.mean(1), heldout)[0].T / scale)
@@ -1648,7 +1664,7 @@ def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt
         probe = fit_probe(elm, source, rt)
     return elm.train(), optimizer, probe, identity
 
-sweep_data, sweep_llm = lru_cache(1)(open_data), lru_cache(1)(load_llm)  # kept between trials
+sweep_llm = lru_cache(1)(load_llm)  # kept between trials
 
 def train(cfg: Config, trial: Any = None) -> dict:
     """Train an adapter and report on it: returns the dict of eval.json. As a `trial` of Optuna,
@@ -1658,8 +1674,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
     saved, final = find_checkpoint(cfg, rt), final_split(cfg)
     state = saved["state"] if saved else TrainState()
     names = dict.fromkeys(("train", "val", final))
-    data = open_inputs(cfg, names, cfg.model.tokens, rt, saved and saved["prompt"],
-                       cached=trial is not None)  # its errors come within seconds
+    data = open_inputs(cfg, names, cfg.model.tokens, rt, saved and saved["prompt"])
     source, size = data["train"], c.batch_size * c.grad_accum * rt.world
     total = c.epochs * math.ceil(len(source.rows) / size)
     total = total if c.max_steps is None else c.max_steps
@@ -2117,26 +2132,22 @@ def write_table(path: Path, shape: tuple[int, int], dtype: torch.dtype, chunks: 
         table = torch.from_file(scratch.name, size=math.prod(shape), dtype=dtype).view(shape)
         save_file({"embeddings": table}, temporary, metadata)
 
-def read_texts(path: Path, whole: bool = False):
-    """The texts of a file of lines, or of a .jsonl of objects with `text`; the line of a text less
-    one is its row in the table of vectors. `whole`: the objects. Raises: UserError naming the
-    line."""
+def read_texts(path: Path):
+    """Yield {"text": …} of each line of a file of texts, or the objects of a .jsonl; the line less
+    one is the text's row in the table of vectors. Raises: UserError naming the line."""
     number = 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 text = line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n")
-                entry = {"text": text}
-                if text.strip() and path.suffix == ".jsonl":
-                    entry = {**json.loads(text)}
-                entry["text"].encode()  # a lone surrogate is a ValueError
-            except UnicodeError:
-                raise UserError(f"{path}:{number}: not UTF-8") from None
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                raise UserError(f'{path}:{number}: not of the form {{"text": "…"}}') from None
-            if not entry["text"].strip():
-                raise UserError(f"{path}:{number}: the text is empty")
-            yield entry if whole else entry["text"]
+                entry = json.loads(text) if path.suffix == ".jsonl" else {"text": text}
+                empty = not entry["text"].encode().strip()  # a ValueError at a lone surrogate
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                empty = True
+            if empty:
+                form = ' as {"text": "…"}' if path.suffix == ".jsonl" else ""
+                raise UserError(f"{path}:{number}: not a text in UTF-8{form}, or an empty one")
+            yield entry
     if not number:
         raise UserError(f"{path}: is empty")
 
@@ -2167,7 +2178,7 @@ def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024,
     with hidden_folder(out, o, block, stats) as folder, tqdm(total=num, unit="text") as bar:
         blocks = [folder / f"{first}.safetensors" for first in range(0, num, block)]
         for path in blocks:
-            batch = list(islice(lines, block))
+            batch = [entry["text"] for entry in islice(lines, block)]
             if not path.exists():
                 vectors = embed_texts(model, batch, find_device(), batch_size=o.batch_size,
                                       prompt=prompt)
@@ -2213,21 +2224,23 @@ def filter_tasks(cfg: Config, folder: Path) -> None:
 class EvalOptions(Config):
     adapter: PathStr  # a file adapter_*.safetensors
 
-def evaluate(cfg: EvalOptions) -> dict:
-    """The report of training's end on the adapter of a file, in output.dir: returns the dict of
-    eval.json. Raises: UserError."""
+def evaluate(cfg: EvalOptions, beside: bool = False) -> dict:
+    """The report of training's end on the adapter of a file, in output.dir or in a folder beside
+    the adapter: returns the dict of eval.json. Raises: UserError."""
     rt, final, path = start_runtime(cfg), final_split(cfg), Path(cfg.adapter)
-    (adapter, about), folder = Adapter.load(path), Path(cfg.output.dir)
+    (adapter, about), run = Adapter.load(path), path.resolve().parent
+    step = about.get("step")
+    folder = run / f"eval_{final}_step_{step}" if beside else Path(cfg.output.dir)
+    cfg = cfg.model_copy(update=dict(output=OutputConfig(dir=str(folder))))
     names = ("metrics.jsonl", "predictions.jsonl", "eval.json", "report.png")
     rt.on_first(lambda: check_new(*(p for p in map(folder.joinpath, names) if p.exists())))
-    num_soft, step = adapter.settings["tokens"], about.get("step")
+    num_soft = adapter.settings["tokens"]
     split = open_inputs(cfg, [final], num_soft, rt, about.get("prompt"))[final]
     check_vectors(split.vectors[:8192], adapter, f"data.dir: {final}")
     elm = ELM.load(path, cfg.model.llm, cfg.model.bf16, cfg.deepspeed)
     check_llm(elm)
     folder.mkdir(parents=True, exist_ok=True)
-    about = dict(split=final, step=step, adapter_step=step)
-    return report(elm, split, cfg, rt, path.resolve().parent, about)
+    return report(elm, split, cfg, rt, run, dict(split=final, step=step, adapter_step=step))
 
 class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM's own `generate`
     adapter: PathStr
@@ -2261,8 +2274,8 @@ def generate(o: GenerateOptions) -> None:
             raise UserError(f"rows: no row {row} among {len(vectors)}")
     if (o.query is None) == (o.queries is None):
         raise UserError("query or queries: give one of them")
-    queries = [o.query] if o.queries is None else [*read_texts(Path(o.queries))]
-    for query in queries:
+    asked = [{"text": o.query}] if o.queries is None else read_texts(Path(o.queries))
+    for query in (queries := [entry["text"] for entry in asked]):
         Prompt.parts(query)
     if o.out:
         check_new(Path(o.out))
@@ -2270,26 +2283,21 @@ def generate(o: GenerateOptions) -> None:
     rt, options = start_runtime(Config()), DeepSpeedConfig(zero_stage=o.zero_stage)
     elm, out = ELM.load(o.adapter, o.llm, options=options), None
     torch.manual_seed(o.seed)
-    pairs, total = ((row, q) for q in queries for row in rows), len(queries) * len(rows)
-    bar = tqdm(total=total, unit="answer", disable=not o.out and sys.stdout.isatty())
-    while batch := list(islice(pairs, o.batch_size)):
-        try:
-            answers = elm.generate(vectors[[row for row, _ in batch]], [q for _, q in batch],
-                                   batch_size=o.batch_size, **o.model_extra)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as e:  # of transformers, at an option's value
-            raise UserError(f"generate: {' '.join(str(e).split())[:300]}") from None
+    pairs = [(row, query) for query in queries for row in rows]
+    firsts = range(0, len(pairs), o.batch_size)
+    for first in tqdm(firsts, unit="batch", disable=not o.out and sys.stdout.isatty()):
+        ids, asked = zip(*pairs[first : first + o.batch_size], strict=True)
+        with user_error("generate"):
+            answers = elm.generate(vectors[list(ids)], list(asked), batch_size=o.batch_size,
+                                   **o.model_extra)
         if rt.rank > 0:
             continue
         out = out or (open(o.out, "x", encoding="utf-8") if o.out else sys.stdout)
         escape = str(out.encoding).lower() != "utf-8"
-        for (row, query), answer in zip(batch, answers, strict=True):
+        for row, query, answer in zip(ids, asked, answers, strict=True):
             entry = dict(row=row, query=query, answer=answer)
             out.write(json.dumps(entry, ensure_ascii=escape) + "\n")
         out.flush()
-        bar.update(len(batch))
-    bar.close()
 
 # -----------------------------------------------------------------------------
 # Synthesis: rows, vectors and splits from texts
@@ -2343,7 +2351,7 @@ def split_texts(path: Path, shares: tuple[float, ...]) -> dict[str, str]:
     """{text: its split}, sorted, of a file; texts that differ in case and spaces alone are one. The
     split is the given one, or drawn by the group or else the text. Raises: UserError."""
     entries, texts, bounds = {}, {}, np.cumsum(shares)
-    for entry in read_texts(path, whole=True):
+    for entry in read_texts(path):
         group, split = ("" if entry.get(k) is None else str(entry[k]) for k in ("group", "split"))
         entry = entry["text"], group, split
         key = draw(entry[0])
@@ -2617,8 +2625,8 @@ def next_trial(sweep: Sweep, study: Any, deadline: float) -> bool:
             trials = [t for t in study.get_trials(deepcopy=False)
                       if t.state.name != "FAIL" or "reason" in t.user_attrs]  # else it was killed
             states = {t.state.name for t in trials}
-            num_searched = sum("repeats" not in t.user_attrs for t in trials)
-            if num_searched < sweep.study.trials or "WAITING" in states:
+            searched = [t for t in trials if "repeats" not in t.user_attrs]
+            if len(searched) < sweep.study.trials or "WAITING" in states:
                 return True
             if "RUNNING" not in states:
                 seed = sweep.config({}).train.seed
@@ -2692,7 +2700,7 @@ def run_sweep(sweep: Sweep) -> None:
     import_optional("matplotlib").use("Agg")
     cfg = sweep.config({})
     rt = start_runtime(cfg)._replace(quiet=True)
-    open_inputs(cfg, ("train", "val"), cfg.model.tokens, rt, cached=True)  # errors come first
+    open_inputs(cfg, SPLITS[:2], cfg.model.tokens, rt)  # its errors come first
     study, deadline = open_study(sweep), time.time() + 3600 * sweep.study.timeout_hours
     try:
         while next_trial(sweep, study, deadline):
@@ -2733,6 +2741,8 @@ def start_command(*arguments: str) -> None:
                         f"where it has spaces; given: {' '.join(paths) or 'no path'}")
     if command == "sweep":
         return run_sweep(load_sweep(*paths, options))
+    if command == "eval" and not any(option.startswith("output.dir") for option in options):
+        function = partial(evaluate, beside=True)
     toml = paths.pop(0) if "TRAIN.TOML" in operands else None
     function(load_config(toml, options, kind), *map(Path, paths))
 
@@ -2748,8 +2758,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if given else 2
     if {"-h", "--help"} & set(given):
         kind, *_ = COMMANDS.get(given[0], COMMANDS["train"])
-        options = list_options(kind)
-        print(*(f"{name}: {option}" for name, option in options.items()), sep="\n")
+        print(*(f"{name}: {option}" for name, option in list_options(kind).items()), sep="\n")
         return 0
     try:
         start_command(*given)

@@ -287,11 +287,11 @@ def test_bad_input_of_embed(texts, tmp_path):
     new = tmp_path / "new.safetensors"
     for message, *given in (
         ("empty.txt: is empty", tmp_path / "empty.txt", new),
-        ("gap.txt:2: the text is empty", tmp_path / "gap.txt", new),
-        ("latin.txt:1: not UTF-8", tmp_path / "latin.txt", new),
-        ("deep.jsonl:1: not of the form", tmp_path / "deep.jsonl", new),
-        ("field.jsonl:2: not of the form", tmp_path / "field.jsonl", new),
-        ("blank.jsonl:1: the text is empty", tmp_path / "blank.jsonl", new),
+        ("gap.txt:2: not a text in UTF-8, or an empty one", tmp_path / "gap.txt", new),
+        ("latin.txt:1: not a text in UTF-8", tmp_path / "latin.txt", new),
+        ("deep.jsonl:1: not a text in UTF-8 as {", tmp_path / "deep.jsonl", new),
+        ("field.jsonl:2: not a text", tmp_path / "field.jsonl", new),
+        ("blank.jsonl:1: not a text .* or an empty one", tmp_path / "blank.jsonl", new),
         ("nowhere.txt: No such file", tmp_path / "nowhere.txt", new),
         ("taken.safetensors: exists already", texts, tmp_path / "taken.safetensors"),
         ("its folder does not exist", texts, tmp_path / "no" / "x"),

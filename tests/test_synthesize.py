@@ -207,7 +207,7 @@ def test_bad_input(texts, tmp_path):
     (tmp_path / "q.toml").write_text('summary = "Sum it up."')
     (tmp_path / "taken").mkdir()
     cases = [
-        (none, "new", "0.jsonl: is empty"), (gap, "new", "1.jsonl:2: the text is empty"),
+        (none, "new", "0.jsonl: is empty"), (gap, "new", "1.jsonl:2: not a text"),
         (few, "new", "2.jsonl: .* train and val need two"), (odd, "new", "'dev': 1.* train and"),
         (tmp_path / "nowhere", "new", "nowhere: No such file"), (texts, "no/x", "does not exist"),
         (texts, "taken", "model=nonsense/x", "taken: exists already"),
