@@ -1207,8 +1207,9 @@ def drift(probe: Probe, adapter: Adapter, target: float, hidden: Tensor, batch: 
 
 RIDGES = (0.1, 0.01, 1.0, 10.0)  # times the mean diagonal; without a choice the first
 
-def every_tenth(indices: np.ndarray) -> Tensor:  # and the last one: of few vectors, too, one
-    return torch.from_numpy((indices % 10 == 9) | (indices == indices.max()))
+def every_tenth(indices: np.ndarray) -> Tensor:  # of fewer than ten the last
+    tenth = indices % 10 == 9
+    return torch.from_numpy(tenth if tenth.any() else indices == indices.max())
 
 def ridge(x: Tensor, y: Tensor, heldout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ridge regression (Hoerl and Kennard, 1970) of y [n, q] on x [n, p] over the rows that are not
