@@ -162,7 +162,7 @@ class EvalConfig(Table):
 
 class DeepSpeedConfig(Table, extra="allow"):  # other keys: DeepSpeed's own, at stage 3
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0  # 0 to 3
-    zero_optimization: dict[str, Any] = {}
+    zero_optimization: dict[str, Any] | None = None
 
     @pydantic.model_validator(mode="after")
     def check_keys(self) -> DeepSpeedConfig:
@@ -912,7 +912,7 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     from transformers.integrations import deepspeed as integration
     zero = {**options.model_extra, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": bf16},
-            "zero_optimization": {**options.zero_optimization, "stage": 3}}
+            "zero_optimization": {**(options.zero_optimization or {}), "stage": 3}}
     shared = Zero3(zero)  # of which transformers keeps a weak reference
     integration.set_hf_deepspeed_config(shared)
     try:

@@ -219,7 +219,7 @@ def test_bad_input_of_sweep(sweep_file, tmp_path, monkeypatch):
         ("space.data.tasks = .*must be choices", "space.data.tasks=[['summary']]"),
         ("space.train.seed: is set by the sweep itself", "space.train.seed={low=1, high=2}"),
         ("base = 3: must be a table", "base=3"),
-        ("train_embeddings.safetensors: there is no", "base.data.dir=/nowhere"),
+        ("train_embeddings.safetensors: .*No such file", "base.data.dir=/nowhere"),
         ("nowhere.toml: No such file", "base.config=nowhere.toml"),
         ("needs eval.samples above 0", "base.eval.samples=0"),
         ("open 127.0.0.1:1/x", "study.storage=postgresql+psycopg://u:secret@127.0.0.1:1/x"),
