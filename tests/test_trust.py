@@ -170,8 +170,9 @@ def test_rows_are_text_and_never_paths(settings, data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_the_hub_offline(settings, tmp_path):
-    """A model of the hub's cache, without a network; another revision of the same weights is taken,
-    one of other weights refused."""
+    """A model and an adapter of the hub's cache, without a network; another revision of the same
+    weights is taken, one of other weights refused."""
+    offline = dict(HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
     cache = tmp_path / "hub" / "hub" / "models--some--llm"
     for name, kind in (("a" * 40, "qwen3"), ("b" * 40, "qwen3"), ("c" * 40, "llama")):
         make_llm(cache / "snapshots" / name, kind)
@@ -179,11 +180,18 @@ def test_the_hub_offline(settings, tmp_path):
 
     def trained(revision, *more):
         (cache / "refs" / "main").write_text(revision * 40)
-        return run(NO_TABLES, *settings, "model.llm=some/llm", "eval.samples=0", *more,
-                   HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+        more = ["model.llm=some/llm", "eval.samples=0", *more]
+        return run(NO_TABLES, *settings, *more, **offline)
 
     for done in (trained("a"), trained("b", "train.resume=auto", "train.max_steps=8")):
         assert done.returncode == 0, done.stderr[-3000:]
+    adapter = cache.with_name("models--some--adapter")
+    (adapter / "refs").mkdir(parents=True)
+    (adapter / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(tmp_path / "out", adapter / "snapshots" / ("a" * 40))
+    vectors = f"embeddings={vectors_path(tmp_path / 'data', 'test')}"
+    done = run("generate", "adapter=some/adapter", vectors, "query=What?", "rows=[1]", **offline)
+    assert done.returncode == 0 and json.loads(done.stdout)["row"] == 1
     done = trained("c", "train.resume=auto", "train.max_steps=9")
     assert done.returncode == 2 and "hash of the LLM's weights was" in done.stderr
 
