@@ -296,7 +296,7 @@ def damage(folder, count, seed):
 
     def check_toml(cfg, raw):
         tables = cfg.tables()
-        for name, table in elm.tomllib.loads(raw.decode()).items():
+        for name, table in elm.tomllib.loads(raw.decode("utf-8-sig")).items():
             assert tables[name].items() >= table.items()
 
     def check_texts(lines, raw):
