@@ -481,7 +481,7 @@ class Prompt:
             raise UserError(f"{name}: the tokenizer has no token that ends an answer")
         if text["tail"].rstrip().endswith("<think>"):
             warn(f"{name}: the prompt ends within <think>; model.template.enable_thinking = false?")
-        self.tokenizer, self.text = tokenizer, text
+        self.tokenizer, self.text, self.template = tokenizer, text, template or {}
         self.head, self.tail, self.end = (
             tokenizer(text[part], add_special_tokens=False)["input_ids"]
             for part in ("head", "tail", "end"))
@@ -792,9 +792,11 @@ class Adapter(nn.Module):
 
     @staticmethod
     def load(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
-        """The adapter of a file, or of a repository on the hub, in eval mode on the CPU, and its
-        metadata. Raises: UserError."""
-        if Path(path).suffix != ".safetensors" and not Path(path).exists():  # on the hub
+        """The adapter of a file, of the folder of a run, or of a repository on the hub, in eval
+        mode on the CPU, and its metadata. Raises: UserError."""
+        if Path(path).is_dir():  # of a run
+            path = Path(path, "adapter_best.safetensors")
+        elif Path(path).suffix != ".safetensors" and not Path(path).exists():  # on the hub
             with user_error(f"adapter: cannot load {path}"):
                 path = huggingface_hub.hf_hub_download(str(path), "adapter_best.safetensors")
         with user_error(f"{path}: not a whole elm adapter"):
@@ -881,6 +883,8 @@ def load_pretrained(auto: Any, name: str, key: str, **options: Any) -> Any:
     (logging.enable_progress_bar if bar else logging.disable_progress_bar)()
     logging.set_verbosity_error()  # no table of what a headless model leaves out
     with user_error(f"{key}: cannot load {name}"):
+        if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+            raise UserError("there is no such folder, and it is not a name on the hub")
         here = Path(name).is_dir() or huggingface_hub.try_to_load_from_cache(name, "config.json")
         if not here and not huggingface_hub.is_offline_mode():
             warn(f"{key}: {name} is not on this machine yet; it is downloaded from the hub")
@@ -984,7 +988,8 @@ class ELM(nn.Module):
         model = load_llm(name, device := find_device(), bf16, "llm", options)
         elm = ELM(model, adapter.to(device)).eval()
         check_identity(identity, elm.identity(), f"{path}: {name}")
-        elm.prompt = Prompt(tokenizer, template, stored)
+        with user_error(f"{path}: its prompt cannot be used"):
+            elm.prompt = Prompt(tokenizer, template, stored)
         return elm
 
     @staticmethod
@@ -999,6 +1004,14 @@ class ELM(nn.Module):
         prompt, model = Prompt(tokenizer), load_llm(llm, device, bf16, "llm")
         adapter = fresh_adapter(model, statistics, hidden_dim=hidden_dim, **settings)
         return ELM(model, adapter.to(device), prompt)
+
+    def save(self, path: str | Path, state: dict | None = None, identity: dict | None = None,
+             **metadata: Any) -> None:
+        """Write the adapter, or a `state` of it, as a file that `load` takes. Raises: UserError."""
+        origin = dict(name=self.llm.name_or_path, bf16=self.llm.dtype == torch.bfloat16,
+                      template=self.prompt.template)
+        self.adapter.save(path, state, llm=origin, prompt=self.prompt.text,
+                          identity=identity or self.identity(), **metadata)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same wherever the adapter is used. Collective under ZeRO 3."""
@@ -1700,9 +1713,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
         warn(f"train.warmup_steps = {c.warmup_steps}: no shorter than the run of {total} steps")
 
     def save_adapter(name: str, weights: dict[str, Tensor], step: int) -> None:
-        origin = dict(name=cfg.model.llm, bf16=cfg.model.bf16, template=cfg.model.template)
-        rt.on_first(lambda: elm.adapter.save(folder / name, weights, llm=origin, step=step,
-                                             identity=identity, prompt=source.prompt.text))
+        rt.on_first(lambda: elm.save(folder / name, weights, identity, step=step))
         log.wandb(lambda run: run.log_artifact(str(folder / name), type="adapter"))
 
     def save(name: str) -> None:  # no generator: a step's rows and dropout depend on seed and step
@@ -2089,7 +2100,8 @@ def print_report(result: dict, predictions: list, metrics: list, cfg: Config, rt
     columns = {"loss_shuffled": "shuffled", "loss": "vectors", "loss_text": "text",
                "gap_closed": "gap closed", "bertscore_composite": "BERTScore", "mrr": "MRR"}
     columns = {key: title for key, title in columns.items() if key in result}
-    lines += ["", f"{'':20}{'rows':>5}" + "".join(f"{t:>13}" for t in columns.values())]
+    lines += ["", "losses per response token by the vectors of other rows, the right ones and the "
+              "text; ± 95 %", f"{'':20}{'rows':>5}" + "".join(f"{t:>13}" for t in columns.values())]
     tasks = sorted(result["tasks"].items(), key=lambda item: -item[1].get("gap_closed", -math.inf))
     for name, row in [("all", result), *tasks]:
         cells = []
@@ -2100,11 +2112,11 @@ def print_report(result: dict, predictions: list, metrics: list, cfg: Config, rt
             cells.append(f"{row[key]:.3f}" + f" ±{(high - low) / 2:.3f}" * (high > low)
                          if known else "")
         lines.append(f"{name:20}{row['rows']:5}" + "".join(f"{cell:>13}" for cell in cells))
-    lines += ["losses per response token: by the vectors of other rows, the right ones, the text; "
-              "± 95 %", "", f"gap_closed: {describe_gap(result, metrics)}"]
+    lines += ["", f"gap_closed: {describe_gap(result, metrics)}"]
     lines += [f"{key}: {result[key]:.4f}" for key in columns if key != "gap_closed"]
     folder, final = cfg.output.dir, split_paths(cfg.data, result["split"])[0]
-    lines += [f"steps: {result['step']}", f"seconds: {time.perf_counter() - START:.0f}",
+    lines += [f"steps: {result['step']}", f"adapter_step: {result['adapter_step']}",
+              f"seconds: {time.perf_counter() - START:.0f}",
               f"files: {folder}"]
     if predictions and (best := Path(folder, "adapter_best.safetensors")).exists():
         lines.append(f"next: python elm.py generate adapter={best} embeddings={final} "
@@ -2190,7 +2202,7 @@ def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024,
             bar.update(len(batch))
         shape = num, open_vectors(blocks[0]).shape[1]
         write_table(out, shape, torch.float32, map(open_vectors, blocks), embed=o.model_dump_json())
-    print(f"{out}: {num} vectors of width {shape[1]}; texts cut at {model.max_seq_length} tokens")
+    print(f"{num} vectors of width {shape[1]}; texts are cut after {model.max_seq_length} tokens")
 
 def filter_tasks(cfg: Config, folder: Path) -> None:
     """A data set of data.tasks alone at `folder`, whole or not at all: their rows as they are, but
@@ -2759,7 +2771,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if given else 2
     if {"-h", "--help"} & set(given):
         kind, *_ = COMMANDS.get(given[0], COMMANDS["train"])
-        print(*(f"{name}: {option}" for name, option in list_options(kind).items()), sep="\n")
+        options = list_options(kind).items()
+        print(*(f"{name}: {x}" for name, x in options if "Config()" not in x), sep="\n")
         return 0
     try:
         start_command(*given)

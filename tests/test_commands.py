@@ -172,7 +172,7 @@ def texts(tmp_path_factory):
 def test_embed_makes_the_shipped_vectors(texts, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     assert elm.main(["embed", str(texts), str(out), f"model={EMBEDDER}", "bf16=false"]) == 0
-    assert "200 vectors of width 128; texts cut at 4096 tokens" in capsys.readouterr().out
+    assert "200 vectors of width 128; texts are cut after 4096 tokens" in capsys.readouterr().out
     made, shipped = elm.open_vectors(out), elm.open_vectors(VECTORS).float()
     assert made.dtype == torch.float32 and (made.norm(dim=1) - 1).abs().max() < 1e-6
     assert torch.nn.functional.cosine_similarity(made, shipped).min() >= 0.99999

@@ -56,7 +56,7 @@ def start(settings, folder):
     return subprocess.Popen(list(map(str, words)), stdout=log, stderr=log, cwd=ROOT)
 
 
-def until(process, seen, seconds=120):
+def until(process, seen, seconds=600):
     """Waits, looking every millisecond, until seen() or the process has ended."""
     end = time.time() + seconds
     while process.poll() is None and not seen():
