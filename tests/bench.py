@@ -1,7 +1,6 @@
 """Speed and memory of elm beside the naive loop and HF Trainer: one process, the same rows.
 
     python tests/bench.py                            a CPU, one thread, Qwen3, 4B's proportions
-    python tests/bench.py --prefix 30                prompts that share 30 tokens before the vector
     python tests/bench.py --vocab 151936 --rows 8    the memory of a real vocabulary
     python tests/bench.py --shape qwen3-4b           a GPU, Qwen3-4B with random weights
 
@@ -79,15 +78,14 @@ class MadeSplit:
         return self.vectors[torch.from_numpy(vector_ids.astype(np.int64))]
 
 
-def make_split(num_rows: int, vocab: int, width: int, prefix: int, seed: int) -> MadeSplit:
+def make_split(num_rows: int, vocab: int, width: int, seed: int) -> MadeSplit:
     """Random rows: responses log-normal with median 80 and sigma 0.8, at most 512 tokens; prompts
-    of 10 to 40 tokens, the vector after the first 3, as in Qwen's chat template; or `prefix` shared
-    tokens, the vector and 1 to 9 more. Every row has its own random ids but for the shared ones."""
+    of 10 to 40 tokens, the vector after the first 3, as in Qwen's chat template."""
     rng = np.random.default_rng(seed)
-    shared = rng.integers(0, vocab, prefix or 3)
+    shared = rng.integers(0, vocab, 3)
     made = []
     for _ in range(num_rows):
-        rest = rng.integers(2, 11) if prefix else rng.integers(10, 41) - len(shared)
+        rest = rng.integers(10, 41) - len(shared)
         response = int(min(512, max(1, rng.lognormal(np.log(80), 0.8))))
         own = rng.integers(0, vocab, rest + response)
         own[0] = 0  # the soft token's place
@@ -237,7 +235,6 @@ def main() -> None:
     p.add_argument("--vocab", type=int, help="in place of the shape's")
     p.add_argument("--rows", type=int, default=32, help="of an optimizer step")
     p.add_argument("--batch", type=int, default=8, help="rows of a padded batch")
-    p.add_argument("--prefix", type=int, default=0, help="shared tokens before the vector")
     p.add_argument("--budget", type=int, help="tokens of one of elm's micro-batches")
     p.add_argument("--checkpoint", action="store_const", const=True, default="auto",
                    help="elm recomputes every layer")  # fmt: skip
@@ -246,8 +243,8 @@ def main() -> None:
     p.add_argument("--peak-tflops", type=float, help="of the GPU; measured if not given")
     p.add_argument("--json", type=Path, help="write the results there")
     a = p.parse_args()
-    if min(a.rows, a.batch, a.rounds, a.layers or 1, a.vocab or 1000) < 1 or a.prefix < 0:
-        p.error("rows, batch, rounds, layers and vocab must be at least 1, prefix at least 0")
+    if min(a.rows, a.batch, a.rounds, a.layers or 1, a.vocab or 1000) < 1:
+        p.error("rows, batch, rounds, layers and vocab must be at least 1")
     if a.shape == "qwen3-4b" and not torch.cuda.is_available():
         p.error("--shape qwen3-4b needs a GPU")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -264,7 +261,7 @@ def main() -> None:
         config = Qwen3Config(**shape, tie_word_embeddings=True)
         llm = Qwen3ForCausalLM(config).to(torch.bfloat16 if bf16 else torch.float32).eval()
     llm.requires_grad_(False)
-    split = make_split(a.rows, shape["vocab_size"], width, a.prefix, a.seed)
+    split = make_split(a.rows, shape["vocab_size"], width, a.seed)
     like = dict(mean=torch.zeros(width), norm=torch.ones(3))
     first = elm.fresh_adapter(llm, like, False, hidden_dim=4096 * width // 2560)
     rows = np.arange(a.rows)

@@ -1,13 +1,14 @@
 """How a run starts and resumes on a large data set: seconds to the end of a step, and its memory.
 
     python tests/scale.py [--rows 1000000] [--vectors 500000]
+    python tests/scale.py --warm-start
 
 Writes random fp16 vectors of width 2560 and short rows into a temporary folder, starts elm on the
 embedded default's LLM, resumes it in the middle of the epoch, does the same on 1,000 rows, and
 prints for each the seconds from the start of the process to the end of its first step, and the peak
-of its anonymous memory (RssAnon), which the memory-mapped files are not part of. Then the same for
-the first step of an adapter of Qwen3-4B's size (2560 to 4096 to 2560, an LLM of one layer), without
-and with the warm start on 32,768 vectors. About 4 GB of disk.
+of its anonymous memory (RssAnon), which the memory-mapped files are not part of. About 4 GB of
+disk. Or, the same of an adapter of Qwen3-4B's size (2560 to 4096 to 2560, an LLM of one layer),
+without and with the warm start on 32,768 vectors.
 """
 
 import argparse
@@ -74,9 +75,19 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--rows", type=int, default=1_000_000)
     p.add_argument("--vectors", type=int, default=500_000)
+    p.add_argument("--warm-start", action="store_true")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+        if a.warm_start:
+            write(folder / "wide", 32_768, 32_768)
+            llm = make_llm(folder / "llm", hidden_size=2560, num_hidden_layers=1)
+            for warm in ("false", "true"):
+                settings = f"model.llm={llm}", "model.hidden_dim=4096", f"train.warm_start={warm}"
+                seconds, gib = start(folder / "wide", folder / f"wide {warm}", 1, *settings)
+                print(f"warm start {warm}: {seconds:.1f} s to the end of step 1, {gib:.2f} GiB "
+                      "anonymous", flush=True)  # fmt: skip
+            return
         write(folder / "large", a.rows, a.vectors)
         write(folder / "small", 1000, 1000)
         for data in ("large", "small"):
@@ -84,13 +95,6 @@ def main() -> None:
                 seconds, gib = start(folder / data, folder / f"{data} run", step)
                 print(f"{data}, {how}: {seconds:.1f} s to the end of step {step}, "
                       f"{gib:.2f} GiB anonymous", flush=True)  # fmt: skip
-        write(folder / "wide", 32_768, 32_768)
-        llm = make_llm(folder / "llm", hidden_size=2560, num_hidden_layers=1)
-        for warm in ("false", "true"):
-            settings = f"model.llm={llm}", "model.hidden_dim=4096", f"train.warm_start={warm}"
-            seconds, gib = start(folder / "wide", folder / f"wide {warm}", 1, *settings)
-            print(f"warm start {warm}: {seconds:.1f} s to the end of step 1, {gib:.2f} GiB "
-                  "anonymous", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

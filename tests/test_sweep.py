@@ -1,18 +1,16 @@
 """The sweep: real Optuna storages, several workers, kills."""
 
 import os
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import optuna
 import pytest
 import torture
-from conftest import NO_TABLES, ROOT, command, free_port, read_jsonl, refused, run
+from conftest import NO_TABLES, ROOT, command, read_jsonl, refused, run
 
 import elm
 
@@ -40,11 +38,10 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
-def load_trials(out: Path, url: str = "") -> list:
+def load_trials(out: Path) -> list:
     """The trials of the study so far; none before it exists."""
-    url = url or f"sqlite:///{out}/study.db"
     try:
-        return optuna.load_study(study_name="small", storage=url).trials
+        return optuna.load_study(study_name="small", storage=f"sqlite:///{out}/study.db").trials
     except Exception:
         return []
 
@@ -245,30 +242,6 @@ def test_bad_input_of_sweep(sweep_file, tmp_path, monkeypatch):
 # Workers
 
 
-@pytest.fixture
-def postgres():
-    """The URL of a server of its own."""
-    pytest.importorskip("psycopg")
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found:
-        pytest.skip("no PostgreSQL on this machine: apt install postgresql")
-    folder, as_user = Path(tempfile.mkdtemp()), {}
-    if os.getuid() == 0:  # it refuses to run as root
-        shutil.chown(folder, "nobody")
-        as_user = dict(user="nobody")
-    port = free_port()
-
-    def tool(name, *arguments):
-        subprocess.run([found[-1].parent / name, "-D", folder / "db", *arguments], check=True,
-                       cwd="/", stdout=subprocess.DEVNULL, **as_user)  # fmt: skip
-
-    tool("initdb", "-A", "trust", "-U", "elm")
-    tool("pg_ctl", "-w", "-l", folder / "log", "-o", f"-p {port} -k {folder} -h 127.0.0.1", "start")
-    yield f"postgresql+psycopg://elm@127.0.0.1:{port}/postgres"
-    tool("pg_ctl", "-m", "immediate", "stop")
-    shutil.rmtree(folder)
-
-
 WORKER = """import sys, elm
 elm.HEARTBEAT_SECONDS, elm.GRACE_SECONDS = 1, 8
 sys.exit(elm.main(sys.argv[1:]))"""
@@ -282,22 +255,20 @@ def worker(sweep_file, *more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
-def test_two_workers_that_start_together_and_a_kill(sweep_file, out, request, kind):
+def test_two_workers_that_start_together_and_a_kill(sweep_file, out):
     """One is killed within a trial and started again. The trial is begun again with the same
     parameters, and the sweep ends with as many as were asked for, all of them finished."""
-    url = request.getfixturevalue("postgres") if kind == "postgres" else ""
-    more = [f"study.storage={url}"] * bool(url) + ["study.trials=5", "base.train.max_steps=40"]
+    more = ["study.trials=5", "base.train.max_steps=40"]
     one, two = worker(sweep_file, *more), worker(sweep_file, *more)
-    torture.until(one, lambda: states(load_trials(out, url)).count("RUNNING") == 2
-                  and all(len(t.params) == 5 for t in load_trials(out, url)))  # fmt: skip
+    torture.until(one, lambda: states(load_trials(out)).count("RUNNING") == 2
+                  and all(len(t.params) == 5 for t in load_trials(out)))  # fmt: skip
     one.kill()
     assert one.wait() == -signal.SIGKILL
     three = worker(sweep_file, *more)
     for each in (two, three):
         said = each.communicate(timeout=300)[0]
         assert each.returncode == 0, said[-3000:]
-    trials = load_trials(out, url)
+    trials = load_trials(out)
     assert set(states(trials)) <= {"COMPLETE", "PRUNED", "FAIL"}
     killed = [t for t in trials if t.state.name == "FAIL"]
     assert len(killed) == 1
