@@ -131,12 +131,6 @@ def test_a_scorer_that_the_library_would_mistake(tmp_path):
         elm.load_scorer(str(named), None)
 
 
-def test_repetition():
-    assert elm.repetition("") == elm.repetition("a b") == elm.repetition("a b c d e") == 0
-    assert elm.repetition("a b c a b c") == pytest.approx(1 - 3 / 4)
-    assert elm.repetition("no " * 12) == pytest.approx(1 - 1 / 10)
-
-
 def frame_of(vector, **columns) -> pd.DataFrame:
     """As `report` makes it, with tokens of 1, losses of 1 and no texts unless given."""
     columns = dict(task="summary", tokens=1, nll=1.0, nll_shuffled=1.0, nll_text=np.nan) | columns
@@ -173,16 +167,6 @@ def test_text_measures_are_of_the_rows_with_text():
     useless = elm.summarize(frame.assign(nll_text=[1.9, np.nan, 3.3, 2.6]))  # not below shuffled
     assert "gap_closed" not in useless and "gap_closed" not in useless["intervals"]
     assert useless["loss_text"] == pytest.approx(7.8 / 4)
-
-
-def test_no_interval_of_one_vector():
-    frame = frame_of([0, 0, 1, 2], nll=[0.0, 1.0, 2.0, 3.0])
-    result = elm.summarize(frame[:2])
-    assert result["loss"] == 0.5 and result["intervals"] == {}
-    few = frame.join(pd.DataFrame({"samples": 1.0, "mrr": [0.5, 0.25]}, [0, 1]))
-    result = elm.summarize(few)  # answers about one of three vectors
-    assert result["mrr"] == 0.375 and result["samples"] == 2
-    assert set(result["intervals"]) == {"loss", "loss_shuffled", "gap"}
 
 
 def test_consistency_is_the_cosine_and_the_rank_of_the_source():

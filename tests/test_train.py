@@ -263,14 +263,6 @@ def test_dropout_differs_from_step_to_step(settings, monkeypatch):
     assert len(set(seeds[-6:])) == 6 and max(seeds) < 2**32
 
 
-def test_epochs_where_no_max_steps(settings):
-    kept = [s for s in settings if not s.startswith("train.max_steps")]
-    result, folder = go(kept, "train.epochs=2", "train.batch_size=15", "train.save_steps=100")
-    assert result["step"] == 2 * 3  # 40 rows: 15, 15 and 10
-    metrics = [m for m in read_jsonl(folder / "metrics.jsonl") if "loss" in m]
-    assert [m["epoch"] for m in metrics] == [0, 0, 0, 1, 1, 1]
-
-
 def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
