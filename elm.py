@@ -2263,6 +2263,7 @@ class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM
     rows: Annotated[tuple[int, ...], FromList] | None = None  # of the table; none: all
     out: PathStr | None = None  # a .jsonl file; none: to stdout
     llm: PathStr | None = None  # the adapter's LLM at another place
+    max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = 16
     seed: Seed = 42
     zero_stage: Literal[0, 3] = 0  # 3: the LLM is shared out among the launcher's processes
@@ -2301,7 +2302,7 @@ def generate(o: GenerateOptions) -> None:
     for first in tqdm(firsts, unit="batch", disable=not o.out and sys.stdout.isatty()):
         ids, asked = zip(*pairs[first : first + o.batch_size], strict=True)
         with user_error("generate"):
-            answers = elm.generate(vectors[list(ids)], list(asked), batch_size=o.batch_size,
+            answers = elm.generate(vectors[list(ids)], list(asked), o.max_new_tokens, o.batch_size,
                                    **o.model_extra)
         if rt.rank > 0:
             continue
