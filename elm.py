@@ -878,7 +878,9 @@ def swapped(owner: Any, name: str, value: Any):
 def packed(llm: Any) -> Any:
     return swapped(llm.config, "_attn_implementation", "elm_packed")
 
-def load_pretrained(auto: Any, name: str, key: str, **options: Any) -> Any:
+@contextmanager
+def loading(name: str, key: str):
+    """Announce a download. Raises: UserError that names the config key if loading `name` fails."""
     logging, bar = transformers.logging, key.endswith("llm")  # one bar: the LLM's
     (logging.enable_progress_bar if bar else logging.disable_progress_bar)()
     logging.set_verbosity_error()  # no table of what a headless model leaves out
@@ -888,6 +890,10 @@ def load_pretrained(auto: Any, name: str, key: str, **options: Any) -> Any:
         here = Path(name).is_dir() or huggingface_hub.try_to_load_from_cache(name, "config.json")
         if not here and not huggingface_hub.is_offline_mode():
             warn(f"{key}: {name} is not on this machine yet; it is downloaded from the hub")
+        yield
+
+def load_pretrained(auto: Any, name: str, key: str, **options: Any) -> Any:
+    with loading(name, key):
         return auto.from_pretrained(name, trust_remote_code=False, **options)
 
 class Zero3:  # what transformers needs of accelerate's HfDeepSpeedConfig to build a model in parts
@@ -1441,7 +1447,7 @@ class Log:
         self.bar = tqdm(total=total, initial=state.step, unit="step",
                         disable=rt.rank > 0 or rt.quiet or None)
         self.clock, self.tokens = time.perf_counter(), 0  # since the last line of training
-        self.begin, self.first, self.total = self.clock, state.step, total
+        self.begin, self.first = self.clock, state.step
         self.run = cfg.wandb.enabled and rt.rank == 0
         self.run = self.wandb(lambda _: start_wandb(cfg, state.wandb_id, rt))
         state.wandb_id = self.run.id if self.run else state.wandb_id
@@ -1481,7 +1487,7 @@ class Log:
             f"{name} {means[name]:.4f}  " for name, term in terms.items() if 0 < term.weight != 1)
         line += f"lr {values['lr']:.2e}  {rate:,.0f} tokens/s  {memory:.2f} GiB"
         passed = time.perf_counter() - self.begin
-        left = passed / (state.step - self.first) * (self.total - state.step)
+        left = passed / (state.step - self.first) * (self.bar.total - state.step)
         line += f"  {tqdm.format_interval(passed)} passed, {tqdm.format_interval(left)} left"
         self.record(line, state.step, epoch=state.epoch, loss=loss, **means, **values,
                     tokens_per_second=rate, memory_gib=memory)
@@ -1865,7 +1871,7 @@ def load_scorer(name: str, num_layers: int | None) -> Any:
     layers = num_layers or bert_score.utils.model2layers.get(name, config.num_hidden_layers)
     if "t5" in name and config.model_type != "t5":
         raise UserError(f"{key}: bert-score takes {name} for a T5 by its name; rename or link it")
-    with user_error(f"{key}: cannot load {name}"):
+    with loading(name, key):
         scorer = bert_score.BERTScorer(name, num_layers=layers, device="cpu")
     scorer._model.float()
     byte_level = bert_score.utils.GPT2Tokenizer, bert_score.utils.RobertaTokenizer
@@ -1882,7 +1888,7 @@ def load_embedder(name: str, bf16: bool = False, key: str = "eval.embedder",
                   max_tokens: int | None = None) -> Any:
     """A SentenceTransformer on the CPU. Raises: UserError that names the config key `key`."""
     library, folder = import_optional("sentence_transformers"), Path(name)
-    with user_error(f"{key}: cannot load {name}"):
+    with loading(name, key):
         if folder.is_dir() and not (folder / "modules.json").is_file():
             raise UserError("without modules.json, the library would take mean pooling; add this "
                             "file and 1_Pooling/config.json, as in data/tiny/embedder")
@@ -2100,8 +2106,8 @@ def print_report(result: dict, predictions: list, metrics: list, cfg: Config, rt
     columns = {"loss_shuffled": "shuffled", "loss": "vectors", "loss_text": "text",
                "gap_closed": "gap closed", "bertscore_composite": "BERTScore", "mrr": "MRR"}
     columns = {key: title for key, title in columns.items() if key in result}
-    lines += ["", "losses per response token by the vectors of other rows, the right ones and the "
-              "text; ± 95 %", f"{'':20}{'rows':>5}" + "".join(f"{t:>13}" for t in columns.values())]
+    lines += ["", "losses per response token by other rows' vectors, the right ones and the text; "
+              "± 95 %", f"{'':20}{'rows':>5}" + "".join(f"{t:>13}" for t in columns.values())]
     tasks = sorted(result["tasks"].items(), key=lambda item: -item[1].get("gap_closed", -math.inf))
     for name, row in [("all", result), *tasks]:
         cells = []
@@ -2146,8 +2152,8 @@ def write_table(path: Path, shape: tuple[int, int], dtype: torch.dtype, chunks: 
         save_file({"embeddings": table}, temporary, metadata)
 
 def read_texts(path: Path):
-    """Yield {"text": …} of each line of a file of texts, or the objects of a .jsonl; the line less
-    one is the text's row in the table of vectors. Raises: UserError naming the line."""
+    """Yield {"text": …} of each line of a file of texts, or the objects of a .jsonl; the line
+    less one is the text's row in the table of vectors. Raises: UserError naming the line."""
     number = 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
