@@ -55,7 +55,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.metadata import distributions
-from itertools import chain, count, islice, takewhile
+from itertools import count, islice, takewhile
 from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, Literal, NamedTuple
@@ -394,6 +394,7 @@ def atomic_write(path: Path, tag: str = ""):
     """A temporary path that replaces `path` when complete and on disk. Raises: UserError."""
     temporary = path.with_name(f".{path.name}{tag}.tmp")
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.touch()
             mode = temporary.stat().st_mode  # by the user's umask; safetensors makes files private
@@ -616,15 +617,18 @@ class Row(BaseModel, frozen=True, strict=True, extra="allow"):
 
 def parse_row(line: bytes, tasks: tuple[str, ...], num_vectors: int) -> Row | None:
     """A checked row of one line of JSON; None for a pair task. Raises: ValueError."""
-    entry = pydantic_core.from_json(line.removeprefix(codecs.BOM_UTF8))
-    if isinstance(entry, dict) and entry.get("task_type") in REMOVED_TASKS:
-        return None  # whatever its other fields
+    line = line.removeprefix(codecs.BOM_UTF8)
     try:
-        row = Row.model_validate(entry)
+        row = Row.model_validate_json(line)
     except pydantic.ValidationError as e:
+        with suppress(ValueError, TypeError, LookupError):  # a pair task has other fields
+            if pydantic_core.from_json(line)["task_type"] in REMOVED_TASKS:
+                return None
         error = e.errors()[0]
         name = f"field {error['loc'][0]!r}: " if error["loc"] else ""
         raise ValueError(name + error["msg"]) from None
+    if row.task_type in REMOVED_TASKS:
+        return None
     if row.task_type not in (known := (*tasks, *TASKS, *MORE_TASKS)):
         raise ValueError(f"unknown task_type {row.task_type!r}{did_you_mean(row.task_type, known)}")
     if row.embedding_file_idx >= num_vectors:
@@ -2227,11 +2231,9 @@ def filter_tasks(cfg: Config, folder: Path) -> None:
             for *_, row in read_rows(source[1], data.tasks, len(vectors), dict(counts)):
                 used[row.embedding_file_idx] = True
             place, kept = np.cumsum(used) - 1, torch.from_numpy(np.flatnonzero(used))
-            for path in target:
-                path.parent.mkdir(parents=True, exist_ok=True)
             chunks = (vectors[rows] for rows in kept.split(8192))
             write_table(target[0], (len(kept), vectors.shape[1]), vectors.dtype, chunks)
-            with writing(folder), open(target[1], "w", encoding="utf-8") as f:
+            with atomic_write(target[1]) as temporary, open(temporary, "w", encoding="utf-8") as f:
                 for *_, row in read_rows(source[1], data.tasks, len(vectors), counts):
                     row = row.model_dump(exclude_unset=True)
                     row["embedding_file_idx"] = int(place[row["embedding_file_idx"]])
@@ -2258,19 +2260,16 @@ def evaluate(cfg: EvalOptions, beside: bool = False) -> dict:
     check_vectors(split.vectors[:8192], adapter, f"data.dir: {final}")
     elm = ELM.load(path, cfg.model.llm, cfg.model.bf16, cfg.deepspeed)
     check_llm(elm)
-    folder.mkdir(parents=True, exist_ok=True)
     return report(elm, split, cfg, rt, run, dict(split=final, step=step, adapter_step=step))
 
 class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM's own `generate`
     adapter: PathStr
     embeddings: PathStr  # a safetensors file of one table
-    query: str | None = None
-    queries: PathStr | None = None  # a file of them, one per line
+    query: str
     rows: Annotated[tuple[int, ...], FromList] | None = None  # of the table; none: all
     out: PathStr | None = None  # a .jsonl file; none: to stdout
     llm: PathStr | None = None  # the adapter's LLM at another place
     max_new_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 16
     seed: Seed = 42
     zero_stage: Literal[0, 3] = 0  # 3: the LLM is shared out among the launcher's processes
 
@@ -2292,56 +2291,47 @@ def generate(o: GenerateOptions) -> None:
     for row in rows or [None]:
         if row not in range(len(vectors)):
             raise UserError(f"rows: no row {row} among {len(vectors)}")
-    if (o.query is None) == (o.queries is None):
-        raise UserError("query or queries: give one of them")
-    asked = [{"text": o.query}] if o.queries is None else read_texts(Path(o.queries))
-    for query in (queries := [entry["text"] for entry in asked]):
-        Prompt.parts(query)
+    Prompt.parts(o.query)
     if o.out:
         check_new(Path(o.out))
     check_vectors(vectors[list(rows[:1024])], adapter, o.embeddings, rows[:1024])
-    rt, options = start_runtime(Config()), DeepSpeedConfig(zero_stage=o.zero_stage)
-    elm, out = ELM.load(o.adapter, o.llm, options=options), None
+    rt, out = start_runtime(Config()), None
+    elm = ELM.load(o.adapter, o.llm, options=DeepSpeedConfig(zero_stage=o.zero_stage))
     torch.manual_seed(o.seed)
-    pairs = [(row, query) for query in queries for row in rows]
-    firsts = range(0, len(pairs), o.batch_size)
-    for first in tqdm(firsts, unit="batch", disable=not o.out and sys.stdout.isatty()):
-        ids, asked = zip(*pairs[first : first + o.batch_size], strict=True)
+    size = ANSWERS_AT_ONCE[rt.device.type]
+    for first in tqdm(range(0, len(rows), size), unit="batch", disable=not o.out):
+        batch = list(rows[first : first + size])
         with user_error("generate"):
-            answers = elm.generate(vectors[list(ids)], list(asked), o.max_new_tokens, o.batch_size,
-                                   **o.model_extra)
+            answers = elm.generate(vectors[batch], o.query, o.max_new_tokens, size, **o.model_extra)
         if rt.rank > 0:
             continue
         out = out or (open(o.out, "x", encoding="utf-8") if o.out else sys.stdout)
         escape = str(out.encoding).lower() != "utf-8"
-        for row, query, answer in zip(ids, asked, answers, strict=True):
-            entry = dict(row=row, query=query, answer=answer)
+        for row, answer in zip(batch, answers, strict=True):
+            entry = dict(row=row, query=o.query, answer=answer)
             out.write(json.dumps(entry, ensure_ascii=escape) + "\n")
         out.flush()
 
 # -----------------------------------------------------------------------------
 # Synthesis: rows, vectors and splits from texts
 
-PHRASINGS = {  # by the length that each query asks for
-    "in two sentences": dict(
-        summary="Summarize it|Give its main points|Say what matters in it",
-        describe="Describe it|Say what it is about|Describe what it treats",
-        explain_beginner="Explain it to a beginner|Explain it simply|Explain it to a child",
-        explain_expert="Explain it to an expert|Give the technical account|Explain it technically",
-        characteristics_pos="Name its strengths|Say what is good about it|Name its merits",
-        characteristics_neg="Name its weaknesses|Say what is bad about it|Name its flaws",
-        style_academic="Rewrite it in academic style|Say it formally|Put it as a scholar would",
-        style_casual="Rewrite it in casual style|Say it casually|Put it as you would to a friend",
-        counterfactual="Retell it as if about cooking|Retell it as if about sailing|"
-                       "Retell it as if about law"),
-    "five at most": dict(
-        keywords="List its keywords|Name its key terms|Give its main terms",
-        questions="Ask questions that it answers|Ask questions about it|List what it asks",
-        related_topics="Name related topics|List topics close to it|Suggest what to read next"),
-    "in a few words": dict(category="Name its category|Say which field it is from|Say what it is"),
-    "word for word": dict(reconstruct="Repeat its beginning|Give its first two sentences")}
-QUERIES = {task: [f"{phrasing}, {length}." for phrasing in phrasings.split("|")]
-           for length, tasks in PHRASINGS.items() for task, phrasings in tasks.items()}
+PHRASINGS = dict(  # of each task; then the length asked for, unless it is two sentences
+    keywords="List its keywords|Name its key terms|Give its main terms; five at most",
+    category="Name its category|Say which field it is from|Say what it is; in a few words",
+    questions="Ask questions that it answers|Ask about it|List what it asks; five at most",
+    summary="Summarize it|Give its main points|Say what matters in it",
+    describe="Describe it|Say what it is about|Describe what it treats",
+    explain_beginner="Explain it to a beginner|Explain it simply|Explain it to a child",
+    explain_expert="Explain it to an expert|Give the technical account|Explain it technically",
+    related_topics="Name related topics|List topics close to it|Suggest more to read; five at most",
+    characteristics_pos="Name its strengths|Say what is good about it|Name its merits",
+    characteristics_neg="Name its weaknesses|Say what is bad about it|Name its flaws",
+    style_academic="Rewrite it in academic style|Say it formally|Put it as a scholar would",
+    style_casual="Rewrite it in casual style|Say it casually|Put it as you would to a friend",
+    counterfactual="Retell it as if about cooking|Make it about sailing|Make it about law",
+    reconstruct="Repeat its beginning|Give its first two sentences; word for word")
+QUERIES = {task: [f"{query}, {length or 'in two sentences'}." for query in queries.split("|")]
+           for task, text in PHRASINGS.items() for queries, _, length in [text.partition("; ")]}
 PREAMBLE = re.compile(r"(here('s|’s| is| are)|sure|certainly|of course)\b", re.IGNORECASE)
 WAITS = (1, 2, 4, 8, 16)  # seconds before the next try of a request
 QueryFile = Annotated[dict[str, list[str]], pydantic.BeforeValidator(lambda p: read_toml(p, {}))]
@@ -2439,57 +2429,64 @@ def fault(row: dict, answer: str, finished: bool) -> str:
               "repetitive": repetition(answer) > 0.3, "preamble": PREAMBLE.match(answer.strip())}
     return next((name for name, found in faults.items() if found), "")
 
-def answer_rows(o: SynthesizeOptions, ask: Any, rows: list[dict]) -> list[list[str]]:
-    """[answer, its fault or ""] of each row; rejected answers are asked for once more, with another
-    seed and a temperature above 0. Raises: UserError."""
-    result = [["", "not asked"]] * len(rows)
-    for attempt in (0, 1):
-        missing = [i for i, (_, why) in enumerate(result) if why]
-        batch = [rows[i] for i in missing]
-        seed = int(draw(o.seed, attempt, *rows[0].values()) * 2**31)
-        temperature = o.temperature or float(attempt)
-        answers = ask(batch, seed=seed, temperature=temperature) if batch else []
-        for i, row, (answer, finished) in zip(missing, batch, answers, strict=True):
-            result[i] = [answer.strip(), fault(row, answer, finished)]
-    return result
-
 def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:
-    """Set the empty responses, by blocks. Each block's answers become a line of the file `path`, so
-    that a later call asks for the missing ones only. Returns how many answers were left out, by
-    (task, fault). Raises: UserError."""
-    ask, size, threads, lost = partial(ask_server, o), 1, o.concurrency, Counter()
+    """Set the empty responses. Rejected answers are asked for once more, with another seed and a
+    temperature above 0. Each block of answers is appended to the file `path`, so that a later call
+    asks for the missing ones only. Returns how many rows are left without a response, by (task,
+    fault). Raises: UserError."""
+    ask, size, threads = partial(ask_server, o), 1, o.concurrency
     if not o.endpoint:
         tokenizer = load_pretrained(transformers.AutoTokenizer, o.model, "model")
         llm = load_llm(o.model, find_device(), o.bf16, "model")
         ask = partial(ask_llm, o, llm, Prompt(tokenizer))
         size, threads = ANSWERS_AT_ONCE[llm.device.type], 1
-    rows = sorted((row for row in rows if not row["response"]), key=lambda row: -len(row["text"]))
-    blocks = [rows[i : i + size] for i in range(0, len(rows), size)]
-    kept = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
-    write_text(path, "".join(f"{line}\n" for line in kept))  # without one that a kill tore
-    made = read_ahead(partial(answer_rows, o, ask), blocks[len(kept) :], threads)
-    with tqdm(total=len(rows), unit="answer") as bar:
-        for i, answers in enumerate(chain(map(json.loads, kept), made)):
-            if i >= len(kept):
-                append(path, json.dumps(answers) + "\n")
-            for row, (answer, why) in zip(blocks[i], answers, strict=True):
-                row["response"] = "" if why else answer
-                lost.update([(row["task_type"], why)] if why else [])
-            bar.update(len(answers))
-    return lost
+    lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
+    write_text(path, "".join(f"{line}\n" for line in lines))  # without one that a kill tore
+    kept = {tuple(key): answer for line in lines for key, *answer in json.loads(line)}
+    asked: dict[tuple, dict] = {}  # rows by (attempt, task, text)
+
+    def answer(block: list[tuple]) -> list:  # [key, answer, fault] of those that are not kept
+        if not (keys := [key for key in block if key not in kept]):
+            return []
+        options = dict(seed=int(draw(o.seed, *keys[0]) * 2**31),
+                       temperature=o.temperature or float(keys[0][0]))
+        answers = ask([asked[key] for key in keys], **options)
+        return [(key, text.strip(), fault(asked[key], text, finished))
+                for key, (text, finished) in zip(keys, answers, strict=True)]
+
+    for attempt in (0, 1):
+        missing = [row for row in rows if not row["response"]]
+        missing.sort(key=lambda row: -len(row["text"]))
+        keys = [(attempt, row["task_type"], row["text"]) for row in missing]
+        asked |= zip(keys, missing, strict=True)
+        blocks = [keys[i : i + size] for i in range(0, len(keys), size)]
+        made = read_ahead(answer, blocks, threads)
+        with tqdm(total=len(keys), unit="answer", disable=not keys) as bar:
+            for block, answers in zip(blocks, made, strict=True):
+                if answers:
+                    append(path, json.dumps(answers) + "\n")
+                kept |= {key: answer for key, *answer in answers}
+                for key in block:
+                    text, why = kept[key]
+                    asked[key]["response"] = "" if why else text
+                bar.update(len(block))
+    return Counter((key[1], kept[key][1]) for key in keys if not asked[key]["response"])
 
 def write_split(o: SynthesizeOptions, work: Path, split: str, texts: list, rows: list) -> Tensor:
     """Write the rows and vectors of a split of `texts`; returns the vectors. Raises: UserError."""
     table, path = split_paths(DataConfig(dir=str(work / "data")), split)
-    place, listing = {text: i for i, text in enumerate(texts)}, work / f"{split}.jsonl"
-    rows = [row | dict(embedding_file_idx=place[row["text"]]) for row in rows
-            if row["text"] in place]
+    index, listing = {text: i for i, text in enumerate(texts)}, work / f"{split}.jsonl"
+    rows = [row | dict(embedding_file_idx=index[row["text"]]) for row in rows
+            if row["text"] in index]
     if not rows:
         raise UserError(f"model: all answers about {split} were rejected; they are in {work}")
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    if not listing.exists() or listing.read_text("utf-8") != lines:
+        table.unlink(missing_ok=True)
+        write_text(listing, lines)
     if not table.exists():
-        if not listing.exists():
-            write_text(listing, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+        table.parent.mkdir(exist_ok=True)
         embed_file(EmbedOptions(model=o.embedder, bf16=o.bf16), listing, table, key="embedder")
     return open_vectors(table)
 
@@ -2500,14 +2497,12 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
     texts = split_texts(source, o.split)
     rows = [row for text in texts for row in draw_rows(o, text)]
     load_embedder(o.embedder, o.bf16, "embedder", None)  # its errors come first
-    about = o.model_dump(exclude={"endpoint", "concurrency"}), bool(o.endpoint), texts, QUERIES
-    with hidden_folder(out, *about) as work:
-        for folder in ("embeddings", "synthesis"):
-            (work / "data" / folder).mkdir(parents=True, exist_ok=True)
+    about = o.model_dump(exclude={"endpoint", "concurrency", "split", "tasks"})
+    with hidden_folder(out, about, bool(o.endpoint), QUERIES) as work:
         lost = fill_rows(o, rows, work / "answers.jsonl")
         rows = [row for row in rows if row["response"]]
-        train, *others = [write_split(o, work, s, [t for t in texts if texts[t] == s], rows)
-                          for s in SPLITS if s in texts.values()]
+        tables = [write_split(o, work, split, [t for t in texts if texts[t] == split], rows)
+                  for split in SPLITS if split in texts.values()]
         settings = {
             "model.llm": o.model, "model.bf16": o.bf16, "data.dir": str(out),
             "data.tasks": sorted({row["task_type"] for row in rows}), "train.lr": 1e-3,
@@ -2521,8 +2516,12 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
         why = ", ".join(f"{n} {why}" for (name, why), n in lost.items() if name == task)
         sizes = "".join(f"{counts[task, split]:6} {split}" for split in SPLITS)
         print(f"{task:20}{sizes}; left out: {why or 0}")
-    near = sum(int(((v @ train.T).amax(1) > 0.95).sum()) for t in others for v in t.split(64))
-    print(f"{near} texts of val and test have a cosine above .95 with one of train")
+    near = 0
+    for i in range(1, len(tables)):
+        for vectors in tables[i].split(64):
+            cosine = torch.stack([(vectors @ table.T).amax(1) for table in tables[:i]]).amax(0)
+            near += int((cosine > 0.95).sum())
+    print(f"{near} texts of val and test have a cosine above .95 with one of another split")
     for row in rows[:: max(1, len(rows) // 3)][:3]:
         print("\n{task_type}: {query}\n{text}\n    {response}".format(**row))
     print(f"\n{out}/train.toml:\n{toml}\nnext: deepspeed elm.py {out}/train.toml")

@@ -212,6 +212,19 @@ def data_dir(tmp_path):
 
 
 @pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 300 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    made = subprocess.run(mount, capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"cannot mount a small file system: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder])
+
+
+@pytest.fixture
 def settings(llm_dir, data_dir, tmp_path):
     return make_settings(llm_dir, data_dir, tmp_path / "out")
 

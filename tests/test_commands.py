@@ -54,7 +54,7 @@ def trained(tmp_path_factory):
 # generate
 
 
-def test_generate_lines_are_what_the_library_says(trained, tmp_path, capsys, monkeypatch):
+def test_generate_lines_are_what_the_library_says(trained, tmp_path, capsys):
     _, adapter = trained
     start = ["generate", f"adapter={adapter}", f"embeddings={VECTORS}", "max_new_tokens=9"]
     assert elm.main([*start, "query=Summarize the text.", "rows=[3, 0, 199]"]) == 0
@@ -62,23 +62,11 @@ def test_generate_lines_are_what_the_library_says(trained, tmp_path, capsys, mon
     model, table = elm.ELM.load(adapter), elm.open_vectors(VECTORS).float()
     said = model.generate(table[[3, 0, 199]], "Summarize the text.", max_new_tokens=9)
     assert [t["row"] for t in told] == [3, 0, 199] and [t["answer"] for t in told] == said
-    queries, out = tmp_path / "queries.txt", tmp_path / "out.jsonl"
-    queries.write_text("What is it about?\nIs <EMB> about frogs?\n")
-    sizes, generate = [], type(model.llm).generate
-
-    def counted(llm, **given):
-        sizes.append(len(given["inputs_embeds"]))
-        return generate(llm, **given)
-
-    monkeypatch.setattr(type(model.llm), "generate", counted)
-    assert elm.main([*start, f"queries={queries}", f"out={out}", "batch_size=150"]) == 0
-    assert sizes == [150, 150, 100]
+    out, query = tmp_path / "out.jsonl", "Is <EMB> about frogs?"
+    assert elm.main([*start, f"query={query}", f"out={out}"]) == 0
     told = read_jsonl(out)
-    assert [(t["row"], t["query"]) for t in told] == [
-        (row, query) for query in queries.read_text().splitlines() for row in range(200)
-    ]
-    said = model.generate(table[7:8], "Is <EMB> about frogs?", max_new_tokens=9)
-    assert told[207]["answer"] == said[0]
+    assert [(t["row"], t["query"]) for t in told] == [(row, query) for row in range(200)]
+    assert told[7]["answer"] == model.generate(table[7:8], query, max_new_tokens=9)[0]
 
 
 def test_options_go_to_the_llm_and_a_seed_repeats(trained, capsys):
@@ -118,11 +106,9 @@ def test_the_llms_own_generation_config_does_not_make_greedy_answers_random(tmp_
 
 def test_bad_input_of_generate(trained, tmp_path):
     _, adapter = trained
-    names = ("taken.jsonl", "none.txt", "bad.txt", "narrow.st", "nan.st", "far.st")
-    taken, none, bad, narrow, nan, far = (tmp_path / name for name in names)
+    names = ("taken.jsonl", "narrow.st", "nan.st", "far.st")
+    taken, narrow, nan, far = (tmp_path / name for name in names)
     taken.write_text("precious")
-    none.write_text("")
-    bad.write_text("one\ntwo\n<EMB> and <EMB>\n")
     save_file({"x": torch.ones(3, 7)}, narrow)
     table = torch.randn(2000, 128)
     save_file({"x": 9 * table}, far)
@@ -136,6 +122,7 @@ def test_bad_input_of_generate(trained, tmp_path):
         ("num_return_sequences: not an option here", "num_return_sequences=2"),
         ("generate: .temperature", "temperature=-1", "do_sample=true"),
         ("adapter: is missing", "adapter=none"),
+        ("query: is missing", "query=none"),
         ("not a whole table", f"embeddings={tmp_path}"),
         (r"narrow.st: \[1, 7\], but the adapter reads \[n, 128\]", f"embeddings={narrow}"),
         ("nan.st: row 1900 is zero, NaN or infinite", f"embeddings={nan}",
@@ -144,9 +131,6 @@ def test_bad_input_of_generate(trained, tmp_path):
         ("hash of the LLM's weights was", f"llm={EMBEDDER}"),
         ("taken.jsonl: exists already", f"out={taken}"),
         ("its folder does not exist", f"out={tmp_path / 'no' / 'x'}"),
-        ("query or queries", f"queries={none}"),
-        ("none.txt: is empty", f"queries={none}", "query=none"),
-        ("at most", f"queries={bad}", "query=none", f"out={tmp_path / 'new'}"),  # not two answers
         ("a query has one <EMB> at most", "query=<EMB> or <EMB>?"),
         ("generate: takes key=value …, .* given: file.toml", "file.toml"),
     ):  # fmt: skip
@@ -347,5 +331,5 @@ def test_bad_input_of_filter(data_dir, tmp_path):
     write_rows(data_dir, "val", rows)
     refused("val_synthesis.jsonl: no row of data.tasks", *start, 'data.tasks=["summary"]')
     write_rows(data_dir, "val", [*rows, "{"])
-    refused(f"val_synthesis.jsonl:{len(rows) + 1}: EOF while parsing", *start)
+    refused(f"val_synthesis.jsonl:{len(rows) + 1}: Invalid JSON", *start)
     assert not list(tmp_path.glob("out*"))

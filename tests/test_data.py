@@ -113,10 +113,10 @@ VECTORS = "train_embeddings.safetensors"
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (bad_row("{broken"), r"train_synthesis.jsonl:5: key must be a string at line 1"),
-        (bad_row("[1]"), r":5: Input should be a valid dictionary"),
-        (bad_row("[" * 99999), r":5: recursion limit exceeded"),
-        (bad_row(response="a \ud83d b"), r":5: unexpected end of hex escape"),
+        (bad_row("{broken"), r"train_synthesis.jsonl:5: Invalid JSON"),
+        (bad_row("[1]"), r":5: Input should be an object"),
+        (bad_row("[" * 99999), r":5: Invalid JSON"),
+        (bad_row(response="a \ud83d b"), r":5: Invalid JSON"),
         (bad_row({"task_type": "summary", "embedding_file_idx": 0}), "'query': Field required"),
         (bad_row(response=3), r":5: field 'response': Input should be a valid string"),
         (bad_row(response=" \n"), r":5: field 'response': String should match"),

@@ -200,6 +200,29 @@ def test_servers_that_are_refused_lose_nothing(texts, tmp_path, monkeypatch):
     synthesize(texts, tmp_path / "mine", Handler.start()[1])  # it goes on
 
 
+def test_a_full_disk_loses_nothing_and_other_texts_keep_the_answers(small_disk, tmp_path):
+    source, out = write_texts(tmp_path / "texts.jsonl", TEXTS[:25]), small_disk / "mine"
+    (small_disk / "ballast").write_bytes(bytes(280_000))
+    server, endpoint = Handler.start()
+    words = ["synthesize", source, out, *MODELS, endpoint, "concurrency=1"]
+    refused("/answers.jsonl: cannot be written: No space left", *words)
+    (small_disk / "ballast").unlink()
+    asked = server.asked.copy()
+    write_texts(source, TEXTS[4:28])
+    there = synthesize(*words[1:3], *words[-2:])
+    again = server.asked - asked
+    assert 40 < len(asked) < 120 and len([*asked & again]) <= 4  # those on their way
+    assert there == synthesize(source, tmp_path / "whole")
+
+
+def test_near_duplicates_between_any_two_splits_are_counted(tmp_path):
+    lines = [dict(text=t, split=elm.SPLITS[i % 3]) for i, t in enumerate(TEXTS[:9])]
+    lines += [dict(text=f"{TEXTS[1]} Indeed.", split="test"), dict(text=TEXTS[0][:-1], split="val")]
+    source = write_texts(tmp_path / "texts.jsonl", lines)
+    _, said = command("synthesize", source, tmp_path / "mine", *MODELS, "tasks=1")
+    assert "\n2 texts of val and test have a cosine above .95 with one of another split" in said
+
+
 def test_bad_input(texts, tmp_path):
     new, odd = tmp_path / "new", [dict(text="a", split="dev"), *"bcdefg"]
     none, gap, few, odd = (write_texts(tmp_path / f"{i}.jsonl", lines) for i, lines in enumerate(

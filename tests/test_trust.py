@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 
 import deepspeed
 import pytest
@@ -41,19 +40,6 @@ def test_runs_killed_at_random_end_as_one_never_killed(settings, tmp_path):
     runs, counts, _ = torture.kills(settings, tmp_path, count=4, seed=0)
     print(runs, counts)
     assert counts.total() >= 3
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 300 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
-    made = subprocess.run(mount, capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"cannot mount a small file system: {made.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder])
 
 
 @pytest.mark.parametrize("grain", ["checkpoint", "line"])
