@@ -65,21 +65,13 @@ def test_all_mistakes_are_told_each_with_where_it_stands(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    "text, reason",
-    [
-        (b"[train]\nlr = \n", ".*line 2"),
-        (b"# a note\rtrain.lr = 1.0\n", ""),
-        (b"train.lr = " + b"[" * 9999, ""),
-        (b"train.lr = \xff", ""),
-    ],
-)
-def test_bytes_that_are_no_toml(tmp_path, text, reason):
+def test_bytes_that_are_no_toml(tmp_path):
     """A carriage return alone ends no comment; nesting without end is no crash."""
     path = tmp_path / "bad.toml"
-    path.write_bytes(text)
-    with pytest.raises(elm.UserError, match=f"bad.toml: not valid TOML{reason}"):
-        elm.load_config(str(path))
+    for text in (b"x = \n", b"# a note\rx = 1.0\n", b"x = " + b"[" * 9999, b"x = \xff"):
+        path.write_bytes(text)
+        with pytest.raises(elm.UserError, match="bad.toml: not valid TOML"):
+            elm.load_config(str(path))
 
 
 def test_paths_are_expanded(tmp_path, monkeypatch):
@@ -89,7 +81,8 @@ def test_paths_are_expanded(tmp_path, monkeypatch):
     cfg = elm.load_config("~/$NAME.toml", ["model.llm=$HOME/llm", "train.resume=$UNSET/x"])
     assert cfg.output.dir == f"{tmp_path}/run" and cfg.model.llm == f"{tmp_path}/llm"
     assert cfg.train.resume == "$UNSET/x"
-    options = elm.load_config(None, ["adapter=~/a", "embeddings=$NAME"], elm.GenerateOptions)
+    options = elm.load_config(None, ["adapter=~/a", "embeddings=$NAME", "query=Q"],
+                              elm.GenerateOptions)  # fmt: skip
     assert options.adapter == f"{tmp_path}/a" and options.embeddings == "run"
 
 
@@ -104,7 +97,7 @@ def test_help_and_version(capsys):
     for command, words in {
         "train.toml": "train.lr: PositiveFloat = 1e-4",
         "eval": "adapter: PathStr",
-        "generate": "batch_size: PositiveInt = 16",
+        "generate": "seed: Seed = 42",
         "embed": "bf16: bool = True",
         "sweep": "study.trials: PositiveInt = 50  # of all",
         "--version": f"elm {elm.__version__}",

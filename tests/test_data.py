@@ -284,9 +284,6 @@ def test_tokenizer_without_chat_template_gets_a_plain_prompt(data_dir):
 def test_chat_template_that_cannot_be_used_is_refused(template):
     with pytest.raises(elm.UserError, match="chat template fails"):
         elm.Prompt(byte_tokenizer(template))
-
-
-def test_tokenizer_without_end_token_is_refused():
     tok = byte_tokenizer(chat_template=None)
     tok.eos_token = None
     with pytest.raises(elm.UserError, match="no token that ends an answer"):
