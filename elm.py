@@ -583,10 +583,10 @@ def invalid_rows(vectors: Tensor) -> Tensor:
     """[n, E] -> [n] bool: rows that are zero, or have a NaN or infinite number."""
     return ~(vectors.isfinite().all(1) & vectors.any(1))
 
-def scan_vectors(vectors: Tensor, used: Tensor, path: Path) -> tuple[dict, np.ndarray, int]:
+def scan_vectors(vectors: Tensor, used: Tensor, path: Path) -> tuple[dict, np.ndarray]:
     """(mean, std [E] and norm fp32 of the `used` vectors, [N] bool; for each vector the index of
-    its first copy [N]; the number of dimensions without spread, below 1 % of the typical deviation,
-    which get that). Raises: UserError at any NaN, infinite or zero vector."""
+    its first copy [N]). A dimension without spread, below 1 % of the typical deviation, gets that.
+    Raises: UserError at any NaN, infinite or zero vector."""
     total, norms = torch.zeros(2, vectors.shape[1], dtype=torch.float64), []
     first, copies = {}, []
     for chunk, mask in zip(vectors.split(2048), used.split(2048), strict=True):
@@ -602,10 +602,9 @@ def scan_vectors(vectors: Tensor, used: Tensor, path: Path) -> tuple[dict, np.nd
     mean, square = total / max(1, int(used.sum()))
     std = (square - mean.square()).clamp(min=0).sqrt().float()
     typical = std.square().mean().sqrt()
-    flat = std < 0.01 * typical
-    std[flat] = typical
+    std[std < 0.01 * typical] = typical
     norm = torch.tensor([min(norms), square.sum().sqrt(), max(norms)]).float()
-    return {"mean": mean.float(), "std": std, "norm": norm}, np.array(copies), int(flat.sum())
+    return {"mean": mean.float(), "std": std, "norm": norm}, np.array(copies)
 
 class Row(BaseModel, frozen=True, strict=True, extra="allow"):
     task_type: str
@@ -708,9 +707,8 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, num_soft: int, rt: 
         counts["responses_cut"] += sum(e.truncated for e in examples)
     table, used = np.concatenate(chunks), np.zeros(len(vectors), bool)
     used[table["vector"]] = True
-    statistics, copies, flat = scan_vectors(vectors, torch.from_numpy(used), vectors_path)
+    statistics, copies = scan_vectors(vectors, torch.from_numpy(used), vectors_path)
     table["vector"] = copies[table["vector"]]  # rows of equal vectors are rows of one
-    counts.update({"dimensions without spread": flat} if flat else {})
     return Split(path, table, vectors, statistics, dict(counts), prompt, data.tasks, num_soft,
                  data.max_seq_length)
 
@@ -900,13 +898,6 @@ def load_pretrained(auto: Any, name: str, key: str, **options: Any) -> Any:
     with loading(name, key):
         return auto.from_pretrained(name, trust_remote_code=False, **options)
 
-class Zero3:  # what transformers needs of accelerate's HfDeepSpeedConfig to build a model in parts
-    def __init__(self, config: dict):
-        self.config = config
-
-    def is_zero3(self) -> bool:
-        return True
-
 def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm",
              options: DeepSpeedConfig | None = None) -> Any:
     """The frozen LLM in eval mode. At ZeRO stage 3 its parameters are shared out among the
@@ -927,7 +918,8 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
     from transformers.integrations import deepspeed as integration
     zero = {**options.model_extra, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": bf16},
             "zero_optimization": {**(options.zero_optimization or {}), "stage": 3}}
-    shared = Zero3(zero)  # of which transformers keeps a weak reference
+    # What transformers reads of accelerate's HfDeepSpeedConfig, by a weak reference.
+    shared = type("Zero3", (), dict(config=zero, is_zero3=lambda _: True))()
     integration.set_hf_deepspeed_config(shared)
     try:
         llm = load_pretrained(transformers.AutoModelForCausalLM, name, key, dtype=dtype)
@@ -1009,7 +1001,7 @@ class ELM(nn.Module):
         [n, E], numpy or torch, which it standardises by their mean and deviation."""
         vectors = torch.as_tensor(embeddings).float()
         used, device = torch.ones(len(vectors), dtype=torch.bool), find_device()
-        statistics, _, _ = scan_vectors(vectors, used, "embeddings")
+        statistics, _ = scan_vectors(vectors, used, "embeddings")
         tokenizer = load_pretrained(transformers.AutoTokenizer, llm, "llm")
         prompt, model = Prompt(tokenizer), load_llm(llm, device, bf16, "llm")
         adapter = fresh_adapter(model, statistics, hidden_dim=hidden_dim, **settings)
@@ -1325,6 +1317,14 @@ class TrainState:  # what the loop carries on, beside the adapter and its optimi
 
     def ended(self, total: int, patience: int | None) -> bool:
         return self.step >= total or bool(patience and self.since_best >= patience)
+
+    def validate(self, loss: float, adapter: Adapter) -> bool:
+        """Take note of a validation; returns whether its loss is the lowest so far."""
+        self.validated, self.since_best = self.step, self.since_best + 1
+        if lowest := loss < self.best or not self.best_adapter:
+            self.best, self.best_step, self.since_best = loss, self.step, 0
+            self.best_adapter = {k: v.cpu().clone() for k, v in adapter.state_dict().items()}
+        return lowest
 
     def advance(self, step: Step, sums: dict[str, float]) -> None:
         self.step, self.epoch, self.position = self.step + 1, step.epoch, step.position
@@ -1690,6 +1690,10 @@ def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt
 
 sweep_llm = lru_cache(1)(load_llm)  # kept between trials
 
+def prune(trial: Any, score: float, quarter: int) -> bool:
+    trial.report(score, quarter)
+    return trial.should_prune()
+
 def train(cfg: Config, trial: Any = None) -> dict:
     """Train an adapter and report on it: returns the dict of eval.json. As a `trial` of Optuna,
     write no checkpoints, report the score at each quarter, and return the last one alone.
@@ -1741,16 +1745,11 @@ def train(cfg: Config, trial: Any = None) -> dict:
             leave()
         if scored := trial is not None and 0 < state.step < total:
             losses["val_bertscore"] = score_now(elm, data["val"], cfg.eval, rt)
-        state.validated, state.since_best = state.step, state.since_best + 1
         log.record("  ".join(f"{k} {v:.4f}" for k, v in losses.items()), state.step, **losses)
-        if losses["val_loss"] < state.best or not state.best_adapter:
-            state.best, state.best_step, state.since_best = losses["val_loss"], state.step, 0
-            state.best_adapter = {k: v.cpu().clone() for k, v in elm.adapter.state_dict().items()}
+        if state.validate(losses["val_loss"], elm.adapter):
             save_adapter("adapter_best.safetensors", state.best_adapter, state.step)
-        if scored:
-            trial.report(losses["val_bertscore"], state.step // eval_steps)
-            if trial.should_prune():
-                raise import_optional("optuna").TrialPruned
+        if scored and prune(trial, losses["val_bertscore"], state.step // eval_steps):
+            raise import_optional("optuna").TrialPruned
 
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == total
@@ -2546,13 +2545,10 @@ class Sweep(Table):
     wandb: WandbConfig = WandbConfig()
     output: OutputConfig = OutputConfig()
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.output.dir)
-
     def config(self, settings: dict[str, Any], name: str = "best") -> Config:
         """The training of a trial; it reports on the validation split. Raises: UserError."""
-        fixed = {"eval.split": "val", "output.dir": f"{self.folder}/{name}", "wandb.run_name": name}
+        fixed = {"eval.split": "val", "wandb.run_name": name,
+                 "output.dir": f"{self.output.dir}/{name}"}
         return build(Config, read_toml(None, self.base | settings | fixed))
 
 RESERVED = ("eval.", "output.", "wandb.", "train.eval_steps", "train.resume", "train.seed")
@@ -2601,13 +2597,14 @@ def open_study(sweep: Sweep) -> Any:
     """The Optuna study of a sweep, created or loaded. Raises: UserError if its storage cannot be
     opened, or if it was created with other settings."""
     optuna = import_optional("optuna")
-    url = sweep.study.storage or f"sqlite:///{sweep.folder}/study.db"
+    folder = Path(sweep.output.dir)
+    url = sweep.study.storage or f"sqlite:///{folder}/study.db"
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats are
-    sweep.folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in flat({"space": sweep.space, "base": sweep.base}).items()
                 if not k.startswith(("base.wandb.", "base.output."))}
-    with lock(sweep.folder / ".lock", wait=True):  # two workers would both create the tables
+    with lock(folder / ".lock", wait=True):  # two workers would both create the tables
         try:
             retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
             storage = optuna.storages.RDBStorage(
@@ -2624,8 +2621,8 @@ def open_study(sweep: Sweep) -> Any:
         if changed := [k for k in settings | stored if settings.get(k) != stored.get(k)]:
             raise UserError(f"study.name: {sweep.study.name} exists with another "
                             f"{', '.join(changed)}; choose another name and output.dir")
-        if not study.get_trials(deepcopy=False) and [*sweep.folder.glob("trial_*")]:
-            raise UserError(f"output.dir: {sweep.folder} holds trials of another study")
+        if not study.get_trials(deepcopy=False) and [*folder.glob("trial_*")]:
+            raise UserError(f"output.dir: {folder} holds trials of another study")
         study.set_user_attr("settings", settings)
     return study
 
@@ -2639,7 +2636,7 @@ def next_trial(sweep: Sweep, study: Any, deadline: float) -> bool:
     """Whether this worker is to run another trial. Once the search is finished, repeats of the best
     trials with two more seeds are enqueued. While other workers run the last trials, it waits."""
     while time.time() < deadline:
-        with lock(sweep.folder / ".lock", wait=True):  # one worker enqueues
+        with lock(Path(sweep.output.dir, ".lock"), wait=True):  # one worker enqueues
             import_optional("optuna").storages.fail_stale_trials(study)
             trials = [t for t in study.get_trials(deepcopy=False)
                       if t.state.name != "FAIL" or "reason" in t.user_attrs]  # else it was killed
@@ -2684,7 +2681,8 @@ def run_trial(sweep: Sweep, trial: Any) -> float:
 def write_results(sweep: Sweep, study: Any) -> str:
     """Write trials.jsonl, sweep.png and best.toml of the trials so far, as any worker may. The best
     trial has the best mean over seeds among those that are repeated. Returns a line about it."""
-    trials, tag, rows, values = study.get_trials(deepcopy=False), f".{os.getpid()}", [], {}
+    trials, folder = study.get_trials(deepcopy=False), Path(sweep.output.dir)
+    tag, rows, values = f".{os.getpid()}", [], {}
     for t in trials:
         number, settings = t.user_attrs.get("repeats", (t.number, {}))
         reason = t.user_attrs.get("reason", "killed" if t.state.name == "FAIL" else None)
@@ -2693,8 +2691,8 @@ def write_results(sweep: Sweep, study: Any) -> str:
                          params=t.params | settings, seconds=seconds, reason=reason))
         if t.state.name == "COMPLETE":
             values.setdefault(number, []).append(t.value)
-    write_text(sweep.folder / "trials.jsonl", "".join(json.dumps(r) + "\n" for r in rows), tag)
-    with atomic_write(sweep.folder / "sweep.png", tag) as path:
+    write_text(folder / "trials.jsonl", "".join(json.dumps(r) + "\n" for r in rows), tag)
+    with atomic_write(folder / "sweep.png", tag) as path:
         plots = import_optional("optuna.visualization.matplotlib")
         name = "BERTScore composite, validation"
         axes = plots.plot_optimization_history(study, target_name=name)
@@ -2707,7 +2705,7 @@ def write_results(sweep: Sweep, study: Any) -> str:
                key=lambda t: np.mean(values[t.number]))
     cfg = sweep.config(best.params | {"train.eval_steps": best.user_attrs["eval_steps"]})
     head = f"# trial {best.number} of {study.study_name}: {best.value!r} on the validation split\n"
-    write_text(sweep.folder / "best.toml", head + config_text(cfg), tag)
+    write_text(folder / "best.toml", head + config_text(cfg), tag)
     by_seed = ", ".join(f"{value:.4f}" for value in values[best.number])
     return f"{len(trials)} trials, the best is trial {best.number}: {by_seed}"
 

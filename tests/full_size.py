@@ -4,9 +4,8 @@
 
 4,022,468,096 frozen parameters in bf16, vectors of width 2560, an adapter of 20,980,736; 4 rows,
 two steps, a report on two answers of four tokens. Prints seconds, peak memory and the sizes of
-what is left. Needs 8 GB of disk in TMPDIR and 11 GB of memory. Not part of the suite. torch
-multiplies bf16 matrices by a plain loop on CPUs without AVX-512; there the products of bf16 numbers
-are made in fp32.
+what is left. Needs 8 GB of disk in TMPDIR and 11 GB of memory. Not part of the suite. On a CPU
+without AVX-512 torch would loop over bf16 matrices; there their products are made in fp32.
 """
 
 import os
@@ -22,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch
 import torch.nn.functional as F
 from conftest import byte_tokenizer, make_data
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 import elm
 
@@ -34,9 +33,8 @@ SHAPE = dict(hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, hea
 def make_llm(folder: Path) -> None:
     torch.manual_seed(0)
     tok = byte_tokenizer()
-    torch.set_default_dtype(torch.bfloat16)
-    llm = Qwen3ForCausalLM(Qwen3Config(**SHAPE, eos_token_id=tok.eos_token_id))
-    torch.set_default_dtype(torch.float32)
+    config = Qwen3Config(**SHAPE, eos_token_id=tok.eos_token_id)
+    llm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     llm.save_pretrained(folder)
     tok.save_pretrained(folder)
     print(f"{sum(p.numel() for p in llm.parameters()):,} parameters", flush=True)

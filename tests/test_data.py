@@ -237,7 +237,6 @@ def test_dimensions_without_spread_do_not_blow_up(data_dir, llm_dir):
     vectors[:, 3], vectors[:, 5], vectors[4, 5], vectors[:, 8:] = 0.02, 0.0, 1e-3, 0.0
     save_file({"x": vectors}, vectors_path(data_dir))
     split = open_train(data_dir, PROMPT)
-    assert split.counts["dimensions without spread"] == 6
     soft = build_elm(llm_dir, split)(vectors + noise).flatten(1)
     cosines = torch.nn.functional.cosine_similarity(soft[:, None], soft, dim=2)
     assert (cosines - torch.eye(10)).max() < 0.9

@@ -9,7 +9,7 @@ from conftest import ROOT
 import elm
 
 SOURCE = (ROOT / "elm.py").read_text()
-MAX_LINES = 2809  # of elm.py
+MAX_LINES = 2807  # of elm.py
 README = (ROOT / "README.md").read_text()
 
 
@@ -35,8 +35,10 @@ def test_sections_in_the_order_of_reading():
 
 def test_only_the_loop_is_long():
     for node in ast.walk(ast.parse(SOURCE)):
-        if isinstance(node, ast.FunctionDef) and node.name != "train":
-            assert node.end_lineno - node.lineno < 60, node.name
+        for inner in ast.iter_child_nodes(node):
+            if isinstance(inner, ast.FunctionDef) and inner.name != "train":
+                most = 12 if isinstance(node, ast.FunctionDef) else 60
+                assert inner.end_lineno - inner.lineno < most, inner.name
 
 
 def test_nothing_runs_code_from_files_or_trusts_remote_code():
