@@ -43,6 +43,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unicodedata
 import urllib.request
@@ -433,6 +434,10 @@ def check_new(*paths: Path) -> None:
             raise UserError(f"{path}: exists already; choose another place or delete it")
         if not os.access(path.parent, os.W_OK):
             raise UserError(f"{path}: its folder does not exist or cannot be written to")
+
+def short_hash(data: str | bytes) -> str:
+    data = data.encode(errors="surrogatepass") if isinstance(data, str) else data
+    return hashlib.sha256(data).hexdigest()[:16]
 
 def read_ahead(make: Any, keys: Any, threads: int):
     """Yield make(key) for each key, in order, computed in threads up to 2 * threads keys ahead."""
@@ -949,7 +954,7 @@ def fingerprint(llm: Any) -> str:
         shared = hasattr(p, "ds_id")
         with import_optional("deepspeed").zero.GatheredParameters(p) if shared else nullcontext():
             sample.append(p.flatten()[:: max(1, p.numel() // 16)].bfloat16().float())  # no view
-    return hashlib.sha256(torch.cat(sample).cpu().numpy().tobytes()).hexdigest()[:16]
+    return short_hash(torch.cat(sample).cpu().numpy().tobytes())
 
 @torch.no_grad()
 def fresh_adapter(llm: Any, statistics: dict[str, Tensor], standardize: bool = True,
@@ -2110,7 +2115,7 @@ def print_report(result: dict, predictions: list, metrics: list, cfg: Config, rt
                "gap_closed": "gap closed", "bertscore_composite": "BERTScore", "mrr": "MRR"}
     columns = {key: title for key, title in columns.items() if key in result}
     lines += ["", "losses per response token by other rows' vectors, the right ones and the text; "
-              "± 95 %", f"{'':20}{'rows':>5}" + "".join(f"{t:>13}" for t in columns.values())]
+              "± 95 %", f"{'':20}{'rows':>5}" + "".join(f" {t:>12}" for t in columns.values())]
     tasks = sorted(result["tasks"].items(), key=lambda item: -item[1].get("gap_closed", -math.inf))
     for name, row in [("all", result), *tasks]:
         cells = []
@@ -2120,7 +2125,7 @@ def print_report(result: dict, predictions: list, metrics: list, cfg: Config, rt
             known = key in row and (scored or row.get("samples", 0) >= 20)
             cells.append(f"{row[key]:.3f}" + f" ±{(high - low) / 2:.3f}" * (high > low)
                          if known else "")
-        lines.append(f"{name:20}{row['rows']:5}" + "".join(f"{cell:>13}" for cell in cells))
+        lines.append(f"{name:20}{row['rows']:5}" + "".join(f" {cell:>12}" for cell in cells))
     lines += ["", f"gap_closed: {describe_gap(result, metrics)}"]
     lines += [f"{key}: {result[key]:.4f}" for key in columns if key != "gap_closed"]
     folder, final = cfg.output.dir, split_paths(cfg.data, result["split"])[0]
@@ -2163,7 +2168,7 @@ def read_texts(path: Path):
             try:
                 text = line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n")
                 entry = json.loads(text) if path.suffix == ".jsonl" else {"text": text}
-                empty = not entry["text"].encode().strip()  # a ValueError at a lone surrogate
+                empty = not entry["text"].strip().encode()  # a ValueError at a lone surrogate
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 empty = True
             if empty:
@@ -2177,8 +2182,7 @@ def read_texts(path: Path):
 def hidden_folder(out: Path, *key: Any):
     """A locked folder for what a kill must not lose, deleted at the end: beside `out`, which must
     be new, named by a hash of `key`, all that determines what is made. Raises: UserError."""
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-    folder = out.with_name(f".{out.name}.{digest}.tmp")
+    folder = out.with_name(f".{out.name}.{short_hash(repr(key))}.tmp")
     with writing(folder):
         folder.mkdir(exist_ok=True)
     with lock(folder / ".lock"):
@@ -2266,7 +2270,6 @@ class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM
     embeddings: PathStr  # a safetensors file of one table
     query: str
     rows: Annotated[tuple[int, ...], FromList] | None = None  # of the table; none: all
-    out: PathStr | None = None  # a .jsonl file; none: to stdout
     llm: PathStr | None = None  # the adapter's LLM at another place
     max_new_tokens: PositiveInt = 256
     seed: Seed = 42
@@ -2291,25 +2294,19 @@ def generate(o: GenerateOptions) -> None:
         if row not in range(len(vectors)):
             raise UserError(f"rows: no row {row} among {len(vectors)}")
     Prompt.parts(o.query)
-    if o.out:
-        check_new(Path(o.out))
     check_vectors(vectors[list(rows[:1024])], adapter, o.embeddings, rows[:1024])
-    rt, out = start_runtime(Config()), None
-    elm = ELM.load(o.adapter, o.llm, options=DeepSpeedConfig(zero_stage=o.zero_stage))
+    rt, options = start_runtime(Config()), DeepSpeedConfig(zero_stage=o.zero_stage)
+    elm, size = ELM.load(o.adapter, o.llm, options=options), ANSWERS_AT_ONCE[rt.device.type]
     torch.manual_seed(o.seed)
-    size = ANSWERS_AT_ONCE[rt.device.type]
-    for first in tqdm(range(0, len(rows), size), unit="batch", disable=not o.out):
+    firsts, escape = range(0, len(rows), size), sys.stdout.encoding.lower() != "utf-8"
+    for first in tqdm(firsts, unit="batch", disable=rt.rank > 0 or sys.stdout.isatty()):
         batch = list(rows[first : first + size])
         with user_error("generate"):
             answers = elm.generate(vectors[batch], o.query, o.max_new_tokens, size, **o.model_extra)
-        if rt.rank > 0:
-            continue
-        out = out or (open(o.out, "x", encoding="utf-8") if o.out else sys.stdout)
-        escape = str(out.encoding).lower() != "utf-8"
         for row, answer in zip(batch, answers, strict=True):
             entry = dict(row=row, query=o.query, answer=answer)
-            out.write(json.dumps(entry, ensure_ascii=escape) + "\n")
-        out.flush()
+            if rt.rank == 0:
+                print(json.dumps(entry, ensure_ascii=escape), flush=True)
 
 # -----------------------------------------------------------------------------
 # Synthesis: rows, vectors and splits from texts
@@ -2333,7 +2330,8 @@ QUERIES = {task: [f"{query}, {length or 'in two sentences'}." for query in queri
            for task, text in PHRASINGS.items() for queries, _, length in [text.partition("; ")]}
 PREAMBLE = re.compile(r"(here('s|’s| is| are)|sure|certainly|of course)\b", re.IGNORECASE)
 WAITS = (1, 2, 4, 8, 16)  # seconds before the next try of a request
-QueryFile = Annotated[dict[str, list[str]], pydantic.BeforeValidator(lambda p: read_toml(p, {}))]
+QueryFile = Annotated[dict[str, list[str]],
+                      pydantic.BeforeValidator(lambda path: read_toml(str(path), {}))]
 Count = Annotated[PositiveInt, pydantic.BeforeValidator(lambda x: 2**31 if x == "all" else x)]
 Shares = Annotated[tuple[PositiveFloat, PositiveFloat, NonNegativeFloat], FromList]
 
@@ -2354,7 +2352,7 @@ class SynthesizeOptions(Table):
 def draw(*parts: Any) -> float:
     """A number in [0, 1) by a hash of `parts`, whatever their case and spaces."""
     words = unicodedata.normalize("NFKC", " ".join(map(str, parts))).casefold().split()
-    return int(hashlib.sha256(" ".join(words).encode()).hexdigest()[:13], 16) / 2**52
+    return int(short_hash(" ".join(words))[:13], 16) / 2**52
 
 def split_texts(path: Path, shares: tuple[float, ...]) -> dict[str, str]:
     """{text: its split}, sorted, of a file; texts that differ in case and spaces alone are one. The
@@ -2370,67 +2368,77 @@ def split_texts(path: Path, shares: tuple[float, ...]) -> dict[str, str]:
         texts[text] = split or SPLITS[drawn]
     sizes = Counter(texts.values())
     if min(sizes["train"], sizes["val"]) < 2 or sizes["test"] == 1 or {*sizes} - {*SPLITS}:
-        raise UserError(f"{path}: {dict(sizes)} texts; train and val need two, test two or none")
+        raise UserError(f"{path}: {dict(sizes)} texts; train and val need two, test two or none; "
+                        "give more, or other shares, as split=[0.7, 0.15, 0.15]")
     return texts
 
 def draw_rows(o: SynthesizeOptions, text: str) -> list[dict]:
-    """The rows of a text, their responses empty, but for reconstruct's: the first two sentences."""
+    """The rows of a text, their responses empty, but for reconstruct's: the first two sentences.
+    Raises: UserError if a query has several placeholders."""
     queries = {task: queries for task, queries in (QUERIES | o.queries).items() if queries}
     tasks = sorted(queries.keys() - {*MORE_TASKS}, key=partial(draw, o.seed, text))[: o.tasks]
     tasks += queries.keys() & {*MORE_TASKS} if draw(o.seed, text) < o.reconstruct else []
     choice = {t: queries[t][int(draw(o.seed, t, text) * len(queries[t]))] for t in sorted(tasks)}
+    for query in choice.values():
+        Prompt.parts(query)
     begin = " ".join(re.split(r"(?<=[.!?])\s+", text.strip())[:2])
     return [dict(task_type=task, embedding_file_idx=0, query=query, text=text,
                  response=begin * (task in MORE_TASKS)) for task, query in choice.items()]
 
 @torch.no_grad()
-def ask_llm(o: SynthesizeOptions, llm: Any, prompt: Prompt, rows: list, **options: Any) -> list:
+def ask_llm(o: SynthesizeOptions, llm: Any, prompt: Prompt, rows: list, seed: int,
+            temperature: float) -> list[tuple[str, bool]]:
     """(answer, whether it is finished) of each row, from one batch of the prompts of the text
     ceiling: the text, cut at the LLM's limit, stands where the vector will. Raises: UserError if
     the limit leaves no room for an answer."""
     limit = getattr(llm.config.get_text_config(), "max_position_embeddings", 2**31)
     named = [(f"model: {row['text'][:50]!r}", Row.model_construct(**row)) for row in rows]
-    examples = tokenize(prompt, named, 0, limit - o.max_new_tokens, "text")
+    with user_error(f"max_new_tokens = {o.max_new_tokens}, of {limit} that {o.model} reads"):
+        examples = tokenize(prompt, named, 0, limit - o.max_new_tokens, "text")
     ids = [torch.from_numpy(e.ids[: -e.num_labels]).to(llm.device) for e in examples]
-    torch.manual_seed(options.pop("seed"))
-    options = dict(do_sample=True, **options) if options["temperature"] else {}
+    torch.manual_seed(seed)
+    options = dict(do_sample=True, temperature=temperature) if temperature else {}
     embeds = [*map(llm.get_input_embeddings(), ids)]
     return generate_batch(llm, prompt, embeds, o.max_new_tokens, **options)
 
-def ask_server(o: SynthesizeOptions, rows: list, **options: Any) -> list:
+def ask_server(o: SynthesizeOptions, rows: list, seed: int,
+               temperature: float) -> list[tuple[str, bool]]:
     """As ask_llm, of one row, by an OpenAI-compatible server. 429, 5xx, a broken connection and
     half an answer are followed by the next try after each of WAITS. Raises: UserError."""
-    message = dict(role="user", content=rows[0]["text"].join(Prompt.parts(rows[0]["query"])))
-    body = dict(model=o.model, messages=[message], max_tokens=o.max_new_tokens, **options)
-    head = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
-            "Content-Type": "application/json"}
+    text = rows[0]["text"]
+    message = dict(role="user", content=text.join(Prompt.parts(rows[0]["query"])))
+    body = dict(model=o.model, messages=[message], max_tokens=o.max_new_tokens, seed=seed,
+                temperature=temperature)
+    secret = "".join(os.environ.get("OPENAI_API_KEY", "none").split())
+    head = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json"}
     url, body = f"{o.endpoint}/chat/completions", json.dumps(body).encode()
     for wait in [*WAITS, None]:
         try:
             call = urllib.request.Request(url, body, head)
             with urllib.request.urlopen(call, timeout=600) as reply:
                 (choice,) = json.load(reply)["choices"]
-            text = str(choice["message"]["content"] or "")
-            return [(text, choice["finish_reason"] == "stop")]
+            answer = str(choice["message"]["content"] or "").encode(errors="replace").decode()
+            return [(answer, choice["finish_reason"] == "stop")]
         except Exception as e:  # a server can answer anything
-            code, why = getattr(e, "code", 500), repr(e)
+            code, why = getattr(e, "code", 500), f"{type(e).__name__}: {e}"  # repr has the key
             with suppress(Exception):  # what it says
                 why += e.read(300).decode(errors="replace")
-        if not wait or code < 500 and code != 429 or "ConnectionRefused" in why:
-            raise UserError(f"endpoint: {url}: {' '.join(why.split())}")
+        if not wait or code < 500 and code != 429 or "refused" in why:
+            raise UserError(f"endpoint: {url} about {text[:50]!r}: {' '.join(why.split())}")
         time.sleep(wait)
 
 def fault(row: dict, answer: str, finished: bool) -> str:
     """Why an answer is rejected, or ""."""
     words, said = (set(re.findall(r"\w+", t.casefold())) for t in (row["text"], answer))
-    copied = len(words & said) > 0.8 * len(words) and not row["task_type"].startswith("style")
+    copied = len(words & said) > max(0.8 * len(words), 0.5 * len(said))
+    copied &= not row["task_type"].startswith("style")
     faults = {"not finished": not finished, "empty": not answer.strip(), "copied": copied,
               "repetitive": repetition(answer) > 0.3, "preamble": PREAMBLE.match(answer.strip())}
     return next((name for name, found in faults.items() if found), "")
 
 def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:
     """Set the empty responses. Rejected answers are asked for once more, with another seed and a
-    temperature above 0. Each block of answers is appended to the file `path`, so that a later call
+    temperature above 0. Answers are appended to the file `path` as they come, so that a later call
     asks for the missing ones only. Returns how many rows are left without a response, by (task,
     fault). Raises: UserError."""
     ask, size, threads = partial(ask_server, o), 1, o.concurrency
@@ -2439,51 +2447,51 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:
         llm = load_llm(o.model, find_device(), o.bf16, "model")
         ask = partial(ask_llm, o, llm, Prompt(tokenizer))
         size, threads = ANSWERS_AT_ONCE[llm.device.type], 1
-    lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
-    write_text(path, "".join(f"{line}\n" for line in lines))  # without one that a kill tore
-    kept = {tuple(key): answer for line in lines for key, *answer in json.loads(line)}
-    asked: dict[tuple, dict] = {}  # rows by (attempt, task, text)
+    kept, asked, guard = {}, {}, threading.Lock()  # answers and rows by (attempt, query, text)
+    for line in path.read_text("utf-8").split("\n") if path.exists() else []:
+        with suppress(ValueError):  # torn by a kill
+            kept |= {tuple(key): answer for key, *answer in json.loads(line)}
 
-    def answer(block: list[tuple]) -> list:  # [key, answer, fault] of those that are not kept
-        if not (keys := [key for key in block if key not in kept]):
-            return []
-        options = dict(seed=int(draw(o.seed, *keys[0]) * 2**31),
-                       temperature=o.temperature or float(keys[0][0]))
-        answers = ask([asked[key] for key in keys], **options)
-        return [(key, text.strip(), fault(asked[key], text, finished))
-                for key, (text, finished) in zip(keys, answers, strict=True)]
+    def answer(block: list[tuple]) -> int:
+        keys = [key for key in block if key not in kept]
+        seed, temperature = int(draw(o.seed, *keys[0]) * 2**31), o.temperature or float(keys[0][0])
+        answers = ask([asked[key] for key in keys], seed, temperature)
+        made = [(key, *answer) for key, answer in zip(keys, answers, strict=True)]
+        with guard:
+            append(path, f"\n{json.dumps(made)}")
+            kept.update((key, answer) for key, *answer in made)
+        return len(keys)
 
-    for attempt in (0, 1):
+    for attempt, label in enumerate(("answers", "second tries")):
         missing = [row for row in rows if not row["response"]]
         missing.sort(key=lambda row: -len(row["text"]))
-        keys = [(attempt, row["task_type"], row["text"]) for row in missing]
+        keys = [(attempt, row["query"], short_hash(row["text"])) for row in missing]
         asked |= zip(keys, missing, strict=True)
         blocks = [keys[i : i + size] for i in range(0, len(keys), size)]
-        made = read_ahead(answer, blocks, threads)
-        with tqdm(total=len(keys), unit="answer", disable=not keys) as bar:
-            for block, answers in zip(blocks, made, strict=True):
-                if answers:
-                    append(path, json.dumps(answers) + "\n")
-                kept |= {key: answer for key, *answer in answers}
-                for key in block:
-                    text, why = kept[key]
-                    asked[key]["response"] = "" if why else text
-                bar.update(len(block))
-    return Counter((key[1], kept[key][1]) for key in keys if not asked[key]["response"])
+        blocks = [block for block in blocks if not kept.keys() >= {*block}]
+        with tqdm(desc=label, total=len(keys), initial=len(kept.keys() & {*keys}), unit="answer",
+                  disable=not blocks) as bar:
+            for number in read_ahead(answer, blocks, threads):
+                bar.update(number)
+        lost: Counter = Counter()
+        for row, key in zip(missing, keys, strict=True):
+            if why := fault(row, *kept[key]):
+                lost[row["task_type"], why] += 1
+            else:
+                row["response"] = kept[key][0].strip()
+    return lost
 
-def write_split(o: SynthesizeOptions, work: Path, split: str, texts: list, rows: list) -> Tensor:
+def write_split(o: SynthesizeOptions, folder: Path, split: str, texts: list, rows: list) -> Tensor:
     """Write the rows and vectors of a split of `texts`; returns the vectors. Raises: UserError."""
-    table, path = split_paths(DataConfig(dir=str(work / "data")), split)
-    index, listing = {text: i for i, text in enumerate(texts)}, work / f"{split}.jsonl"
+    table, path = split_paths(DataConfig(dir=str(folder)), split)
+    index, listing = {text: i for i, text in enumerate(texts)}, Path(f"{folder}.{split}.jsonl")
     rows = [row | dict(embedding_file_idx=index[row["text"]]) for row in rows
             if row["text"] in index]
     if not rows:
-        raise UserError(f"model: all answers about {split} were rejected; they are in {work}")
+        raise UserError(f"model: all answers about {split} were rejected; see {folder.parent}")
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    if not listing.exists() or listing.read_text("utf-8") != lines:
-        table.unlink(missing_ok=True)
-        write_text(listing, lines)
+    if not listing.exists():
+        write_text(listing, "".join(json.dumps({"text": text}) + "\n" for text in texts))
     if not table.exists():
         table.parent.mkdir(exist_ok=True)
         embed_file(EmbedOptions(model=o.embedder, bf16=o.bf16), listing, table, key="embedder")
@@ -2496,11 +2504,12 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
     texts = split_texts(source, o.split)
     rows = [row for text in texts for row in draw_rows(o, text)]
     load_embedder(o.embedder, o.bf16, "embedder", None)  # its errors come first
-    about = o.model_dump(exclude={"endpoint", "concurrency", "split", "tasks"})
-    with hidden_folder(out, about, bool(o.endpoint), QUERIES) as work:
+    key = o.model, o.endpoint is None and o.bf16, o.max_new_tokens, o.temperature, o.seed
+    with hidden_folder(out, *key) as work:
         lost = fill_rows(o, rows, work / "answers.jsonl")
         rows = [row for row in rows if row["response"]]
-        tables = [write_split(o, work, split, [t for t in texts if texts[t] == split], rows)
+        made = work / short_hash(repr((o.embedder, o.bf16, texts)))
+        tables = [write_split(o, made, split, [t for t in texts if texts[t] == split], rows)
                   for split in SPLITS if split in texts.values()]
         settings = {
             "model.llm": o.model, "model.bf16": o.bf16, "data.dir": str(out),
@@ -2508,18 +2517,15 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
             "train.warmup_steps": min(100, len(rows) // 100), "eval.embedder": o.embedder,
             "output.dir": f"runs/{out.name}"}
         toml = "".join(f"{name} = {to_toml(value)}\n" for name, value in settings.items())
-        write_text(work / "data" / "train.toml", toml)
-        os.replace(work / "data", out)
+        write_text(made / "train.toml", toml)
+        os.replace(made, out)
     counts = Counter((row["task_type"], texts[row["text"]]) for row in rows)
     for task in sorted({task for task, _ in [*counts, *lost]}):
         why = ", ".join(f"{n} {why}" for (name, why), n in lost.items() if name == task)
         sizes = "".join(f"{counts[task, split]:6} {split}" for split in SPLITS)
         print(f"{task:20}{sizes}; left out: {why or 0}")
-    near = 0
-    for i in range(1, len(tables)):
-        for vectors in tables[i].split(64):
-            cosine = torch.stack([(vectors @ table.T).amax(1) for table in tables[:i]]).amax(0)
-            near += int((cosine > 0.95).sum())
+    near = sum(int((torch.cat([v @ t.T for t in tables[:i]], 1).amax(1) > 0.95).sum())
+               for i in range(1, len(tables)) for v in tables[i].split(64))
     print(f"{near} texts of val and test have a cosine above .95 with one of another split")
     for row in rows[:: max(1, len(rows) // 3)][:3]:
         print("\n{task_type}: {query}\n{text}\n    {response}".format(**row))
@@ -2719,15 +2725,11 @@ def run_sweep(sweep: Sweep) -> None:
     rt = start_runtime(cfg)._replace(quiet=True)
     open_inputs(cfg, SPLITS[:2], cfg.model.tokens, rt)  # its errors come first
     study, deadline = open_study(sweep), time.time() + 3600 * sweep.study.timeout_hours
-    try:
-        while next_trial(sweep, study, deadline):
-            study.optimize(partial(run_trial, sweep), n_trials=1, gc_after_trial=True,
-                           catch=(UserError, RuntimeError))
-            torch.cuda.empty_cache()
-            print(write_results(sweep, study), flush=True)
-    except SystemExit:
-        print("stopped; the same command goes on")
-        raise
+    while next_trial(sweep, study, deadline):
+        study.optimize(partial(run_trial, sweep), n_trials=1, gc_after_trial=True,
+                       catch=(UserError, RuntimeError))
+        torch.cuda.empty_cache()
+        print(write_results(sweep, study), flush=True)
     print(write_results(sweep, study))
     if not best_trials(study, 1):
         raise UserError(f"{sweep.study.name}: no trial was completed")

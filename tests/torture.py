@@ -321,7 +321,7 @@ def damage(folder, count, seed):
     resuming = [*training, "train.resume=auto"]
     embedding = ["embed", texts, out, f"model={ROOT / 'data/tiny/embedder'}", "bf16=false"]
     generating = ["generate", f"adapter={adapter}", f"embeddings={vectors}", "query=What?",
-                  f"out={out}", "max_new_tokens=2"]
+                  "max_new_tokens=2"]
     kinds = {  # the file, its reader, what checks it, a command
         "rows": (rows, reader, split_is_right, training),
         "vectors": (vectors, reader, split_is_right, training),
