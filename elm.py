@@ -2263,6 +2263,7 @@ def evaluate(cfg: EvalOptions, beside: bool = False) -> dict:
     check_vectors(split.vectors[:8192], adapter, f"data.dir: {final}")
     elm = ELM.load(path, cfg.model.llm, cfg.model.bf16, cfg.deepspeed)
     check_llm(elm)
+    folder.mkdir(parents=True, exist_ok=True)
     return report(elm, split, cfg, rt, run, dict(split=final, step=step, adapter_step=step))
 
 class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM's own `generate`
@@ -2298,7 +2299,7 @@ def generate(o: GenerateOptions) -> None:
     rt, options = start_runtime(Config()), DeepSpeedConfig(zero_stage=o.zero_stage)
     elm, size = ELM.load(o.adapter, o.llm, options=options), ANSWERS_AT_ONCE[rt.device.type]
     torch.manual_seed(o.seed)
-    firsts, escape = range(0, len(rows), size), sys.stdout.encoding.lower() != "utf-8"
+    firsts, escape = range(0, len(rows), size), str(sys.stdout.encoding).lower() != "utf-8"
     for first in tqdm(firsts, unit="batch", disable=rt.rank > 0 or sys.stdout.isatty()):
         batch = list(rows[first : first + size])
         with user_error("generate"):
@@ -2512,7 +2513,7 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
         tables = [write_split(o, made, split, [t for t in texts if texts[t] == split], rows)
                   for split in SPLITS if split in texts.values()]
         settings = {
-            "model.llm": o.model, "model.bf16": o.bf16, "data.dir": str(out),
+            "model.llm": o.model, "model.bf16": o.bf16, "model.tokens": 4, "data.dir": str(out),
             "data.tasks": sorted({row["task_type"] for row in rows}), "train.lr": 1e-3,
             "train.warmup_steps": min(100, len(rows) // 100), "eval.embedder": o.embedder,
             "output.dir": f"runs/{out.name}"}
