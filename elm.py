@@ -2252,8 +2252,8 @@ def evaluate(cfg: EvalOptions, beside: bool = False) -> dict:
     """The report of training's end on the adapter of a file, in output.dir or in a folder beside
     the adapter: returns the dict of eval.json. Raises: UserError."""
     rt, final, path = start_runtime(cfg), final_split(cfg), Path(cfg.adapter)
-    (adapter, about), run = Adapter.load(path), path.resolve().parent
-    step = about.get("step")
+    adapter, about = Adapter.load(path)
+    step, run = about.get("step"), (path if path.is_dir() else path.parent).resolve()
     folder = run / f"eval_{final}_step_{step}" if beside else Path(cfg.output.dir)
     cfg = cfg.model_copy(update=dict(output=OutputConfig(dir=str(folder))))
     names = ("metrics.jsonl", "predictions.jsonl", "eval.json", "report.png")
