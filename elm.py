@@ -1323,7 +1323,7 @@ class TrainState:  # what the loop carries on, beside the adapter and its optimi
     def ended(self, total: int, patience: int | None) -> bool:
         return self.step >= total or bool(patience and self.since_best >= patience)
 
-    def validate(self, loss: float, adapter: Adapter) -> bool:
+    def record_validation(self, loss: float, adapter: Adapter) -> bool:
         """Take note of a validation; returns whether its loss is the lowest so far."""
         self.validated, self.since_best = self.step, self.since_best + 1
         if lowest := loss < self.best or not self.best_adapter:
@@ -1751,7 +1751,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
         if scored := trial is not None and 0 < state.step < total:
             losses["val_bertscore"] = score_now(elm, data["val"], cfg.eval, rt)
         log.record("  ".join(f"{k} {v:.4f}" for k, v in losses.items()), state.step, **losses)
-        if state.validate(losses["val_loss"], elm.adapter):
+        if state.record_validation(losses["val_loss"], elm.adapter):
             save_adapter("adapter_best.safetensors", state.best_adapter, state.step)
         if scored and prune(trial, losses["val_bertscore"], state.step // eval_steps):
             raise import_optional("optuna").TrialPruned
@@ -2181,7 +2181,7 @@ def read_texts(path: Path):
 @contextmanager
 def hidden_folder(out: Path, *key: Any):
     """A locked folder for what a kill must not lose, deleted at the end: beside `out`, which must
-    be new, named by a hash of `key`, all that determines what is made. Raises: UserError."""
+    be new, named by a hash of `key`, on which all that it keeps depends. Raises: UserError."""
     folder = out.with_name(f".{out.name}.{short_hash(repr(key))}.tmp")
     with writing(folder):
         folder.mkdir(exist_ok=True)
@@ -2331,8 +2331,10 @@ QUERIES = {task: [f"{query}, {length or 'in two sentences'}." for query in queri
            for task, text in PHRASINGS.items() for queries, _, length in [text.partition("; ")]}
 PREAMBLE = re.compile(r"(here('s|’s| is| are)|sure|certainly|of course)\b", re.IGNORECASE)
 WAITS = (1, 2, 4, 8, 16)  # seconds before the next try of a request
-QueryFile = Annotated[dict[str, list[str]],
-                      pydantic.BeforeValidator(lambda path: read_toml(str(path), {}))]
+Query = Annotated[str, pydantic.AfterValidator(lambda query: Prompt.parts(query) and query)]
+Queries = Annotated[dict[str, list[Query]], pydantic.AfterValidator(
+    lambda queries: {task: own for task, own in queries.items() if own}),
+    pydantic.BeforeValidator(lambda path: QUERIES | read_toml(str(path), {}))]
 Count = Annotated[PositiveInt, pydantic.BeforeValidator(lambda x: 2**31 if x == "all" else x)]
 Shares = Annotated[tuple[PositiveFloat, PositiveFloat, NonNegativeFloat], FromList]
 
@@ -2342,7 +2344,7 @@ class SynthesizeOptions(Table):
     endpoint: Annotated[str, Field(pattern=r"^https?://.*\w$")] | None = None  # a server, to /v1
     concurrency: PositiveInt = 64  # requests at a time to the server
     tasks: Count = 6  # of each text, drawn by a hash; or all
-    queries: QueryFile = {}  # a TOML file, task = [queries]: replaces or adds, [] drops
+    queries: Queries = QUERIES  # a TOML file, task = [queries]: replaces or adds, [] drops
     reconstruct: Annotated[float, Field(ge=0, le=1)] = 0.3  # share of texts with this task
     split: Shares = (0.9, 0.05, 0.05)  # shares of train, val and test
     max_new_tokens: PositiveInt = 256
@@ -2374,14 +2376,11 @@ def split_texts(path: Path, shares: tuple[float, ...]) -> dict[str, str]:
     return texts
 
 def draw_rows(o: SynthesizeOptions, text: str) -> list[dict]:
-    """The rows of a text, their responses empty, but for reconstruct's: the first two sentences.
-    Raises: UserError if a query has several placeholders."""
-    queries = {task: queries for task, queries in (QUERIES | o.queries).items() if queries}
+    """The rows of a text, their responses empty, but for reconstruct's: the first two sentences."""
+    queries = o.queries
     tasks = sorted(queries.keys() - {*MORE_TASKS}, key=partial(draw, o.seed, text))[: o.tasks]
     tasks += queries.keys() & {*MORE_TASKS} if draw(o.seed, text) < o.reconstruct else []
     choice = {t: queries[t][int(draw(o.seed, t, text) * len(queries[t]))] for t in sorted(tasks)}
-    for query in choice.values():
-        Prompt.parts(query)
     begin = " ".join(re.split(r"(?<=[.!?])\s+", text.strip())[:2])
     return [dict(task_type=task, embedding_file_idx=0, query=query, text=text,
                  response=begin * (task in MORE_TASKS)) for task, query in choice.items()]
@@ -2453,7 +2452,7 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:
         with suppress(ValueError):  # torn by a kill
             kept |= {tuple(key): answer for key, *answer in json.loads(line)}
 
-    def answer(block: list[tuple]) -> int:
+    def ask_block(block: list[tuple]) -> int:
         keys = [key for key in block if key not in kept]
         seed, temperature = int(draw(o.seed, *keys[0]) * 2**31), o.temperature or float(keys[0][0])
         answers = ask([asked[key] for key in keys], seed, temperature)
@@ -2472,7 +2471,7 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:
         blocks = [block for block in blocks if not kept.keys() >= {*block}]
         with tqdm(desc=label, total=len(keys), initial=len(kept.keys() & {*keys}), unit="answer",
                   disable=not blocks) as bar:
-            for number in read_ahead(answer, blocks, threads):
+            for number in read_ahead(ask_block, blocks, threads):
                 bar.update(number)
         lost: Counter = Counter()
         for row, key in zip(missing, keys, strict=True):
