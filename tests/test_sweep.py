@@ -241,7 +241,7 @@ def test_bad_input_of_sweep(sweep_file, tmp_path, monkeypatch):
 
 
 WORKER = """import sys, elm
-elm.HEARTBEAT_SECONDS, elm.GRACE_SECONDS = 1, 8
+elm.HEARTBEAT_SECONDS, elm.GRACE_SECONDS = 1, 30  # a busy machine can hold a thread for 8
 sys.exit(elm.main(sys.argv[1:]))"""
 
 
