@@ -2111,23 +2111,20 @@ def print_report(result: dict, predictions: list, metrics: list, cfg: Config, rt
     """Five answers beside their references, the table, and lines of `key: value`."""
     lines = ["", *("{task_type}: {query}\n    reference   {response}\n    prediction  {prediction}"
                    .format(**p) for p in predictions[:: max(1, len(predictions) // 5)][:5])]
-    columns = {"loss_shuffled": "shuffled", "loss": "vectors", "loss_text": "text",
+    columns = {"rows": "rows", "loss_shuffled": "shuffled", "loss": "vectors", "loss_text": "text",
                "gap_closed": "gap closed", "bertscore_composite": "BERTScore", "mrr": "MRR"}
     columns = {key: title for key, title in columns.items() if key in result}
-    lines += ["", "losses per response token by other rows' vectors, the right ones and the text; "
-              "± 95 %", f"{'':20}{'rows':>5}" + "".join(f" {t:>12}" for t in columns.values())]
     tasks = sorted(result["tasks"].items(), key=lambda item: -item[1].get("gap_closed", -math.inf))
-    for name, row in [("all", result), *tasks]:
-        cells = []
-        for key in columns:
-            low, high = row["intervals"].get(key, (0.0, 0.0)) if row is result else (0.0, 0.0)
-            scored = key not in ("bertscore_composite", "mrr") or row is result
-            known = key in row and (scored or row.get("samples", 0) >= 20)
-            cells.append(f"{row[key]:.3f}" + f" ±{(high - low) / 2:.3f}" * (high > low)
-                         if known else "")
-        lines.append(f"{name:20}{row['rows']:5}" + "".join(f" {cell:>12}" for cell in cells))
+    few = {"bertscore_composite": None, "mrr": None}  # a mean of fewer than 20 answers says little
+    rows = {name: row | (few if row.get("samples", 0) < 20 else {}) for name, row in tasks}
+    half = {key: (high - low) / 2 for key, (low, high) in result["intervals"].items()}
+    rows = {"all": result, "± 95 %": half | {"rows": ""}} | rows
+    table = import_optional("pandas").DataFrame([*rows.values()], [*rows], [*columns])
+    lines += ["", "losses per response token by other rows' vectors, the right ones and the text",
+              table.to_string(header=[*columns.values()], na_rep="", col_space=9,
+                              float_format="{:.3f}".format)]
     lines += ["", f"gap_closed: {describe_gap(result, metrics)}"]
-    lines += [f"{key}: {result[key]:.4f}" for key in columns if key != "gap_closed"]
+    lines += [f"{key}: {result[key]:.4f}" for key in columns if key not in ("rows", "gap_closed")]
     folder, final = cfg.output.dir, split_paths(cfg.data, result["split"])[0]
     lines += [f"steps: {result['step']}", f"adapter_step: {result['adapter_step']}",
               f"seconds: {time.perf_counter() - START:.0f}",
@@ -2217,6 +2214,19 @@ def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024,
         write_table(out, shape, torch.float32, map(open_vectors, blocks), embed=o.model_dump_json())
     print(f"{num} vectors of width {shape[1]}; texts are cut after {model.max_seq_length} tokens")
 
+def write_split(data: DataConfig, split: str, vectors: Tensor, used: Tensor,
+                rows: Iterable[dict]) -> None:
+    """Write the vectors [N, E] that are `used`, [N] bool, and rows whose embedding_file_idx, one of
+    these N, becomes the index among the written ones. Raises: UserError."""
+    table, path = split_paths(data, split)
+    kept, index = used.nonzero()[:, 0], (used.cumsum(0) - 1).tolist()
+    chunks = (vectors[ids] for ids in kept.split(8192))
+    write_table(table, (len(kept), vectors.shape[1]), vectors.dtype, chunks)
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        for row in rows:
+            entry = row | dict(embedding_file_idx=index[row["embedding_file_idx"]])
+            f.write(json.dumps(entry) + "\n")
+
 def filter_tasks(cfg: Config, folder: Path) -> None:
     """A data set of data.tasks alone at `folder`, whole or not at all: their rows as they are, but
     for the index, and only the vectors that these need, in the same order. Raises: UserError."""
@@ -2226,24 +2236,19 @@ def filter_tasks(cfg: Config, folder: Path) -> None:
     if not splits:
         raise UserError(f"data.dir: no {split_paths(data, 'train')[1]} with its vectors")
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
-        made = DataConfig(dir=f"{work}/data")
+        new = DataConfig(dir=f"{work}/data")
         for split in splits:
-            source, target = split_paths(data, split), split_paths(made, split)
-            vectors, counts = open_vectors(source[0]), dict(rows=0, pair_tasks=0, other_tasks=0)
-            used = np.zeros(len(vectors), bool)
-            for *_, row in read_rows(source[1], data.tasks, len(vectors), dict(counts)):
+            path, rows_path = split_paths(data, split)
+            vectors, counts = open_vectors(path), dict(rows=0, pair_tasks=0, other_tasks=0)
+            used = torch.zeros(len(vectors), dtype=torch.bool)
+            for *_, row in read_rows(rows_path, data.tasks, len(vectors), dict(counts)):
                 used[row.embedding_file_idx] = True
-            place, kept = np.cumsum(used) - 1, torch.from_numpy(np.flatnonzero(used))
-            chunks = (vectors[rows] for rows in kept.split(8192))
-            write_table(target[0], (len(kept), vectors.shape[1]), vectors.dtype, chunks)
-            with atomic_write(target[1]) as temporary, open(temporary, "w", encoding="utf-8") as f:
-                for *_, row in read_rows(source[1], data.tasks, len(vectors), counts):
-                    row = row.model_dump(exclude_unset=True)
-                    row["embedding_file_idx"] = int(place[row["embedding_file_idx"]])
-                    f.write(json.dumps(row) + "\n")
-            print(f"{split}: {counts['rows']} of {sum(counts.values())} rows, {len(kept)} of "
+            rows = read_rows(rows_path, data.tasks, len(vectors), counts)
+            rows = (row.model_dump(exclude_unset=True) for *_, row in rows)
+            write_split(new, split, vectors, used, rows)
+            print(f"{split}: {counts['rows']} of {sum(counts.values())} rows, {int(used.sum())} of "
                   f"{len(vectors)} vectors")
-        os.replace(made.dir, folder)
+        os.replace(new.dir, folder)
 
 class EvalOptions(Config):
     adapter: PathStr  # a file adapter_*.safetensors
@@ -2375,14 +2380,14 @@ def split_texts(path: Path, shares: tuple[float, ...]) -> dict[str, str]:
                         "give more, or other shares, as split=[0.7, 0.15, 0.15]")
     return texts
 
-def draw_rows(o: SynthesizeOptions, text: str) -> list[dict]:
+def draw_rows(o: SynthesizeOptions, index: int, text: str) -> list[dict]:
     """The rows of a text, their responses empty, but for reconstruct's: the first two sentences."""
     queries = o.queries
     tasks = sorted(queries.keys() - {*MORE_TASKS}, key=partial(draw, o.seed, text))[: o.tasks]
     tasks += queries.keys() & {*MORE_TASKS} if draw(o.seed, text) < o.reconstruct else []
     choice = {t: queries[t][int(draw(o.seed, t, text) * len(queries[t]))] for t in sorted(tasks)}
     begin = " ".join(re.split(r"(?<=[.!?])\s+", text.strip())[:2])
-    return [dict(task_type=task, embedding_file_idx=0, query=query, text=text,
+    return [dict(task_type=task, embedding_file_idx=index, query=query, text=text,
                  response=begin * (task in MORE_TASKS)) for task, query in choice.items()]
 
 @torch.no_grad()
@@ -2456,10 +2461,10 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:
         keys = [key for key in block if key not in kept]
         seed, temperature = int(draw(o.seed, *keys[0]) * 2**31), o.temperature or float(keys[0][0])
         answers = ask([asked[key] for key in keys], seed, temperature)
-        made = [(key, *answer) for key, answer in zip(keys, answers, strict=True)]
+        new = [(key, *answer) for key, answer in zip(keys, answers, strict=True)]
         with guard:
-            append(path, f"\n{json.dumps(made)}")
-            kept.update((key, answer) for key, *answer in made)
+            append(path, f"\n{json.dumps(new)}")
+            kept.update((key, answer) for key, *answer in new)
         return len(keys)
 
     for attempt, label in enumerate(("answers", "second tries")):
@@ -2481,44 +2486,38 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:
                 row["response"] = kept[key][0].strip()
     return lost
 
-def write_split(o: SynthesizeOptions, folder: Path, split: str, texts: list, rows: list) -> Tensor:
-    """Write the rows and vectors of a split of `texts`; returns the vectors. Raises: UserError."""
-    table, path = split_paths(DataConfig(dir=str(folder)), split)
-    index, listing = {text: i for i, text in enumerate(texts)}, Path(f"{folder}.{split}.jsonl")
-    rows = [row | dict(embedding_file_idx=index[row["text"]]) for row in rows
-            if row["text"] in index]
-    if not rows:
-        raise UserError(f"model: all answers about {split} were rejected; see {folder.parent}")
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    if not listing.exists():
-        write_text(listing, "".join(json.dumps({"text": text}) + "\n" for text in texts))
-    if not table.exists():
-        table.parent.mkdir(exist_ok=True)
-        embed_file(EmbedOptions(model=o.embedder, bf16=o.bf16), listing, table, key="embedder")
-    return open_vectors(table)
-
 def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
     """A data set at `out`, whole or not at all, of the texts of a file: queries about each, the
     LLM's answers, and vectors. Killed, the same command goes on. Raises: UserError."""
     check_new(out)
     texts = split_texts(source, o.split)
-    rows = [row for text in texts for row in draw_rows(o, text)]
+    rows = [row for i, text in enumerate(texts) for row in draw_rows(o, i, text)]
     load_embedder(o.embedder, o.bf16, "embedder", None)  # its errors come first
     key = o.model, o.endpoint is None and o.bf16, o.max_new_tokens, o.temperature, o.seed
     with hidden_folder(out, *key) as work:
         lost = fill_rows(o, rows, work / "answers.jsonl")
         rows = [row for row in rows if row["response"]]
-        made = work / short_hash(repr((o.embedder, o.bf16, texts)))
-        tables = [write_split(o, made, split, [t for t in texts if texts[t] == split], rows)
-                  for split in SPLITS if split in texts.values()]
+        table = work / f"{short_hash(repr((o.embedder, o.bf16, [*texts])))}.safetensors"
+        if not (listing := table.with_suffix(".jsonl")).exists():
+            write_text(listing, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+        if not table.exists():
+            embed_file(EmbedOptions(model=o.embedder, bf16=o.bf16), listing, table, key="embedder")
+        shutil.rmtree(new := work / "data", ignore_errors=True)  # of other splits
+        for split in {*texts.values()}:
+            used = torch.tensor([texts[text] == split for text in texts])
+            if not (chosen := [row for row in rows if used[row["embedding_file_idx"]]]):
+                raise UserError(f"model: all answers about {split} were rejected; see {work}")
+            write_split(DataConfig(dir=str(new)), split, open_vectors(table), used, chosen)
         settings = {
             "model.llm": o.model, "model.bf16": o.bf16, "model.tokens": 4, "data.dir": str(out),
             "data.tasks": sorted({row["task_type"] for row in rows}), "train.lr": 1e-3,
             "train.warmup_steps": min(100, len(rows) // 100), "eval.embedder": o.embedder,
             "output.dir": f"runs/{out.name}"}
         toml = "".join(f"{name} = {to_toml(value)}\n" for name, value in settings.items())
-        write_text(made / "train.toml", toml)
-        os.replace(made, out)
+        write_text(new / "train.toml", toml)
+        os.replace(new, out)
+    data = DataConfig(dir=str(out))
+    tables = [open_vectors(split_paths(data, s)[0]) for s in SPLITS if s in texts.values()]
     counts = Counter((row["task_type"], texts[row["text"]]) for row in rows)
     for task in sorted({task for task, _ in [*counts, *lost]}):
         why = ", ".join(f"{n} {why}" for (name, why), n in lost.items() if name == task)

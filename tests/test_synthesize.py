@@ -258,10 +258,10 @@ def test_own_tasks_and_all_tasks(tmp_path):
     (tmp_path / "q.toml").write_text('rhyme = ["Rhyme on <EMB>."]\nkeywords = []\n')
     more = [f"queries={tmp_path / 'q.toml'}", "tasks=all"]
     o = elm.load_config(None, more, elm.SynthesizeOptions)
-    rows = elm.draw_rows(o.model_copy(update=dict(reconstruct=1)), "One. Two. Three.")
+    rows = elm.draw_rows(o.model_copy(update=dict(reconstruct=1)), 0, "One. Two. Three.")
     tasks = {"reconstruct", "rhyme", *elm.TASKS} - {"keywords"}
     assert {row["task_type"] for row in rows} == tasks
-    few = elm.draw_rows(o.model_copy(update=dict(tasks=3, reconstruct=0)), "One. Two. Three.")
+    few = elm.draw_rows(o.model_copy(update=dict(tasks=3, reconstruct=0)), 0, "One. Two. Three.")
     assert len(few) == 3 and all(row in rows for row in few)
     line = json.dumps(rows[0] | dict(task_type="reconstruct", response="One.")).encode()
     assert elm.parse_row(line, elm.TASKS, 1).task_type == "reconstruct"
