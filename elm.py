@@ -819,8 +819,8 @@ def check_identity(trained: dict[str, Any], current: dict[str, Any], where: Any)
     norm of the vectors may differ by half."""
     for key, value in current.items():
         old = trained.get(key)
-        near = type(old) is type(value) is float and old / 1.5 < value < old * 1.5
-        if old != value and not near:
+        close = type(old) is type(value) is float and old / 1.5 < value < old * 1.5
+        if old != value and not close:
             old, value = (f"{x:.4g}" if isinstance(x, float) else x for x in (old, value))
             raise UserError(f"{where}: {key} was {old} in training and is {value} here; give it "
                             "what it was trained with")
@@ -875,12 +875,12 @@ transformers.AttentionInterface.register("elm_packed", packed_attention)
 
 @contextmanager
 def swapped(owner: Any, name: str, value: Any):
-    own = getattr(owner, name)
+    original = getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, own)
+        setattr(owner, name, original)
 
 def packed(llm: Any) -> Any:
     return swapped(llm.config, "_attn_implementation", "elm_packed")
@@ -932,8 +932,8 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
         integration.unset_hf_deepspeed_config()
     # Not the LLM itself: DeepSpeed takes each forward pass of its top module for a new step, which
     # fails where processes generate answers of different lengths. This one's is never called.
-    whole = nn.ModuleDict({"llm": llm.eval().requires_grad_(False)})
-    deepspeed.initialize(model=whole, config=zero)
+    container = nn.ModuleDict({"llm": llm.eval().requires_grad_(False)})
+    deepspeed.initialize(model=container, config=zero)
     for module in (llm.get_input_embeddings(), llm.get_output_embeddings()):
         module.weight.is_external_param = True  # stays gathered over the chunks of the logits
     return llm
@@ -1123,8 +1123,8 @@ def generate_batch(llm: Any, prompt: Prompt, prompts: list[Tensor], max_new_toke
                    **options: Any) -> list[tuple[str, bool]]:
     """n prompts [T, D] of any lengths -> (answer, whether the LLM ended it) of each; greedy, unless
     `options` of the LLM's own `generate` say otherwise."""
-    end, own = prompt.end[-1], llm.generation_config.eos_token_id  # none, one or several
-    ends = {end, *(own if isinstance(own, list) else [own])} - {None}
+    end, eos = prompt.end[-1], llm.generation_config.eos_token_id  # none, one or several
+    ends = {end, *(eos if isinstance(eos, list) else [eos])} - {None}
     options = dict(eos_token_id=sorted(ends), pad_token_id=end, do_sample=False,
                    tokenizer=prompt.tokenizer) | options  # for stop_strings
     # Greedy is greedy whatever the LLM's generation_config.json says; sampling is as that says.
@@ -1134,9 +1134,9 @@ def generate_batch(llm: Any, prompt: Prompt, prompts: list[Tensor], max_new_toke
     with swapped(llm, "generation_config", config):
         out = llm.generate(inputs_embeds=left(prompts), attention_mask=left(mask),
                            max_new_tokens=max_new_tokens, **options).tolist()
-    kept = [[*takewhile(lambda t: t not in ends, ids)] for ids in out]
-    texts = prompt.tokenizer.batch_decode(kept, skip_special_tokens=True)
-    return [(text, len(a) < len(b)) for text, a, b in zip(texts, kept, out, strict=True)]
+    answers = [[*takewhile(lambda t: t not in ends, ids)] for ids in out]
+    texts = prompt.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [(text, len(a) < len(b)) for text, a, b in zip(texts, answers, out, strict=True)]
 
 def expand(texts: str | list[str], n: int) -> list[str]:
     texts = [texts] * n if isinstance(texts, str) else texts
@@ -1580,9 +1580,9 @@ def open_folder(cfg: Config, state: TrainState) -> Any:
     folder = Path(cfg.output.dir)
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder / ".lock")
-    kept = [json.dumps(m) + "\n" for m in read_metrics(folder / "metrics.jsonl")
-            if m["step"] <= (state.validated if "val_loss" in m else state.step)]
-    write_text(folder / "metrics.jsonl", "".join(kept))
+    lines = [json.dumps(m) + "\n" for m in read_metrics(folder / "metrics.jsonl")
+             if m["step"] <= (state.validated if "val_loss" in m else state.step)]
+    write_text(folder / "metrics.jsonl", "".join(lines))
     write_text(folder / "config.toml", config_text(cfg))
     return held
 
@@ -1920,9 +1920,9 @@ def load_report_models(cfg: EvalConfig, split: Split, rt: Runtime) -> None:
     if not cfg.embedder:
         return
     model, width = load_embedder(cfg.embedder), split.vectors.shape[1]
-    if (own := model.get_embedding_dimension() or width) < width:
-        raise UserError(f"eval.embedder: {cfg.embedder} makes vectors of width {own}, data.dir has "
-                        f"{width}")
+    if (full := model.get_embedding_dimension() or width) < width:
+        raise UserError(f"eval.embedder: {cfg.embedder} makes vectors of width {full}, data.dir "
+                        f"has {width}")
     rows = np.flatnonzero(split.rows["text"])[:32]
     if len(rows):
         texts, stored = [row.text for row in split.read(rows)], split.rows["vector"][rows]
@@ -2004,22 +2004,22 @@ def score_now(elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime) -> float:
 
 RATIOS = {"loss": ("nll", "tokens"), "loss_shuffled": ("nll_shuffled", "tokens"),
           "gap": ("gap", "tokens"), "loss_text": ("nll_text", "tokens_text"),
-          "gap_closed": ("gap_told", "gap_text")}  # and each score per sample
+          "gap_closed": ("gap_with_text", "gap_text")}  # and each score per sample
 
 def summarize(frame: Any, num_resamples: int = 1000) -> dict[str, Any]:
     """RATIOS of sums and mean scores over the rows of a DataFrame (see `report`), with bootstrap
     95 % intervals: vectors are drawn with replacement, with all their rows. gap_closed is left out
     unless the interval of its denominator lies above 0."""
-    told, gap = frame["nll_text"].notna(), frame["nll_shuffled"] - frame["nll"]
+    has_text, gap = frame["nll_text"].notna(), frame["nll_shuffled"] - frame["nll"]
     sums = frame.drop(columns="task", errors="ignore").assign(
-        tokens_text=frame["tokens"] * told, gap=gap, gap_told=gap * told,
+        tokens_text=frame["tokens"] * has_text, gap=gap, gap_with_text=gap * has_text,
         gap_text=frame["nll_shuffled"] - frame["nll_text"]).groupby("vector").sum()
     n, rng, total = len(sums), np.random.default_rng(0), sums.sum()
     at_once = max(1, 10**6 // n)  # resamples, each a row of n counts
     sizes = np.diff(np.r_[0:num_resamples:at_once, num_resamples])
     draws = [rng.multinomial(n, np.full(n, 1 / n), size) @ sums.to_numpy() for size in sizes]
     drawn = dict(zip(sums, np.concatenate(draws).T, strict=True))
-    result, intervals, scores = {"rows": len(frame), "rows_text": int(told.sum())}, {}, ()
+    result, intervals, scores = {"rows": len(frame), "rows_text": int(has_text.sum())}, {}, ()
     if "samples" in frame:
         result["samples"] = int(total["samples"])
         scores = frame.loc[:, "samples":].columns[1:]
@@ -2338,7 +2338,7 @@ PREAMBLE = re.compile(r"(here('s|’s| is| are)|sure|certainly|of course)\b", re
 WAITS = (1, 2, 4, 8, 16)  # seconds before the next try of a request
 Query = Annotated[str, pydantic.AfterValidator(lambda query: Prompt.parts(query) and query)]
 Queries = Annotated[dict[str, list[Query]], pydantic.AfterValidator(
-    lambda queries: {task: own for task, own in queries.items() if own}),
+    lambda queries: {task: texts for task, texts in queries.items() if texts}),
     pydantic.BeforeValidator(lambda path: QUERIES | read_toml(str(path), {}))]
 Count = Annotated[PositiveInt, pydantic.BeforeValidator(lambda x: 2**31 if x == "all" else x)]
 Shares = Annotated[tuple[PositiveFloat, PositiveFloat, NonNegativeFloat], FromList]
@@ -2434,8 +2434,8 @@ def ask_server(o: SynthesizeOptions, rows: list, seed: int,
 
 def fault(row: dict, answer: str, finished: bool) -> str:
     """Why an answer is rejected, or ""."""
-    words, said = (set(re.findall(r"\w+", t.casefold())) for t in (row["text"], answer))
-    copied = len(words & said) > max(0.8 * len(words), 0.5 * len(said))
+    source, words = (set(re.findall(r"\w+", t.casefold())) for t in (row["text"], answer))
+    copied = len(source & words) > max(0.8 * len(source), 0.5 * len(words))
     copied &= not row["task_type"].startswith("style")
     faults = {"not finished": not finished, "empty": not answer.strip(), "copied": copied,
               "repetitive": repetition(answer) > 0.3, "preamble": PREAMBLE.match(answer.strip())}
@@ -2452,38 +2452,38 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:
         llm = load_llm(o.model, find_device(), o.bf16, "model")
         ask = partial(ask_llm, o, llm, Prompt(tokenizer))
         size, threads = ANSWERS_AT_ONCE[llm.device.type], 1
-    kept, asked, guard = {}, {}, threading.Lock()  # answers and rows by (attempt, query, text)
+    answers, requests, guard = {}, {}, threading.Lock()  # by (attempt, query, hash of the text)
     for line in path.read_text("utf-8").split("\n") if path.exists() else []:
         with suppress(ValueError):  # torn by a kill
-            kept |= {tuple(key): answer for key, *answer in json.loads(line)}
+            answers |= {tuple(key): answer for key, *answer in json.loads(line)}
 
     def ask_block(block: list[tuple]) -> int:
-        keys = [key for key in block if key not in kept]
+        keys = [key for key in block if key not in answers]
         seed, temperature = int(draw(o.seed, *keys[0]) * 2**31), o.temperature or float(keys[0][0])
-        answers = ask([asked[key] for key in keys], seed, temperature)
-        new = [(key, *answer) for key, answer in zip(keys, answers, strict=True)]
+        replies = ask([requests[key] for key in keys], seed, temperature)
+        replies = [(key, *reply) for key, reply in zip(keys, replies, strict=True)]
         with guard:
-            append(path, f"\n{json.dumps(new)}")
-            kept.update((key, answer) for key, *answer in new)
+            append(path, f"\n{json.dumps(replies)}")
+            answers.update((key, reply) for key, *reply in replies)
         return len(keys)
 
     for attempt, label in enumerate(("answers", "second tries")):
         missing = [row for row in rows if not row["response"]]
         missing.sort(key=lambda row: -len(row["text"]))
         keys = [(attempt, row["query"], short_hash(row["text"])) for row in missing]
-        asked |= zip(keys, missing, strict=True)
+        requests |= zip(keys, missing, strict=True)
         blocks = [keys[i : i + size] for i in range(0, len(keys), size)]
-        blocks = [block for block in blocks if not kept.keys() >= {*block}]
-        with tqdm(desc=label, total=len(keys), initial=len(kept.keys() & {*keys}), unit="answer",
+        blocks = [block for block in blocks if not answers.keys() >= {*block}]
+        with tqdm(desc=label, total=len(keys), initial=len(answers.keys() & {*keys}), unit="answer",
                   disable=not blocks) as bar:
             for number in read_ahead(ask_block, blocks, threads):
                 bar.update(number)
         lost: Counter = Counter()
         for row, key in zip(missing, keys, strict=True):
-            if why := fault(row, *kept[key]):
+            if why := fault(row, *answers[key]):
                 lost[row["task_type"], why] += 1
             else:
-                row["response"] = kept[key][0].strip()
+                row["response"] = answers[key][0].strip()
     return lost
 
 def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
@@ -2564,9 +2564,9 @@ def load_sweep(path: str, overrides: list[str]) -> Sweep:
     of a training. Raises: UserError with one line for each mistake."""
     over = {key.replace('"', ""): value for key, value in map(read_override, overrides)}
     file = build(Sweep, read_toml(None, flat(read_toml(path, {})) | over), f"{path}: ")
-    own = flat(file.model_dump(include={"wandb", "output"}, exclude_unset=True))
+    logging = flat(file.model_dump(include={"wandb", "output"}, exclude_unset=True))
     template = flat(read_toml(str(file.base.pop("config", "train.toml")), {}))
-    base, errors = template | file.base | own, []
+    base, errors = template | file.base | logging, []
     cfg = build(Config, read_toml(None, base), f"{path}: ")
     sweep = file.model_copy(update=dict(base=base, output=cfg.output))
     if not cfg.eval.samples or not sweep.space:
