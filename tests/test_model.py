@@ -350,16 +350,21 @@ def test_an_llm_that_cannot_be_packed_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_attention_that_sees_what_comes_later_is_refused(llm_dir, plain, monkeypatch, bf16):
+@pytest.mark.parametrize("name", ["elm_packed", "sdpa"])
+def test_attention_that_sees_what_comes_later_is_refused(llm_dir, plain, monkeypatch, name, bf16):
+    """Packed or alone, in an LLM so flat that its losses hardly change."""
     model = build_elm(llm_dir, plain[1], bf16=bf16)
     elm.check_llm(model)
+    own = AttentionInterface._global_mapping[name]
 
-    def backwards(module, query, key, value, mask, lengths, **options):
+    def backwards(module, query, key, value, mask, **options):
+        if "lengths" in options:
+            options["lengths"] = options["lengths"][::-1]
         flipped = (x.flip(2) for x in (query, key, value))
-        out, _ = elm.packed_attention(module, *flipped, mask, lengths=lengths[::-1], **options)
+        out, _ = own(module, *flipped, mask, **options)
         return out.flip(1), None
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, "elm_packed", backwards)
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, backwards)
     with pytest.raises(elm.UserError, match="its attention is more than causal"):
         elm.check_llm(model)
 
