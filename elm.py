@@ -165,6 +165,9 @@ class DeepSpeedConfig(Table, extra="allow"):  # other keys: DeepSpeed's own, at 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0  # 0 to 3
     zero_optimization: dict[str, Any] | None = None
 
+    def __hash__(self) -> int:  # for a cache; the tables in it have none
+        return hash(self.model_dump_json())
+
     @pydantic.model_validator(mode="after")
     def check_keys(self) -> DeepSpeedConfig:
         """Refuse keys that elm sets, misspelled ones, and those that nothing reads."""
@@ -340,20 +343,20 @@ def warn(message: str) -> None:
         tqdm.write(f"elm: warning: {message}", sys.stderr)
 
 @contextmanager
-def user_error(message: str):
-    """Raises: UserError, the message and the reason in one line, at any error but a lack of
-    memory: what libraries raise at a user's file or setting is of many kinds."""
+def user_error(message: str, kinds: Any = Exception):
+    """Raises: UserError, the message and the reason in one line, at an error of `kinds`, but a lack
+    of memory: what libraries raise at a user's file or setting is of many kinds."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as e:
+    except kinds as e:
         raise UserError(f"{message}: {shorten(str(e) or repr(e), 300)}") from None
 
 def import_optional(package: str) -> Any:
     try:
         return importlib.import_module(package)
-    except ImportError as e:
+    except ModuleNotFoundError as e:
         raise UserError(f"{e.name} is not installed: pip install {e.name}") from None
 
 def find_device() -> torch.device:
@@ -381,14 +384,9 @@ def start_runtime(cfg: Config) -> Runtime:
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world > 1 else None
     return Runtime(dist.get_rank(), dist.get_world_size(), device, patient, cfg.output.log_file)
 
-@contextmanager
-def writing(path: str | Path):
-    """Raises: UserError that names `path` if a write fails."""
-    try:
-        yield
-    except (OSError, SafetensorError) as e:
-        why = getattr(e, "strerror", None) or e
-        raise UserError(f"{path}: cannot be written: {why}; what was there is unharmed") from None
+def writing(path: Path) -> Any:
+    message = f"{path}: cannot be written (what was there is unharmed)"
+    return user_error(message, (OSError, SafetensorError))
 
 @contextmanager
 def atomic_write(path: Path, tag: str = ""):
@@ -454,7 +452,7 @@ def read_ahead(make: Any, keys: Any, threads: int):
 # Data: rows of text beside a table of vectors
 
 MICRO_TOKENS = dict(cpu=1024, cuda=8192)  # of a micro-batch; see plan_memory
-EVAL_ROWS = 16  # of a micro-batch in evaluation
+EVAL_ROWS, EVAL_TOKENS = 16, 32768  # the most of a micro-batch in evaluation
 ANSWERS_AT_ONCE = dict(cpu=16, cuda=64)
 SPLITS = ("train", "val", "test")
 PLACEHOLDER = "<EMB>"  # where the vector goes in a query; without it, on a line before the query
@@ -524,8 +522,8 @@ def tokenize(prompt: Prompt, rows: list[tuple[str, Row]], num_soft: int, max_tok
         before, after = prompt.head + before, after + prompt.tail
         room = max_tokens - len(before) - len(after) - num_soft
         if room < 1:
-            raise UserError(f"{name}: the prompt takes all of data.max_seq_length = {max_tokens} "
-                            f"tokens, lacking {1 - room}; raise it")
+            raise UserError(f"{name}: the prompt leaves no room for a response: it lacks "
+                            f"{1 - room} of the {max_tokens} tokens of data.max_seq_length")
         answer = (response + prompt.end)[:room]
         middle = text[: room + num_soft - len(answer)] if source == "text" else [0] * num_soft
         ids = answer if source == "response" else before + middle + after + answer
@@ -1022,9 +1020,10 @@ class ELM(nn.Module):
 
     def identity(self) -> dict[str, Any]:
         """What must be the same wherever the adapter is used. Collective under ZeRO 3."""
-        sizes = {k: self.adapter.settings[k] for k in ("d_emb", "hidden_dim", "d_llm", "tokens")}
-        return sizes | {NORM: (self.adapter.settings["norm"] or [None] * 2)[1],
-                        "hash of the LLM's weights": fingerprint(self.llm)}
+        keys = "d_emb", "hidden_dim", "d_llm", "tokens", "residual_scale"
+        same, norms = {k: self.adapter.settings[k] for k in keys}, self.adapter.settings["norm"]
+        return same | {NORM: norms and norms[1],
+                       "hash of the LLM's weights": fingerprint(self.llm)}
 
     @property
     def device(self) -> torch.device:
@@ -1380,8 +1379,6 @@ def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
     """The checkpoint that train.resume names; "auto": the newest in output.dir, if any.
     Raises: UserError, also if the folder holds another run."""
     folder, resume = Path(cfg.output.dir), cfg.train.resume
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output.dir: {folder} is not a folder")
     if resume == "auto":
         resume = rt.on_first(lambda: newest_checkpoint(folder, rt))
     elif (folder / "metrics.jsonl").exists() and not (
@@ -1408,9 +1405,6 @@ def lr_at(step: int, total: int, cfg: TrainConfig) -> float:
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     return cfg.lr * max(0, total - step) / max(1, total - cfg.warmup_steps)
-
-class Stopped(Exception):
-    """A signal arrived during a validation."""
 
 @contextmanager
 def received_signals():
@@ -1554,11 +1548,11 @@ def plan_memory(cfg: Config, elm: ELM, terms: dict[str, Term], rt: Runtime) -> i
 
 def fits_memory(elm: ELM, num_tokens: int, longest: int, terms: dict[str, Term],
                 rt: Runtime) -> bool:
-    """Whether a training pass over num_tokens in rows of `longest`, beside what the optimizer will
-    allocate, fits on every process."""
+    """Whether a training pass over num_tokens in rows of up to `longest`, beside what the optimizer
+    will allocate, fits on every process."""
     num_soft, d_emb = (elm.adapter.settings[k] for k in ("tokens", "d_emb"))
-    examples = [Example(np.zeros(longest, np.int64), 0, longest - num_soft, False)
-                for _ in range(num_tokens // longest)]
+    rows = np.array_split(np.zeros(num_tokens, np.int64), math.ceil(num_tokens / longest))
+    examples = [Example(ids, 0, len(ids) - num_soft, False) for ids in rows]
     batch = collate(examples, torch.ones(len(examples), d_emb), num_soft)
     counts, failed = dict(labels=num_tokens, rows=len(examples)), torch.zeros((), device=rt.device)
     try:  # gradient, two moments and as much again for the update
@@ -1568,6 +1562,7 @@ def fits_memory(elm: ELM, num_tokens: int, longest: int, terms: dict[str, Term],
     except torch.OutOfMemoryError:
         failed += 1
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()  # memory_gib is of training
     return not rt.sum(failed).item()
 
 def finished_report(saved: dict, cfg: Config, total: int) -> dict | None:
@@ -1618,23 +1613,20 @@ def warm_start(elm: ELM, split: Split, rt: Runtime, max_vectors: int = 32768) ->
     """Fit the last layer of a fresh adapter in closed form so that soft token j is near the mean of
     the LLM's own embeddings of the words in part j of the text. Each word counts once, weighted by
     its inverse document frequency (Sparck Jones, 1972); targets are centred, at unit mean square.
-    Of unequal widths the residual map is fitted first. Every process makes the same passes through
-    the LLM's embeddings, and takes what process 0 has fitted."""
+    Of unequal widths the residual map is fitted first. Every process computes it, and takes what
+    process 0 has fitted."""
     adapter, device, embed = elm.adapter, rt.device, elm.llm.get_input_embeddings()
     vector_ids = np.random.default_rng(0).permutation(np.unique(split.rows["vector"]))
     vector_ids = np.sort(vector_ids[:max_vectors])
     words = read_words(split, vector_ids, adapter.settings["tokens"])
-    frequency = torch.from_numpy(np.bincount(np.concatenate(words)))
-    idf, targets = torch.log(len(words) / frequency.clamp(min=1)).float(), []
-    for start in range(0, len(words), 4096):
-        chunk = words[start : start + 4096]
-        ids, index = torch.unique(torch.from_numpy(np.concatenate(chunk)), return_inverse=True)
-        offsets = torch.tensor([0, *map(len, chunk[:-1])]).cumsum(0).to(device)
-        table = F.pad(embed(ids.to(device)).float(), (0, 1), value=1.0)  # of ones: sums the weights
-        bags = F.embedding_bag(index.to(device), table, offsets, mode="sum",
-                               per_sample_weights=idf[ids][index].to(device))
-        targets.append(bags[:, :-1] / bags[:, -1:].clamp(min=1e-6))
-    y = torch.cat(targets).unflatten(0, (len(vector_ids), -1))  # [n, K, D]
+    ids, index = np.unique(np.concatenate(words), return_inverse=True)
+    ids, index = (torch.from_numpy(t).to(device) for t in (ids, index))
+    idf = torch.log(len(words) / torch.bincount(index))[index]
+    offsets = torch.tensor([0, *map(len, words[:-1])], device=device).cumsum(0)
+    table = F.pad(embed(ids).float(), (0, 1), value=1.0)  # a column of ones, which sums the weights
+    bags = F.embedding_bag(index, table, offsets, mode="sum", per_sample_weights=idf)
+    y = bags[:, :-1] / bags[:, -1:].clamp(min=1e-6)
+    y = y.unflatten(0, (len(vector_ids), -1))  # [n, K, D]
     y -= y.mean(0)
     y /= y.square().mean().sqrt().clamp(min=1e-9)
     x = adapter.standardize(embeddings := split.embeddings(vector_ids).to(device))
@@ -1655,7 +1647,7 @@ def warm_start(elm: ELM, split: Split, rt: Runtime, max_vectors: int = 32768) ->
 def validation_losses(elm: ELM, split: Split, rt: Runtime, signals: list,
                       first: bool) -> dict[str, float]:
     """Losses per response token by the right and by shuffled vectors; at the `first` validation by
-    the texts, too. Raises: Stopped if a signal arrives."""
+    the texts, too. Raises: InterruptedError if a signal arrives."""
     kinds = {"val_loss": ("embedding", None),
              "val_loss_shuffled": ("embedding", shuffled_vectors(split))}
     if first and split.rows["text"].all():  # the ceiling stays the same
@@ -1691,6 +1683,7 @@ def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt
         check_identity(saved["identity"], identity, "train.resume")
         adapter.load_state_dict(saved["adapter"])
         optimizer.load_state_dict(saved["optimizer"])
+        optimizer.param_groups[0]["weight_decay"] = cfg.train.weight_decay
         probe = saved["probe"] and Probe(*(t.to(rt.device) for t in saved["probe"]))
     elif cfg.train.warm_start:
         warm_start(elm, source, rt)
@@ -1711,7 +1704,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
     rt, c, folder = start_runtime(cfg)._replace(quiet=bool(trial)), cfg.train, Path(cfg.output.dir)
     saved, final = find_checkpoint(cfg, rt), final_split(cfg)
     state = saved["state"] if saved else TrainState()
-    names = dict.fromkeys(("train", "val", final))
+    names = [name for name in ("train", "val") if name != final] + [final]
     data = open_inputs(cfg, names, cfg.model.tokens, rt, saved and saved["prompt"])
     source, size = data["train"], c.batch_size * c.grad_accum * rt.world
     total = c.epochs * math.ceil(len(source.rows) / size)
@@ -1751,7 +1744,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
     def validate() -> None:
         try:
             losses = validation_losses(elm, data["val"], rt, signals, state.validated < 0)
-        except Stopped:
+        except InterruptedError:
             leave()
         if scored := trial is not None and 0 < state.step < total:
             losses["val_bertscore"] = score_now(elm, data["val"], cfg.eval, rt)
@@ -1834,10 +1827,11 @@ def evaluate_nll(elm: ELM, split: Split, rt: Runtime, source: str = "embedding",
                  signals: list | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Each row's summed token cross-entropy [N] fp64, and its number of response tokens [N], by its
     own vector or `vectors` [N], or by its text; 0 for rows without text. The same for any number of
-    processes. Raises: Stopped if one of them has received a signal."""
+    processes. Raises: InterruptedError if one of them has received a signal."""
     vectors = split.rows["vector"] if vectors is None else vectors
     rows = np.flatnonzero(split.rows["text"]) if source == "text" else np.arange(len(split.rows))
-    micros = [rows[i : i + EVAL_ROWS] for i in range(0, len(rows), EVAL_ROWS)]
+    size = max(1, min(EVAL_ROWS, EVAL_TOKENS // split.max_tokens))
+    micros = [rows[i : i + size] for i in range(0, len(rows), size)]
     result = torch.zeros(2, len(split.rows), dtype=torch.float64, device=rt.device)
 
     def load(first: int) -> tuple[np.ndarray, dict]:
@@ -1849,7 +1843,7 @@ def evaluate_nll(elm: ELM, split: Split, rt: Runtime, source: str = "embedding",
     batches = read_ahead(load, firsts, threads=1)
     for first, (micro, batch) in zip(rt.progress(firsts, "losses"), batches, strict=True):
         if signals is not None and rt.sum(torch.tensor(float(len(signals)))).item():
-            raise Stopped
+            raise InterruptedError
         nll = elm.nll(batch).double()
         labels = torch.bincount(batch["example_index"], minlength=len(micro)).to(nll)
         if first + rt.rank < len(micros):
@@ -1882,8 +1876,6 @@ def load_scorer(name: str, num_layers: int | None) -> Any:
     key, bert_score = "eval.bertscore_model", import_optional("bert_score")
     config = load_pretrained(transformers.AutoConfig, name, key)
     layers = num_layers or bert_score.utils.model2layers.get(name, config.num_hidden_layers)
-    if "t5" in name and config.model_type != "t5":
-        raise UserError(f"{key}: bert-score takes {name} for a T5 by its name; rename or link it")
     with loading(name, key):
         scorer = bert_score.BERTScorer(name, num_layers=layers, device="cpu")
     scorer._model.float()
@@ -2075,8 +2067,9 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, run: Path, about: d
 
 def describe_gap(result: dict, metrics: list[dict]) -> str:
     """The gap closed of a report, and on the validation split at its first and last step."""
+    reason = "this LLM does not do these tasks from the text either"
     closed = (f"{result['gap_closed']:.4f} on {result['split']}" if "gap_closed" in result else
-              "none, as this LLM does not do these tasks from the text either")
+              f"none, as {reason if result['rows_text'] else 'no row has a text'}")
     text = next((m["val_loss_text"] for m in metrics if "val_loss_text" in m), math.inf)
     steps = [f"{(shuffled - m['val_loss']) / (shuffled - text):.4f} at step {m['step']}"
              for m in metrics if (shuffled := m.get("val_loss_shuffled", -math.inf)) > text]
@@ -2185,8 +2178,7 @@ def hidden_folder(out: Path, *key: Any):
     """A locked folder for what a kill must not lose, deleted at the end: beside `out`, which must
     be new, named by a hash of `key`, on which all that it keeps depends. Raises: UserError."""
     folder = out.with_name(f".{out.name}.{short_hash(repr(key))}.tmp")
-    with writing(folder):
-        folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     with lock(folder / ".lock"):
         check_new(out)  # another process may have finished it since
         yield folder
@@ -2420,20 +2412,21 @@ def ask_server(o: SynthesizeOptions, rows: list, seed: int,
     body = dict(model=o.model, messages=[message], max_tokens=o.max_new_tokens, seed=seed,
                 temperature=temperature)
     secret = "".join(os.environ.get("OPENAI_API_KEY", "none").split())
-    head = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json"}
     url, body = f"{o.endpoint}/chat/completions", json.dumps(body).encode()
     for wait in [*WAITS, None]:
         try:
-            call = urllib.request.Request(url, body, head)
+            call = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            call.add_unredirected_header("Authorization", f"Bearer {secret}")
             with urllib.request.urlopen(call, timeout=600) as reply:
                 (choice,) = json.load(reply)["choices"]
             answer = str(choice["message"]["content"] or "").encode(errors="replace").decode()
             return [(answer, choice["finish_reason"] == "stop")]
         except Exception as e:  # a server can answer anything
+            refused = isinstance(getattr(e, "reason", None), ConnectionRefusedError)
             code, why = getattr(e, "code", 500), f"{type(e).__name__}: {e}"  # repr has the key
             with suppress(Exception):  # what it says
                 why += e.read(300).decode(errors="replace")
-        if not wait or code < 500 and code != 429 or "refused" in why:
+        if not wait or refused or code < 500 and code != 429:
             raise UserError(f"endpoint: {url} about {text[:50]!r}: {' '.join(why.split())}")
         time.sleep(wait)
 
@@ -2528,9 +2521,10 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
         why = ", ".join(f"{n} {why}" for (name, why), n in lost.items() if name == task)
         sizes = "".join(f"{counts[task, split]:6} {split}" for split in SPLITS)
         print(f"{task:20}{sizes}; left out: {why or 0}")
-    near = sum(int((torch.cat([v @ t.T for t in tables[:i]], 1).amax(1) > 0.95).sum())
-               for i in range(1, len(tables)) for v in tables[i].split(64))
-    print(f"{near} texts of val and test have a cosine above .95 with one of another split")
+    similar = sum(int((torch.cat([v @ t.T for t in tables[:i]], 1).amax(1) > 0.95).sum())
+                  for i in range(1, len(tables))
+                  for v in tqdm(tables[i].split(64), "near-duplicates", leave=False))
+    print(f"{similar} texts of val and test have a cosine above .95 with one of another split")
     for row in rows[:: max(1, len(rows) // 3)][:3]:
         print("\n{task_type}: {query}\n{text}\n    {response}".format(**row))
     print(f"\n{out}/train.toml:\n{toml}\nnext: deepspeed elm.py {out}/train.toml")
@@ -2683,7 +2677,7 @@ def run_trial(sweep: Sweep, trial: Any) -> float:
     try:
         return train(cfg, reporter)["bertscore_composite"]
     except (UserError, RuntimeError) as e:
-        reason = str(e).splitlines()[0]
+        reason = (str(e) or repr(e)).splitlines()[0]
         trial.set_user_attr("reason", reason)
         print(f"trial {trial.number} failed: {reason}")
         raise
@@ -2709,6 +2703,7 @@ def write_results(sweep: Sweep, study: Any) -> str:
         axes.set_title(study.study_name)
         axes.legend(loc="lower right")
         axes.figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
+        import_optional("matplotlib.pyplot").close(axes.figure)
     if not values:
         return f"{len(trials)} trials, none is complete yet"
     best = max(best_trials(study, sweep.study.repeat_best or 1),
@@ -2764,7 +2759,7 @@ def start_command(*arguments: str) -> None:
                         f"where it has spaces; given: {' '.join(paths) or 'no path'}")
     if command == "sweep":
         return run_sweep(load_sweep(*paths, options))
-    if command == "eval" and not any(option.startswith("output.dir") for option in options):
+    if command == "eval" and not any(re.match(r"output(\.dir)?\s*=", o) for o in options):
         function = partial(evaluate, beside=True)
     toml = paths.pop(0) if "TRAIN.TOML" in operands else None
     function(load_config(toml, options, kind), *map(Path, paths))

@@ -125,12 +125,6 @@ def test_a_half_precision_scorer_is_read_in_full(tmp_path):
     assert scores[0] == pytest.approx([1] * 4, abs=1e-6)
 
 
-def test_a_scorer_that_the_library_would_mistake(tmp_path):
-    named = shutil.copytree(SCORER, tmp_path / "dataset5" / "scorer")
-    with pytest.raises(elm.UserError, match="bert-score takes .* for a T5 by its name"):
-        elm.load_scorer(str(named), None)
-
-
 def frame_of(vector, **columns) -> pd.DataFrame:
     """As `report` makes it, with tokens of 1, losses of 1 and no texts unless given."""
     columns = dict(task="summary", tokens=1, nll=1.0, nll_shuffled=1.0, nll_text=np.nan) | columns

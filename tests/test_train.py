@@ -393,7 +393,7 @@ def test_a_signal_ends_a_validation(llm_dir, data_dir):
     split = open_train(data_dir, PROMPT)
     model = build_elm(llm_dir, split)
     assert len(elm.validation_losses(model, split, RT, [], first=True)) == 3
-    with pytest.raises(elm.Stopped):
+    with pytest.raises(InterruptedError):
         elm.validation_losses(model, split, RT, [15], first=True)
 
 
