@@ -100,6 +100,7 @@ def expand_path(path: str) -> str:
 
 PathStr = Annotated[str, Field(pattern=r"^[^\x00]*$"), pydantic.AfterValidator(expand_path)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Unique = pydantic.AfterValidator(lambda x: tuple(dict.fromkeys(x)))
 FromList = pydantic.BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)
 
 class Table(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=False):
@@ -128,7 +129,7 @@ class ModelConfig(Table):
 
 class DataConfig(Table):
     dir: PathStr = "data"  # holds embeddings/ and synthesis/
-    tasks: Annotated[tuple[str, ...], FromList, Field(min_length=1)] = TASKS  # or your own
+    tasks: Annotated[tuple[str, ...], FromList, Field(min_length=1), Unique] = TASKS  # or your own
     max_seq_length: PositiveInt = 2048  # tokens of prompt and response
     num_workers: NonNegativeInt = 4  # threads that read ahead
 
@@ -164,9 +165,6 @@ class EvalConfig(Table):
 class DeepSpeedConfig(Table, extra="allow"):  # other keys: DeepSpeed's own, at stage 3
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0  # 0 to 3
     zero_optimization: dict[str, Any] | None = None
-
-    def __hash__(self) -> int:  # for a cache; the tables in it have none
-        return hash(self.model_dump_json())
 
     @pydantic.model_validator(mode="after")
     def check_keys(self) -> DeepSpeedConfig:
@@ -236,10 +234,12 @@ def build(kind: type[Table], tables: dict, prefix: str = "") -> Any:
     for error in errors:
         key, message = ".".join(map(str, error["loc"])), error["msg"].replace("True, F", "true, f")
         message = MESSAGES.get(error["type"]) or re.sub("^\\w+ should", "must", message)
+        message = message.removeprefix("Value error, ")
+        joined = f"{key}.{message}" if re.match("\\w+:", message) else f"{key}: {message}"
         known = [n for n in list_options(kind) if n.count(".") >= key.count(".")]
         line = {"missing": f"{key}: is missing",
                 "extra_forbidden": f"{key}: unknown key{did_you_mean(key, known)}",
-                "value_error": f"{key}.{message.removeprefix('Value error, ')}".lstrip("."),
+                "value_error": joined.lstrip(".: "),
                 }.get(error["type"], f"{key} = {error['input']!r}: {message}")
         lines.append(f"{prefix}{line}")
     raise UserError("\n".join(lines))
@@ -470,8 +470,8 @@ class Prompt:
         name, text = tokenizer.name_or_path, dict(head="", tail="\n", end=tokenizer.eos_token)
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": PLACEHOLDER}]
-            render = partial(tokenizer.apply_chat_template, tokenize=False, **(template or {}))
             with user_error(f"{name}: its chat template fails"):
+                render = partial(tokenizer.apply_chat_template, tokenize=False, **(template or {}))
                 head, tail = render(chat, add_generation_prompt=True).split(PLACEHOLDER)
                 answered = render([*chat, {"role": "assistant", "content": "<ANSWER>"}])
             after = answered.rpartition("<ANSWER>")[2]  # up to and with its first control token
@@ -522,8 +522,8 @@ def tokenize(prompt: Prompt, rows: list[tuple[str, Row]], num_soft: int, max_tok
         before, after = prompt.head + before, after + prompt.tail
         room = max_tokens - len(before) - len(after) - num_soft
         if room < 1:
-            raise UserError(f"{name}: the prompt leaves no room for a response: it lacks "
-                            f"{1 - room} of the {max_tokens} tokens of data.max_seq_length")
+            raise UserError(f"{name}: the prompt is {1 - room} tokens too long for a response "
+                            f"within {max_tokens} tokens (data.max_seq_length)")
         answer = (response + prompt.end)[:room]
         middle = text[: room + num_soft - len(answer)] if source == "text" else [0] * num_soft
         ids = answer if source == "response" else before + middle + after + answer
@@ -629,7 +629,7 @@ def parse_row(line: bytes, tasks: tuple[str, ...], num_vectors: int) -> Row | No
         error = e.errors()[0]
         name = f"field {error['loc'][0]!r}: " if error["loc"] else ""
         raise ValueError(name + error["msg"]) from None
-    if row.task_type in REMOVED_TASKS:
+    if row.task_type in {*REMOVED_TASKS} - {*tasks}:
         return None
     if row.task_type not in (known := (*tasks, *TASKS, *MORE_TASKS)):
         raise ValueError(f"unknown task_type {row.task_type!r}{did_you_mean(row.task_type, known)}")
@@ -802,7 +802,7 @@ class Adapter(nn.Module):
         if Path(path).is_dir():  # of a run
             path = Path(path, "adapter_best.safetensors")
         elif Path(path).suffix != ".safetensors" and not Path(path).exists():  # on the hub
-            with user_error(f"adapter: cannot load {path}"):
+            with user_error(f"adapter: there is no {path} here, nor can it be loaded from the hub"):
                 path = huggingface_hub.hf_hub_download(str(path), "adapter_best.safetensors")
         with user_error(f"{path}: not a whole elm adapter"):
             with safe_open(path, framework="pt") as f:
@@ -823,6 +823,13 @@ def check_identity(trained: dict[str, Any], current: dict[str, Any], where: Any)
             raise UserError(f"{where}: {key} was {old} in training and is {value} here; give it "
                             "what it was trained with")
 
+def check_norm(trained: list[float] | None, norm: float, where: Any) -> None:
+    """Raises: UserError if a root mean square norm is beyond the `trained` norms, by half: least,
+    root mean square and greatest."""
+    low, mean, high = trained or (norm, norm, norm)
+    if norm < low / 1.5 or norm > high * 1.5:  # not of no vectors
+        check_identity({NORM: mean}, {NORM: norm}, where)
+
 def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors",
                   rows: Iterable[int] | None = None) -> Tensor:
     """[n, E] or [E], numpy or torch -> [n, E] fp32. Raises: UserError at another width, a row that
@@ -834,10 +841,7 @@ def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors",
     if len(invalid := invalid_rows(vectors).nonzero()):
         row = list(rows or range(len(vectors)))[int(invalid[0])]
         raise UserError(f"{where}: row {row} is zero, NaN or infinite; embed its text again")
-    norm = vectors.square().sum(1).mean().sqrt().item()
-    low, mean, high = settings["norm"] or (norm, norm, norm)
-    if not low / 1.5 < norm < high * 1.5:
-        check_identity({NORM: mean}, {NORM: norm}, where)
+    check_norm(settings["norm"], vectors.square().sum(1).mean().sqrt().item(), where)
     return vectors
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, lengths=None,
@@ -890,8 +894,6 @@ def loading(name: str, key: str):
     (logging.enable_progress_bar if bar else logging.disable_progress_bar)()
     logging.set_verbosity_error()  # no table of what a headless model leaves out
     with user_error(f"{key}: cannot load {name}"):
-        if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-            raise UserError("there is no such folder, and it is not a name on the hub")
         here = Path(name).is_dir() or huggingface_hub.try_to_load_from_cache(name, "config.json")
         if not here and not huggingface_hub.is_offline_mode():
             warn(f"{key}: {name} is not on this machine yet; it is downloaded from the hub")
@@ -908,9 +910,16 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
     dtype, cuda = torch.bfloat16 if bf16 else torch.float32, device.type == "cuda"
     if cuda and bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"model.bf16: not on {torch.cuda.get_device_name()}, set model.bf16=false")
+
+    def load() -> Any:
+        llm, info = load_pretrained(transformers.AutoModelForCausalLM, name, key, dtype=dtype,
+                                    output_loading_info=True)
+        if info["missing_keys"]:  # transformers would draw them at random
+            raise UserError(f"{key}: {name} lacks the weights {sorted(info['missing_keys'])[:3]}")
+        return llm.eval().requires_grad_(False)
+
     if not options or options.zero_stage < 3:
-        llm = load_pretrained(transformers.AutoModelForCausalLM, name, key, dtype=dtype)
-        return llm.to(device).eval().requires_grad_(False)
+        return load().to(device)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed = import_optional("deepspeed")
@@ -925,13 +934,12 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
     shared = type("Zero3", (), dict(config=zero, is_zero3=lambda _: True))()
     integration.set_hf_deepspeed_config(shared)
     try:
-        llm = load_pretrained(transformers.AutoModelForCausalLM, name, key, dtype=dtype)
+        llm = load()
     finally:
         integration.unset_hf_deepspeed_config()
     # Not the LLM itself: DeepSpeed takes each forward pass of its top module for a new step, which
     # fails where processes generate answers of different lengths. This one's is never called.
-    container = nn.ModuleDict({"llm": llm.eval().requires_grad_(False)})
-    deepspeed.initialize(model=container, config=zero)
+    deepspeed.initialize(model=nn.ModuleDict({"llm": llm}), config=zero)
     for module in (llm.get_input_embeddings(), llm.get_output_embeddings()):
         module.weight.is_external_param = True  # stays gathered over the chunks of the logits
     return llm
@@ -1003,6 +1011,8 @@ class ELM(nn.Module):
         """A fresh adapter, with further `settings` of Adapter, for vectors like `embeddings`
         [n, E], numpy or torch, which it standardises by their mean and deviation."""
         vectors = torch.as_tensor(embeddings).float()
+        if vectors.ndim != 2 or not len(vectors):
+            raise UserError(f"embeddings: {list(vectors.shape)}, not vectors [n, E]")
         used, device = torch.ones(len(vectors), dtype=torch.bool), find_device()
         statistics, _ = scan_vectors(vectors, used, "embeddings")
         tokenizer = load_pretrained(transformers.AutoTokenizer, llm, "llm")
@@ -1101,7 +1111,7 @@ class ELM(nn.Module):
             before, after = (embed(torch.tensor(ids, dtype=torch.long, device=self.device))
                              for ids in (self.prompt.head + before, after + self.prompt.tail))
             prompts.append(torch.cat([before, soft.to(before.dtype), after]))
-        return prompts[0] if len(embeddings.shape) == 1 else prompts
+        return prompts[0] if torch.as_tensor(embeddings).ndim == 1 else prompts
 
     @torch.no_grad()
     def generate(self, embeddings: Any, query: str | list[str], max_new_tokens: int = 256,
@@ -1121,11 +1131,11 @@ class ELM(nn.Module):
 def generate_batch(llm: Any, prompt: Prompt, prompts: list[Tensor], max_new_tokens: int,
                    **options: Any) -> list[tuple[str, bool]]:
     """n prompts [T, D] of any lengths -> (answer, whether the LLM ended it) of each; greedy, unless
-    `options` of the LLM's own `generate` say otherwise."""
+    `options` of the LLM's own `generate` say otherwise, as a temperature does."""
     end, eos = prompt.end[-1], llm.generation_config.eos_token_id  # none, one or several
     ends = {end, *(eos if isinstance(eos, list) else [eos])} - {None}
-    options = dict(eos_token_id=sorted(ends), pad_token_id=end, do_sample=False,
-                   tokenizer=prompt.tokenizer) | options  # for stop_strings
+    options = dict(eos_token_id=sorted(ends), pad_token_id=end, tokenizer=prompt.tokenizer,
+                   do_sample=not {"temperature", "top_p", "top_k"}.isdisjoint(options)) | options
     # Greedy is greedy whatever the LLM's generation_config.json says; sampling is as that says.
     config = llm.generation_config if options["do_sample"] else transformers.GenerationConfig()
     mask = [torch.ones_like(p[:, 0], dtype=torch.long) for p in prompts]
@@ -1476,8 +1486,9 @@ class Log:
         code = codes.get(type(error).__name__, getattr(error, "code", 1))
         self.wandb(lambda run: run.finish(exit_code=code))
 
-    def record(self, line: str, step: int, **entry: float) -> None:
-        self.rt.log(f"step {step:6d}  {line}")
+    def record(self, step: int, end: str = "", **entry: float) -> None:
+        line = "  ".join(f"{k} {v:{'.4g' if v < 1e3 else ',.0f'}}" for k, v in entry.items())
+        self.rt.log(f"step {step:6d}  {line}{end}")
         if self.rt.rank == 0:
             append(self.path, json.dumps(dict(step=step) | entry) + "\n")
             if "val_loss" in entry and step and not self.rt.quiet:
@@ -1490,20 +1501,19 @@ class Log:
         """Log each term's mean since the last call, per label or row, and their weighted sum."""
         means = {name: state.sums[name] / state.sums[term.per] for name, term in terms.items()}
         loss = sum(term.weight * means[name] for name, term in terms.items())
-        rate, memory = self.tokens / (time.perf_counter() - self.clock), memory_gib()
-        line = f"loss {loss:.4f}  " + "".join(
-            f"{name} {means[name]:.4f}  " for name, term in terms.items() if 0 < term.weight != 1)
-        line += f"lr {values['lr']:.2e}  {rate:,.0f} tokens/s  {memory:.2f} GiB"
         passed = time.perf_counter() - self.begin
         left = passed / (state.step - self.first) * (self.bar.total - state.step)
-        line += f"  {tqdm.format_interval(passed)} passed, {tqdm.format_interval(left)} left"
-        self.record(line, state.step, epoch=state.epoch, loss=loss, **means, **values,
-                    tokens_per_second=rate, memory_gib=memory)
+        end = f"  {tqdm.format_interval(passed)} passed, {tqdm.format_interval(left)} left"
+        self.record(state.step, end, epoch=state.epoch, loss=loss, **means, **values,
+                    tokens_per_second=self.tokens / (time.perf_counter() - self.clock),
+                    memory_gib=memory_gib())
         state.sums = {}
 
 def final_split(cfg: Config) -> str:  # the one of the report
-    has_test = all(p.exists() for p in split_paths(cfg.data, "test"))
-    return cfg.eval.split or ("test" if has_test else "val")
+    missing = [path for path in split_paths(cfg.data, "test") if not path.exists()]
+    if len(missing) == 1 and not cfg.eval.split:
+        raise UserError(f"{missing[0]}: is missing; to do without a test split, eval.split=val")
+    return cfg.eval.split or ("val" if missing else "test")
 
 def open_inputs(cfg: Config, names: Iterable[str], num_soft: int, rt: Runtime,
                 stored: dict | None = None) -> dict[str, Split]:
@@ -1520,6 +1530,8 @@ def open_inputs(cfg: Config, names: Iterable[str], num_soft: int, rt: Runtime,
     for name, split in splits.items():
         counts = ", ".join(f"{n} {what}" for what, n in split.counts.items() if n)
         rt.log(f"{name}: {len(split.vectors)} vectors of width {widths[name]}, {counts}")
+        norms = [s.statistics["norm"].tolist() for s in (splits[names[0]], split)]
+        check_norm(norms[0], norms[1][1], split_paths(cfg.data, name)[0])
         if (split.rows["vector"] == split.rows["vector"][0]).all():
             raise UserError(f"{split.path}: all rows are about one vector: none is left to compare "
                             "it with")
@@ -1681,6 +1693,7 @@ def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt
     identity, probe = elm.identity(), None
     if saved:
         check_identity(saved["identity"], identity, "train.resume")
+        check_identity(saved["config"]["model"], {"standardize": m.standardize}, "train.resume")
         adapter.load_state_dict(saved["adapter"])
         optimizer.load_state_dict(saved["optimizer"])
         optimizer.param_groups[0]["weight_decay"] = cfg.train.weight_decay
@@ -1716,7 +1729,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
     if saved and (finished := finished_report(saved, cfg, total)):
         rt.log(f"{folder} holds a finished run of {state.step} steps; nothing to do")
         return finished
-    get_llm = sweep_llm if trial else load_llm
+    get_llm = sweep_llm if trial and cfg.deepspeed.zero_stage < 3 else load_llm
     llm = get_llm(cfg.model.llm, rt.device, cfg.model.bf16, options=cfg.deepspeed)
     elm, optimizer, probe, identity = build_trainable(cfg, llm, source, saved, rt)
     terms = loss_terms(cfg.loss, elm, probe)
@@ -1748,7 +1761,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
             leave()
         if scored := trial is not None and 0 < state.step < total:
             losses["val_bertscore"] = score_now(elm, data["val"], cfg.eval, rt)
-        log.record("  ".join(f"{k} {v:.4f}" for k, v in losses.items()), state.step, **losses)
+        log.record(state.step, **losses)
         if state.record_validation(losses["val_loss"], elm.adapter):
             save_adapter("adapter_best.safetensors", state.best_adapter, state.step)
         if scored and prune(trial, losses["val_bertscore"], state.step // eval_steps):
@@ -2067,9 +2080,8 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, run: Path, about: d
 
 def describe_gap(result: dict, metrics: list[dict]) -> str:
     """The gap closed of a report, and on the validation split at its first and last step."""
-    reason = "this LLM does not do these tasks from the text either"
     closed = (f"{result['gap_closed']:.4f} on {result['split']}" if "gap_closed" in result else
-              f"none, as {reason if result['rows_text'] else 'no row has a text'}")
+              "none: no text that this LLM reads better than another row's vector")
     text = next((m["val_loss_text"] for m in metrics if "val_loss_text" in m), math.inf)
     steps = [f"{(shuffled - m['val_loss']) / (shuffled - text):.4f} at step {m['step']}"
              for m in metrics if (shuffled := m.get("val_loss_shuffled", -math.inf)) > text]
@@ -2080,14 +2092,12 @@ def plot_report(path: Path, metrics: list, name: str, result: dict | None = None
     pd, plt = import_optional("pandas"), import_optional("matplotlib.figure")
     figure = plt.Figure((13 if result else 6.5, 6), layout="constrained")
     left, *right = figure.subplots(1, 1 + bool(result), squeeze=False)[0]
-    curves = pd.DataFrame(metrics, columns=["step", "loss", "val_loss_shuffled", "val_loss"])
-    curves = curves.astype(float).set_index("step")
-    for key, options in (("loss", dict(color="0.6", label="loss, training")),
-                         ("val_loss_shuffled", dict(color="tab:red", marker="o")),
-                         ("val_loss", dict(color="tab:blue", marker="o"))):
-        curves[key].dropna().plot(ax=left, **options)
-    for text in [m["val_loss_text"] for m in metrics if "val_loss_text" in m]:
-        left.axhline(text, color="tab:green", label="val_loss_text")
+    keys = ["loss", "val_loss_shuffled", "val_loss", "val_loss_text"]
+    curves = pd.DataFrame(metrics, columns=["step", *keys]).astype(float).set_index("step")
+    curves["val_loss_text"] = curves["val_loss_text"].max()  # measured once
+    for key, color, marker in zip(keys, ("0.6", "tab:red", "tab:blue", "tab:green"), " oo ",
+                                  strict=True):
+        curves[key].dropna().plot(ax=left, color=color, marker=marker)
     left.set(ylabel="loss per response token", ylim=(0, None), title=name)
     left.legend()
     if result:
@@ -2157,17 +2167,19 @@ def write_table(path: Path, shape: tuple[int, int], dtype: torch.dtype, chunks: 
 def read_texts(path: Path):
     """Yield {"text": …} of each line of a file of texts, or the objects of a .jsonl; the line
     less one is the text's row in the table of vectors. Raises: UserError naming the line."""
-    number = 0
+    number, is_json = 0, path.suffix.lower() == ".jsonl"
+    if path.suffix.lower() not in (".txt", ".jsonl"):
+        raise UserError(f"{path}: a file of texts is .txt, one a line, or .jsonl")
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 text = line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n")
-                entry = json.loads(text) if path.suffix == ".jsonl" else {"text": text}
+                entry = json.loads(text) if is_json else {"text": text}
                 empty = not entry["text"].strip().encode()  # a ValueError at a lone surrogate
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 empty = True
             if empty:
-                form = ' as {"text": "…"}' if path.suffix == ".jsonl" else ""
+                form = ' as {"text": "…"}' if is_json else ""
                 raise UserError(f"{path}:{number}: not a text in UTF-8{form}, or an empty one")
             yield entry
     if not number:
@@ -2190,6 +2202,8 @@ def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024,
     first, so that the same command resumes after a kill. Raises: UserError, which calls the model
     `key`."""
     check_new(out)
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: the vectors are written as safetensors; give it this suffix")
     num = sum(1 for _ in read_texts(texts))
     model, lines = load_embedder(o.model, o.bf16, key, o.max_tokens), read_texts(texts)
     stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns)
@@ -2272,7 +2286,7 @@ class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM
     adapter: PathStr
     embeddings: PathStr  # a safetensors file of one table
     query: str
-    rows: Annotated[tuple[int, ...], FromList] | None = None  # of the table; none: all
+    rows: Annotated[tuple[int, ...], FromList, Field(min_length=1)] | None = None  # none: all
     llm: PathStr | None = None  # the adapter's LLM at another place
     max_new_tokens: PositiveInt = 256
     seed: Seed = 42
@@ -2293,7 +2307,7 @@ def generate(o: GenerateOptions) -> None:
     UserError."""
     vectors, (adapter, _) = open_vectors(Path(o.embeddings)), Adapter.load(o.adapter)
     rows = range(len(vectors)) if o.rows is None else o.rows
-    for row in rows or [None]:
+    for row in rows:
         if row not in range(len(vectors)):
             raise UserError(f"rows: no row {row} among {len(vectors)}")
     Prompt.parts(o.query)
@@ -2331,7 +2345,7 @@ PHRASINGS = dict(  # of each task; then the length asked for, unless it is two s
     reconstruct="Repeat its beginning|Give its first two sentences; word for word")
 QUERIES = {task: [f"{query}, {length or 'in two sentences'}." for query in queries.split("|")]
            for task, text in PHRASINGS.items() for queries, _, length in [text.partition("; ")]}
-PREAMBLE = re.compile(r"(here('s|’s| is| are)|sure|certainly|of course)\b", re.IGNORECASE)
+PREAMBLE = re.compile(r"<think>|(here('s|’s| is| are)|sure|certainly|of course)\b", re.IGNORECASE)
 WAITS = (1, 2, 4, 8, 16)  # seconds before the next try of a request
 Query = Annotated[str, pydantic.AfterValidator(lambda query: Prompt.parts(query) and query)]
 Queries = Annotated[dict[str, list[Query]], pydantic.AfterValidator(
@@ -2343,7 +2357,7 @@ Shares = Annotated[tuple[PositiveFloat, PositiveFloat, NonNegativeFloat], FromLi
 class SynthesizeOptions(Table):
     model: PathStr = "Qwen/Qwen3-4B-Instruct-2507"  # that answers: the LLM to be trained for
     embedder: PathStr = "Qwen/Qwen3-Embedding-4B"
-    endpoint: Annotated[str, Field(pattern=r"^https?://.*\w$")] | None = None  # a server, to /v1
+    endpoint: Annotated[str, Field(pattern=r"^https?://.*\w/?$")] | None = None  # a server, to /v1
     concurrency: PositiveInt = 64  # requests at a time to the server
     tasks: Count = 6  # of each text, drawn by a hash; or all
     queries: Queries = QUERIES  # a TOML file, task = [queries]: replaces or adds, [] drops
@@ -2399,7 +2413,7 @@ def ask_llm(o: SynthesizeOptions, llm: Any, prompt: Prompt, rows: list, seed: in
         examples = tokenize(prompt, named, 0, limit - o.max_new_tokens, "text")
     ids = [torch.from_numpy(e.ids[: -e.num_labels]).to(llm.device) for e in examples]
     torch.manual_seed(seed)
-    options = dict(do_sample=True, temperature=temperature) if temperature else {}
+    options = dict(temperature=temperature) if temperature else {}
     embeds = [*map(llm.get_input_embeddings(), ids)]
     return generate_batch(llm, prompt, embeds, o.max_new_tokens, **options)
 
@@ -2412,14 +2426,14 @@ def ask_server(o: SynthesizeOptions, rows: list, seed: int,
     body = dict(model=o.model, messages=[message], max_tokens=o.max_new_tokens, seed=seed,
                 temperature=temperature)
     secret = "".join(os.environ.get("OPENAI_API_KEY", "none").split())
-    url, body = f"{o.endpoint}/chat/completions", json.dumps(body).encode()
+    url, body = f"{o.endpoint.rstrip('/')}/chat/completions", json.dumps(body).encode()
     for wait in [*WAITS, None]:
         try:
             call = urllib.request.Request(url, body, {"Content-Type": "application/json"})
             call.add_unredirected_header("Authorization", f"Bearer {secret}")
             with urllib.request.urlopen(call, timeout=600) as reply:
                 (choice,) = json.load(reply)["choices"]
-            answer = str(choice["message"]["content"] or "").encode(errors="replace").decode()
+            answer = (choice["message"]["content"] or "").encode(errors="replace").decode()
             return [(answer, choice["finish_reason"] == "stop")]
         except Exception as e:  # a server can answer anything
             refused = isinstance(getattr(e, "reason", None), ConnectionRefusedError)
@@ -2503,8 +2517,11 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
         shutil.rmtree(new := work / "data", ignore_errors=True)  # of other splits
         for split in {*texts.values()}:
             used = torch.tensor([texts[text] == split for text in texts])
-            if not (chosen := [row for row in rows if used[row["embedding_file_idx"]]]):
-                raise UserError(f"model: all answers about {split} were rejected; see {work}")
+            chosen = [row for row in rows if used[row["embedding_file_idx"]]]
+            answered = {row["text"] for row in chosen if row["task_type"] not in MORE_TASKS}
+            if lost and len(answered) < 2:
+                raise UserError(f"model: {sum(lost.values())} answers were rejected, the most as "
+                                f"{lost.most_common(1)[0][0][1]}; too few about {split} are left")
             write_split(DataConfig(dir=str(new)), split, open_vectors(table), used, chosen)
         settings = {
             "model.llm": o.model, "model.bf16": o.bf16, "model.tokens": 4, "data.dir": str(out),
@@ -2609,7 +2626,8 @@ def open_study(sweep: Sweep) -> Any:
     settings = {k: v for k, v in flat({"space": sweep.space, "base": sweep.base}).items()
                 if not k.startswith(("base.wandb.", "base.output."))}
     with lock(folder / ".lock", wait=True):  # two workers would both create the tables
-        try:
+        address = url.split("@")[-1].split("?")[0]  # without a password
+        with user_error(f"study.storage: cannot open {address}"):
             retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
             storage = optuna.storages.RDBStorage(
                 url, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
@@ -2617,10 +2635,6 @@ def open_study(sweep: Sweep) -> Any:
             study = optuna.create_study(
                 study_name=sweep.study.name, storage=storage, load_if_exists=True,
                 direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
-        except Exception as e:  # of any database and its driver
-            address = url.split("@")[-1].split("?")[0]  # without a password
-            reason = "not a URL" if isinstance(e, ValueError) else " ".join(str(e).split())[:200]
-            raise UserError(f"study.storage: cannot open {address}: {reason}") from None
         stored = study.user_attrs.get("settings", settings)
         if changed := [k for k in settings | stored if settings.get(k) != stored.get(k)]:
             raise UserError(f"study.name: {sweep.study.name} exists with another "
@@ -2669,12 +2683,12 @@ def run_trial(sweep: Sweep, trial: Any) -> float:
     trial.study.sampler = optuna.samplers.TPESampler(
         seed=(sweep.study.seed + trial.number) % 2**32,
         n_startup_trials=min(10, 1 + sweep.study.trials // 4))
-    for key, spec in sweep.space.items():
-        suggest(trial, key, spec)
     _, settings = trial.user_attrs.get("repeats", (None, {}))
-    cfg = sweep.config(trial.params | settings, f"trial_{trial.number}")
     reporter = optuna.trial.FixedTrial({}) if settings else trial  # no repeat is pruned
     try:
+        for key, spec in sweep.space.items():
+            suggest(trial, key, spec)
+        cfg = sweep.config(trial.params | settings, f"trial_{trial.number}")
         return train(cfg, reporter)["bertscore_composite"]
     except (UserError, RuntimeError) as e:
         reason = (str(e) or repr(e)).splitlines()[0]
@@ -2701,7 +2715,6 @@ def write_results(sweep: Sweep, study: Any) -> str:
         name = "BERTScore composite, validation"
         axes = plots.plot_optimization_history(study, target_name=name)
         axes.set_title(study.study_name)
-        axes.legend(loc="lower right")
         axes.figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
         import_optional("matplotlib.pyplot").close(axes.figure)
     if not values:
@@ -2794,8 +2807,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as stopped:
         return stopped.code
     except KeyboardInterrupt:
-        on = "; the same command goes on" if given[0] in ("embed", "synthesize") else ""
-        tqdm.write(f"elm: stopped{on}", sys.stderr)
+        tqdm.write("elm: stopped", sys.stderr)
         return 128 + signal.SIGINT
 
 def run() -> None:
