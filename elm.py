@@ -522,8 +522,8 @@ def tokenize(prompt: Prompt, rows: list[tuple[str, Row]], num_soft: int, max_tok
         before, after = prompt.head + before, after + prompt.tail
         room = max_tokens - len(before) - len(after) - num_soft
         if room < 1:
-            raise UserError(f"{name}: the prompt is {1 - room} tokens too long for a response "
-                            f"within {max_tokens} tokens (data.max_seq_length)")
+            raise UserError(f"{name}: the prompt takes all of data.max_seq_length = {max_tokens} "
+                            f"tokens, lacking {1 - room}; raise it")
         answer = (response + prompt.end)[:room]
         middle = text[: room + num_soft - len(answer)] if source == "text" else [0] * num_soft
         ids = answer if source == "response" else before + middle + after + answer
@@ -755,8 +755,6 @@ def prepare_step(split: Split, budget: int, rt: Runtime, step: tuple) -> Step:
 # -----------------------------------------------------------------------------
 # Model: the adapter, and the frozen LLM with the vector spliced in
 
-NORM = "the vectors' norm"  # the root of its mean square
-
 class Adapter(nn.Module):
     """norm(W2 gelu(W1 x + b1) + b2 + residual), x the standardised embedding: [n, E] -> [n, K, D].
     The residual, times residual_scale, is x itself where E = D and else a linear map of it without
@@ -765,7 +763,7 @@ class Adapter(nn.Module):
 
     def __init__(self, d_emb: int, hidden_dim: int, d_llm: int, tokens: int = 1,
                  dropout: float = 0.0, residual_scale: float = 1.0, scale: float = 1.0,
-                 norm: list[float] | None = None):  # least, NORM, greatest: for check_vectors
+                 norm: list[float] | None = None):  # of the training vectors, for check_norm
         super().__init__()
         self.settings = dict(d_emb=d_emb, hidden_dim=hidden_dim, d_llm=d_llm, tokens=tokens,
                              dropout=dropout, residual_scale=residual_scale, norm=norm)
@@ -813,27 +811,24 @@ class Adapter(nn.Module):
         return adapter.eval(), metadata
 
 def check_identity(trained: dict[str, Any], current: dict[str, Any], where: Any) -> None:
-    """Raises: UserError that names the first property in `current` that differs from training; the
-    norm of the vectors may differ by half."""
+    """Raises: UserError that names the first property in `current` that differs from training."""
     for key, value in current.items():
-        old = trained.get(key)
-        close = type(old) is type(value) is float and old / 1.5 < value < old * 1.5
-        if old != value and not close:
-            old, value = (f"{x:.4g}" if isinstance(x, float) else x for x in (old, value))
-            raise UserError(f"{where}: {key} was {old} in training and is {value} here; give it "
-                            "what it was trained with")
+        if value != trained.get(key):
+            raise UserError(f"{where}: {key} was {trained.get(key)} in training and is {value} "
+                            "here; give it what it was trained with")
 
 def check_norm(trained: list[float] | None, norm: float, where: Any) -> None:
-    """Raises: UserError if a root mean square norm is beyond the `trained` norms, by half: least,
-    root mean square and greatest."""
+    """Raises: UserError if a root mean square norm is far from the `trained` norms: least, root
+    mean square and greatest."""
     low, mean, high = trained or (norm, norm, norm)
-    if norm < low / 1.5 or norm > high * 1.5:  # not of no vectors
-        check_identity({NORM: mean}, {NORM: norm}, where)
+    if norm < low / 1.5 or norm > high * 1.5:  # of no vectors it is NaN
+        raise UserError(f"{where}: the vectors' norm was {mean:.4g} in training and is {norm:.4g} "
+                        "here; give it what it was trained with")
 
 def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors",
                   rows: Iterable[int] | None = None) -> Tensor:
     """[n, E] or [E], numpy or torch -> [n, E] fp32. Raises: UserError at another width, a row that
-    is zero, NaN or infinite, or a root mean square norm beyond the norms of training, by half."""
+    is zero, NaN or infinite, or a norm far from those of training."""
     vectors, settings = torch.atleast_2d(torch.as_tensor(embeddings)).float(), adapter.settings
     if vectors.ndim != 2 or vectors.shape[1] != settings["d_emb"]:
         raise UserError(f"{where}: {list(vectors.shape)}, but the adapter reads "
@@ -1031,9 +1026,8 @@ class ELM(nn.Module):
     def identity(self) -> dict[str, Any]:
         """What must be the same wherever the adapter is used. Collective under ZeRO 3."""
         keys = "d_emb", "hidden_dim", "d_llm", "tokens", "residual_scale"
-        same, norms = {k: self.adapter.settings[k] for k in keys}, self.adapter.settings["norm"]
-        return same | {NORM: norms and norms[1],
-                       "hash of the LLM's weights": fingerprint(self.llm)}
+        same = {k: self.adapter.settings[k] for k in keys}
+        return same | {"hash of the LLM's weights": fingerprint(self.llm)}
 
     @property
     def device(self) -> torch.device:
@@ -1487,7 +1481,7 @@ class Log:
         self.wandb(lambda run: run.finish(exit_code=code))
 
     def record(self, step: int, end: str = "", **entry: float) -> None:
-        line = "  ".join(f"{k} {v:{'.4g' if v < 1e3 else ',.0f'}}" for k, v in entry.items())
+        line = "  ".join(f"{k} {v:{'.4g' if v < 1e3 else ',.0f'}}" for k, v in entry.items() if v)
         self.rt.log(f"step {step:6d}  {line}{end}")
         if self.rt.rank == 0:
             append(self.path, json.dumps(dict(step=step) | entry) + "\n")
@@ -1510,10 +1504,8 @@ class Log:
         state.sums = {}
 
 def final_split(cfg: Config) -> str:  # the one of the report
-    missing = [path for path in split_paths(cfg.data, "test") if not path.exists()]
-    if len(missing) == 1 and not cfg.eval.split:
-        raise UserError(f"{missing[0]}: is missing; to do without a test split, eval.split=val")
-    return cfg.eval.split or ("val" if missing else "test")
+    has_test = any(p.exists() for p in split_paths(cfg.data, "test"))
+    return cfg.eval.split or ("test" if has_test else "val")
 
 def open_inputs(cfg: Config, names: Iterable[str], num_soft: int, rt: Runtime,
                 stored: dict | None = None) -> dict[str, Split]:
@@ -1694,6 +1686,7 @@ def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt
     if saved:
         check_identity(saved["identity"], identity, "train.resume")
         check_identity(saved["config"]["model"], {"standardize": m.standardize}, "train.resume")
+        check_norm(saved["norm"], adapter.settings["norm"][1], "train.resume")
         adapter.load_state_dict(saved["adapter"])
         optimizer.load_state_dict(saved["optimizer"])
         optimizer.param_groups[0]["weight_decay"] = cfg.train.weight_decay
@@ -1752,7 +1745,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
         rt.on_first(lambda: save_checkpoint(
             folder / f"checkpoint_{name}.pt", state=dataclasses.asdict(state), adapter=weights,
             optimizer=optimizer.state_dict(), probe=probe and tuple(probe), identity=identity,
-            config=cfg.tables(), prompt=source.prompt.text))
+            config=cfg.tables(), prompt=source.prompt.text, norm=elm.adapter.settings["norm"]))
 
     def validate() -> None:
         try:
@@ -2135,8 +2128,7 @@ def print_report(result: dict, predictions: list, metrics: list, cfg: Config, rt
     lines += [f"{key}: {result[key]:.4f}" for key in columns if key not in ("rows", "gap_closed")]
     folder, final = cfg.output.dir, split_paths(cfg.data, result["split"])[0]
     lines += [f"steps: {result['step']}", f"adapter_step: {result['adapter_step']}",
-              f"seconds: {time.perf_counter() - START:.0f}",
-              f"files: {folder}"]
+              f"seconds: {time.perf_counter() - START:.0f}", f"files: {folder}"]
     if predictions and (best := Path(folder, "adapter_best.safetensors")).exists():
         lines.append(f"next: python elm.py generate adapter={best} embeddings={final} "
                      f"'rows=[0]' query={shlex.quote(predictions[0]['query'])}")
@@ -2168,9 +2160,9 @@ def read_texts(path: Path):
     """Yield {"text": …} of each line of a file of texts, or the objects of a .jsonl; the line
     less one is the text's row in the table of vectors. Raises: UserError naming the line."""
     number, is_json = 0, path.suffix.lower() == ".jsonl"
-    if path.suffix.lower() not in (".txt", ".jsonl"):
-        raise UserError(f"{path}: a file of texts is .txt, one a line, or .jsonl")
     with open(path, "rb") as lines:
+        if path.suffix.lower() not in (".txt", ".jsonl"):
+            raise UserError(f"{path}: a file of texts is .txt, one a line, or .jsonl")
         for number, line in enumerate(lines, 1):
             try:
                 text = line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n")
@@ -2217,8 +2209,7 @@ def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024,
                 vectors = embed_texts(model, batch, find_device(), batch_size=o.batch_size,
                                       prompt=prompt)
                 if invalid_rows(vectors).any():
-                    raise UserError(f"{key}: {o.model} makes vectors that are zero or not finite; "
-                                    "bf16=false?")
+                    raise UserError(f"{key}: {o.model} makes zero or infinite vectors; bf16=false?")
                 write_table(path, vectors.shape, vectors.dtype, [vectors])
             bar.update(len(batch))
         shape = num, open_vectors(blocks[0]).shape[1]
@@ -2664,12 +2655,11 @@ def next_trial(sweep: Sweep, study: Any, deadline: float) -> bool:
                 return True
             if "RUNNING" not in states:
                 seed = sweep.config({}).train.seed
-                repeats = [[t.number, {"train.seed": (seed + k) % 2**32}]
-                           for t in best_trials(study, sweep.study.repeat_best) for k in (1, 2)]
                 enqueued = [t.user_attrs.get("repeats") for t in trials]
-                missing = [repeat for repeat in repeats if repeat not in enqueued]
-                for repeat in missing:
-                    params = study.trials[repeat[0]].params
+                repeats = [(t.params, [t.number, {"train.seed": (seed + k) % 2**32}])
+                           for t in best_trials(study, sweep.study.repeat_best) for k in (1, 2)]
+                missing = [repeat for repeat in repeats if repeat[1] not in enqueued]
+                for params, repeat in missing:
                     study.enqueue_trial(params, user_attrs={"repeats": repeat})
                 return bool(missing)
         time.sleep(1)

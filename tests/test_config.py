@@ -52,6 +52,10 @@ def test_each_mistake_is_named(override, words):
         assert word in str(e.value)
 
 
+def test_a_task_named_twice_is_one():
+    assert elm.load_config(None, ['data.tasks=["own", "own"]']).data.tasks == ("own",)
+
+
 def test_all_mistakes_are_told_each_with_where_it_stands(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text("[train]\nepochs = 0\n[data]\ntasks = ['summary']\n")

@@ -128,7 +128,7 @@ VECTORS = "train_embeddings.safetensors"
         (bad_row(embedding_file_idx=-1), r":5: field 'embedding_file_idx'"),
         (bad_row(task_type="sumary"), r":5: unknown task_type 'sumary', did you mean summary"),
         (bad_row(query="<EMB> <EMB>"), r":5: '<EMB> <EMB>': a query has one <EMB> at most"),
-        (bad_row(query="long " * 99), r":5: the prompt leaves no room .* of the 256 "),
+        (bad_row(query="long " * 99), r":5: the prompt takes all of data.max_seq_length = 256 "),
         (lambda f: rows_path(f).write_text("\n"), r"train_synthesis.jsonl: no row of data.tasks"),
         (lambda f: rows_path(f).unlink(), r"No such file .*train_synthesis.jsonl"),
         (bad_vectors(a=torch.eye(10, 9)), VECTORS + r": vector 9 is zero, NaN or infinite"),

@@ -190,7 +190,7 @@ def test_eval_repeats_the_report_of_training_to_the_byte(settings, data_dir, tmp
     embedder = make_embedder(tmp_path / "embedder", width=16)
     settings += [f"eval.embedder={embedder}", "eval.samples=20"]
     result, folder = go(settings)
-    assert "gap_closed" not in result and "gap_closed: none, as this LLM" in capsys.readouterr().out
+    assert "gap_closed" not in result and "gap_closed: none: no text" in capsys.readouterr().out
     for name in ("again", "twice"):
         with open(folder / "metrics.jsonl", "a") as f:
             f.write('{"step": 9, "lo')

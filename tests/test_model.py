@@ -184,6 +184,7 @@ def test_a_dry_run_says_whether_memory_suffices(plain, monkeypatch):
     for p in model.adapter.parameters():
         p.grad = torch.ones_like(p)
     limit_memory(monkeypatch, 512)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     probe = elm.Probe(torch.randn(32, 12), torch.zeros(32), torch.zeros(12))
     terms = elm.loss_terms(elm.LossConfig(drift_weight=0.5), model, probe)
     found = [elm.fits_memory(model, n, 128, terms, RT) for n in (128, 512, 1024, 512)]

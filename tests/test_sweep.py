@@ -227,6 +227,10 @@ def test_bad_input_of_sweep(sweep_file, tmp_path, monkeypatch):
     code, said = command("sweep", sweep_file, *several)
     assert code == 2 and "space.train.lrr" in said and "space.model.dropout" in said
     assert not list(tmp_path.glob("out/trial*"))
+    space = "space={train.batch_size={low=4, high=9, step=2.5}}"
+    said = refused("no trial was completed", "sweep", sweep_file, space, "study.trials=2",
+                   f"output.dir={tmp_path / 'odd'}")
+    assert said.count("failed: train.batch_size = ") == 2
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
         refused("a worker is one process", "sweep", sweep_file)

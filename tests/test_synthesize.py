@@ -123,7 +123,8 @@ def test_splits_are_stable_and_follow_groups(tmp_path):
 @pytest.mark.parametrize("answer, finished, why", [
     ("It is about frogs.", True, ""), ("It is about", False, "not finished"), (" ", True, "empty"),
     ("a b c d " * 5, True, "repetitive"), (f"{TEXTS[0].upper()} And more.", True, "copied"),
-    ("Here is a summary.", True, "preamble"), ("Surely it is so.", True, "")])  # fmt: skip
+    ("Here is a summary.", True, "preamble"), ("Surely it is so.", True, ""),
+    ("<think>\nWell.\n</think>\nIt is about frogs.", True, "preamble")])  # fmt: skip
 def test_filters(answer, finished, why):
     row = dict(task_type="summary", text=TEXTS[0])
     assert elm.fault(row, answer, finished) == why
@@ -228,7 +229,7 @@ def test_near_duplicates_between_any_two_splits_are_counted(tmp_path):
     lines += [dict(text=f"{TEXTS[1]} Indeed.", split="test"), dict(text=TEXTS[0][:-1], split="val")]
     source = write_texts(tmp_path / "texts.jsonl", lines)
     _, said = command("synthesize", source, tmp_path / "mine", *MODELS, "tasks=1")
-    assert "\n2 texts of val and test have a cosine above .95 with one of another split" in said
+    assert "2 texts of val and test have a cosine above .95 with one of another split" in said
 
 
 def test_bad_input(texts, tmp_path):
@@ -248,6 +249,8 @@ def test_bad_input(texts, tmp_path):
         (texts, "new", f"queries={tmp_path / 'q.toml'}", "queries.summary = "),
         (texts, "new", f"embedder={tmp_path / 'none'}", "embedder: cannot load"),
         (texts, "new", f"model={tmp_path / 'none'}", "model: cannot load"),
+        (texts, "new", "max_new_tokens=1", "model: 240 answers were rejected, .* not finished"),
+        (tmp_path / "q.toml", "new", "q.toml: a file of texts is .txt"),
     ]  # fmt: skip
     for source, out, *more, message in cases:
         refused(message, "synthesize", source, tmp_path / out, *MODELS, *more)
@@ -265,3 +268,5 @@ def test_own_tasks_and_all_tasks(tmp_path):
     assert len(few) == 3 and all(row in rows for row in few)
     line = json.dumps(rows[0] | dict(task_type="reconstruct", response="One.")).encode()
     assert elm.parse_row(line, elm.TASKS, 1).task_type == "reconstruct"
+    line = line.replace(b"reconstruct", b"compare")  # one's own, or of older data sets
+    assert elm.parse_row(line, ("compare",), 1) and not elm.parse_row(line, elm.TASKS, 1)

@@ -28,7 +28,7 @@ from conftest import (
     write_rows,
 )
 from naive import naive_step, token_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torture import check_same, same_tree
 
 import elm
@@ -415,6 +415,12 @@ def test_bad_input_is_one_line_and_exit_code_2(settings, tmp_path):
     far, narrow = make_data(tmp_path / "far", scale=3.0), make_data(tmp_path / "narrow", width=9)
     resume = [own, "train.resume=auto", "train.max_steps=8"]
     shutil.copy(vectors_path(narrow, "val"), vectors_path(few, "val"))
+    odd, half = make_data(tmp_path / "odd"), make_data(tmp_path / "half")
+    shutil.copy(vectors_path(far, "val"), vectors_path(odd, "val"))
+    vectors_path(half, "test").unlink()
+    lacking = shutil.copytree(wide, tmp_path / "lacking") / "model.safetensors"
+    weights = load_file(lacking)
+    save_file({k: v for k, v in weights.items() if "layers.1" not in k}, lacking, dict(format="pt"))
     for message, *overrides in (
         ("train_embeddings.safetensors: not a whole table: No such file", "data.dir=/nowhere"),
         ("no row of", 'data.tasks=["summary"]', f"data.dir={few}"),
@@ -429,6 +435,11 @@ def test_bad_input_is_one_line_and_exit_code_2(settings, tmp_path):
         ("hidden_dim was 24 in training and is 16 here", *resume, "model.hidden_dim=16"),
         ("train.resume: hash of the LLM's weights was", *resume, f"model.llm={wide}"),
         (r"the vectors' norm was 3\.", *resume, f"data.dir={far}"),
+        (r"val_embeddings.safetensors: the vectors' norm was 3\.", f"data.dir={odd}"),
+        ("test_embeddings.safetensors: .*No such file", f"data.dir={half}"),
+        ("lacking lacks the weights .*layers.1", f"model.llm={lacking.parent}"),
+        ("standardize was True in training and is False", *resume, "model.standardize=false"),
+        ("residual_scale was 1.0 in training and is 2.0", *resume, "model.residual_scale=2.0"),
         ("d_emb was 12 in training and is 9 here", *resume, f"data.dir={narrow}"),
         ("no whole checkpoint: .* No such file", "train.resume=/nowhere/checkpoint_step_2.pt"),
         ("no whole checkpoint", f"train.resume={rows_path(few)}"),
