@@ -2179,8 +2179,8 @@ def read_texts(path: Path):
 
 @contextmanager
 def hidden_folder(out: Path, *key: Any):
-    """A locked folder for what a kill must not lose, deleted at the end: beside `out`, which must
-    be new, named by a hash of `key`, on which all that it keeps depends. Raises: UserError."""
+    """A locked folder for what a kill must not lose, beside `out`, which must be new, and named by
+    a hash of `key`, on which its content depends; deleted at the end. Raises: UserError."""
     folder = out.with_name(f".{out.name}.{short_hash(repr(key))}.tmp")
     folder.mkdir(exist_ok=True)
     with lock(folder / ".lock"):
@@ -2701,9 +2701,8 @@ def write_results(sweep: Sweep, study: Any) -> str:
             values.setdefault(number, []).append(t.value)
     write_text(folder / "trials.jsonl", "".join(json.dumps(r) + "\n" for r in rows), tag)
     with atomic_write(folder / "sweep.png", tag) as path:
-        plots = import_optional("optuna.visualization.matplotlib")
-        name = "BERTScore composite, validation"
-        axes = plots.plot_optimization_history(study, target_name=name)
+        plot = import_optional("optuna.visualization.matplotlib").plot_optimization_history
+        axes = plot(study, target_name="BERTScore composite, validation")
         axes.set_title(study.study_name)
         axes.figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
         import_optional("matplotlib.pyplot").close(axes.figure)

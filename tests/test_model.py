@@ -192,19 +192,6 @@ def test_a_dry_run_says_whether_memory_suffices(plain, monkeypatch):
     assert all((p.grad == 1).all() for p in model.adapter.parameters())
 
 
-@torch.no_grad()
-def test_splicing_a_tokens_own_embedding_gives_the_logits_of_input_ids(parts, monkeypatch):
-    model, split = parts
-    rows = [0, 5, 6]
-    soft = model.llm.get_input_embeddings()(torch.full((3, 2), 77))
-    monkeypatch.setattr(model.adapter, "forward", lambda _: soft)
-    nll = model.nll(batch_of(split, rows))
-    for found, (ids, n, _) in zip(nll, token_rows(split, rows, 2), strict=True):
-        logits = model.llm(input_ids=ids.where(ids >= 0, 77)[None]).logits[0, -n - 1 : -1]
-        wanted = F.cross_entropy(logits.float(), ids[-n:], reduction="sum")
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-
-
 def test_the_llm_never_drops_out(parts):
     naive, split = parts
     model = build_elm(naive.llm.config._name_or_path, split, dropout=0.5).train()

@@ -20,7 +20,6 @@ from conftest import (
     make_llm,
     open_train,
     read_jsonl,
-    read_table,
     refused,
     rows_path,
     run,
@@ -244,15 +243,6 @@ def test_what_must_not_matter_and_what_must(settings, tmp_path):
     for i, more in enumerate(same + other):
         _, folder = go(settings, *more, f"output.dir={tmp_path / str(i)}")
         assert same_tree(final_state(folder), wanted) == (more in same), more
-
-
-def test_standardize_takes_the_training_vectors(settings, data_dir):
-    with_it, without = (parts_of(settings, f"model.standardize={x}")[2].adapter
-                        for x in ("true", "false"))
-    table = read_table(data_dir)
-    torch.testing.assert_close(with_it.mean, table.mean(0), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(with_it.std, table.std(0, correction=0), rtol=1e-5, atol=1e-6)
-    assert (without.mean == 0).all() and (without.std == 1).all()
 
 
 def test_dropout_differs_from_step_to_step(settings, monkeypatch):
