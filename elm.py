@@ -299,7 +299,7 @@ class Runtime(NamedTuple):  # this process among all processes of the run
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
-    patient: Any = None  # process group for waits without a time limit
+    untimed: Any = None  # a process group whose waits have no time limit
     log_file: str | None = None
     quiet: bool = False
 
@@ -333,7 +333,7 @@ class Runtime(NamedTuple):  # this process among all processes of the run
             except UserError as e:
                 values[1] = e
         if self.world > 1:
-            torch.distributed.broadcast_object_list(values, group=self.patient)
+            torch.distributed.broadcast_object_list(values, group=self.untimed)
         if values[1]:
             raise values[1]
         return values[0]
@@ -381,8 +381,8 @@ def start_runtime(cfg: Config) -> Runtime:
         with user_error("the processes cannot connect (is the launcher's --master_port in use?)"):
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                     **(alone if world == 1 else {}))
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world > 1 else None
-    return Runtime(dist.get_rank(), dist.get_world_size(), device, patient, cfg.output.log_file)
+    untimed = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world > 1 else None
+    return Runtime(dist.get_rank(), dist.get_world_size(), device, untimed, cfg.output.log_file)
 
 def writing(path: Path) -> Any:
     message = f"{path}: cannot be written (what was there is unharmed)"
@@ -587,9 +587,9 @@ def invalid_rows(vectors: Tensor) -> Tensor:
     return ~(vectors.isfinite().all(1) & vectors.any(1))
 
 def scan_vectors(vectors: Tensor, used: Tensor, path: Path) -> tuple[dict, np.ndarray]:
-    """(mean, std [E] and norm fp32 of the `used` vectors, [N] bool; for each vector the index of
-    its first copy [N]). A dimension without spread, below 1 % of the typical deviation, gets that.
-    Raises: UserError at any NaN, infinite or zero vector."""
+    """(mean, std [E] and norm [3] fp32 of the `used` vectors, [N] bool: least, root mean square and
+    greatest; for each vector the index of its first copy [N]). A dimension without spread, below
+    1 % of the typical deviation, gets that. Raises: UserError at a NaN, infinite or zero vector."""
     total, norms = torch.zeros(2, vectors.shape[1], dtype=torch.float64), []
     first, copies = {}, []
     for chunk, mask in zip(vectors.split(2048), used.split(2048), strict=True):
@@ -871,7 +871,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, le
 transformers.AttentionInterface.register("elm_packed", packed_attention)
 
 @contextmanager
-def swapped(owner: Any, name: str, value: Any):
+def temporarily_set(owner: Any, name: str, value: Any):
     original = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -879,8 +879,8 @@ def swapped(owner: Any, name: str, value: Any):
     finally:
         setattr(owner, name, original)
 
-def packed(llm: Any) -> Any:
-    return swapped(llm.config, "_attn_implementation", "elm_packed")
+def packing(llm: Any) -> Any:
+    return temporarily_set(llm.config, "_attn_implementation", "elm_packed")
 
 @contextmanager
 def loading(name: str, key: str):
@@ -952,8 +952,8 @@ def fingerprint(llm: Any) -> str:
     any dtype. A collective operation under ZeRO 3."""
     sample = []
     for p in llm.parameters():
-        shared = hasattr(p, "ds_id")
-        with import_optional("deepspeed").zero.GatheredParameters(p) if shared else nullcontext():
+        zero = import_optional("deepspeed").zero if hasattr(p, "ds_id") else None
+        with zero.GatheredParameters(p) if zero else nullcontext():
             sample.append(p.flatten()[:: max(1, p.numel() // 16)].bfloat16().float())  # no view
     return short_hash(torch.cat(sample).cpu().numpy().tobytes())
 
@@ -978,8 +978,8 @@ class ELM(nn.Module):
         super().__init__()
         self.llm, self.adapter, self.prompt = llm, adapter, prompt
         # Under ZeRO 3 all processes must run equally many passes through the LLM.
-        shared = hasattr(llm.get_input_embeddings().weight, "ds_id")
-        self.lockstep = shared and torch.distributed.get_world_size() > 1
+        partitioned = hasattr(llm.get_input_embeddings().weight, "ds_id")
+        self.lockstep = partitioned and torch.distributed.get_world_size() > 1
         llm.train = lambda mode=True: llm  # frozen: it stays in eval mode, without dropout
 
     @staticmethod
@@ -1057,7 +1057,7 @@ class ELM(nn.Module):
         if soft is not None:  # out of place: any id stands there, and its embedding is replaced
             soft = soft.flatten(0, 1).to(embeds.dtype)
             embeds = embeds.index_copy(0, batch["placeholder_positions"], soft)
-        with packed(self.llm):  # with a cache, transformers would not see that the row is packed
+        with packing(self.llm):  # with a cache, transformers would not see that the row is packed
             out = self.llm.base_model(
                 inputs_embeds=embeds[None], position_ids=batch["position_ids"][None],
                 lengths=batch["lengths"], cu_seqlens=batch["cu_seqlens"], use_cache=False)
@@ -1098,7 +1098,7 @@ class ELM(nn.Module):
         [n, E] and one query or n -> a list of n. Raises: UserError."""
         vectors = check_vectors(embeddings, self.adapter)
         embed, prompts = self.llm.get_input_embeddings(), []
-        with swapped(self.adapter, "training", False):
+        with temporarily_set(self.adapter, "training", False):
             softs = self(vectors)
         for soft, text in zip(softs, expand(query, len(vectors)), strict=True):
             before, after = self.prompt.ids(self.prompt.parts(text))
@@ -1134,7 +1134,7 @@ def generate_batch(llm: Any, prompt: Prompt, prompts: list[Tensor], max_new_toke
     config = llm.generation_config if options["do_sample"] else transformers.GenerationConfig()
     mask = [torch.ones_like(p[:, 0], dtype=torch.long) for p in prompts]
     left = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-    with swapped(llm, "generation_config", config):
+    with temporarily_set(llm, "generation_config", config):
         out = llm.generate(inputs_embeds=left(prompts), attention_mask=left(mask),
                            max_new_tokens=max_new_tokens, **options).tolist()
     answers = [[*takewhile(lambda t: t not in ends, ids)] for ids in out]
@@ -1179,7 +1179,7 @@ def recompute_layers(llm: Any, count: int) -> None:
     for layer in layers[len(layers) - count :]:
         layer.forward = partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), packed(llm)))
+            context_fn=lambda: (nullcontext(), packing(llm)))
 
 # -----------------------------------------------------------------------------
 # Losses: terms that are summed over examples, and their gradient at the soft tokens
@@ -1233,9 +1233,9 @@ def drift(probe: Probe, adapter: Adapter, target: float, hidden: Tensor, batch: 
     embeddings = adapter.standardize(batch["embeddings"])
     return F.relu(target - 1 + probe.distance(response_hidden(hidden, batch), embeddings))
 
-RIDGES = (0.1, 0.01, 1.0, 10.0)  # times the mean diagonal; without a choice the first
+RIDGES = (0.1, 0.01, 1.0, 10.0)  # times the mean diagonal, in the order of trial
 
-def every_tenth(indices: np.ndarray) -> Tensor:  # of fewer than ten the last
+def every_tenth(indices: np.ndarray) -> Tensor:  # or the last of fewer than ten
     tenth = indices % 10 == 9
     return torch.from_numpy(tenth if tenth.any() else indices == indices.max())
 
@@ -1459,7 +1459,7 @@ class Log:
         self.bar = tqdm(total=total, initial=state.step, unit="step",
                         disable=rt.rank > 0 or rt.quiet or None)
         self.clock, self.tokens = time.perf_counter(), 0  # since the last line of training
-        self.begin, self.first = self.clock, state.step
+        self.start_time, self.start_step = self.clock, state.step
         self.run = cfg.wandb.enabled and rt.rank == 0
         self.run = self.wandb(lambda _: start_wandb(cfg, state.wandb_id, rt))
         state.wandb_id = self.run.id if self.run else state.wandb_id
@@ -1495,15 +1495,15 @@ class Log:
         """Log each term's mean since the last call, per label or row, and their weighted sum."""
         means = {name: state.sums[name] / state.sums[term.per] for name, term in terms.items()}
         loss = sum(term.weight * means[name] for name, term in terms.items())
-        passed = time.perf_counter() - self.begin
-        left = passed / (state.step - self.first) * (self.bar.total - state.step)
-        end = f"  {tqdm.format_interval(passed)} passed, {tqdm.format_interval(left)} left"
+        elapsed = time.perf_counter() - self.start_time
+        left = elapsed / (state.step - self.start_step) * (self.bar.total - state.step)
+        end = f"  {tqdm.format_interval(elapsed)} passed, {tqdm.format_interval(left)} left"
         self.record(state.step, end, epoch=state.epoch, loss=loss, **means, **values,
                     tokens_per_second=self.tokens / (time.perf_counter() - self.clock),
                     memory_gib=memory_gib())
         state.sums = {}
 
-def final_split(cfg: Config) -> str:  # the one of the report
+def report_split(cfg: Config) -> str:  # the one of the report
     has_test = any(p.exists() for p in split_paths(cfg.data, "test"))
     return cfg.eval.split or ("test" if has_test else "val")
 
@@ -1583,12 +1583,12 @@ def open_folder(cfg: Config, state: TrainState) -> Any:
     the lock. Raises: UserError."""
     folder = Path(cfg.output.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    held = lock(folder / ".lock")
+    lock_file = lock(folder / ".lock")
     lines = [json.dumps(m) + "\n" for m in read_metrics(folder / "metrics.jsonl")
              if m["step"] <= (state.validated if "val_loss" in m else state.step)]
     write_text(folder / "metrics.jsonl", "".join(lines))
     write_text(folder / "config.toml", config_text(cfg))
-    return held
+    return lock_file
 
 def check_finite(numbers: list[float], step: int, split: Split, rows: np.ndarray) -> None:
     """Raises: UserError that names the step and its rows."""
@@ -1600,12 +1600,12 @@ def check_finite(numbers: list[float], step: int, split: Split, rows: np.ndarray
 def read_words(split: Split, vector_ids: np.ndarray, num_parts: int) -> list[np.ndarray]:
     """For each vector the token ids, each once, of the num_parts equal parts of its text; if no row
     has a text, of all its responses."""
-    texts, complete, words = dict.fromkeys(vector_ids.tolist(), ""), set(), []
+    texts, has_text, words = dict.fromkeys(vector_ids.tolist(), ""), set(), []
     for i in np.flatnonzero(np.isin(split.rows["vector"], vector_ids)):
-        if (vector := int(split.rows["vector"][i])) not in complete:
+        if (vector := int(split.rows["vector"][i])) not in has_text:
             (row,) = split.read([i])
             texts[vector] = row.text or f"{texts[vector]}{row.response}\n"
-            complete.update([vector] * bool(row.text))
+            has_text.update([vector] * bool(row.text))
     texts = list(texts.values())
     for start in range(0, len(texts), 1024):
         for ids in split.prompt.ids(texts[start : start + 1024]):
@@ -1708,7 +1708,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
     write no checkpoints, report the score at each quarter, and return the last one alone.
     Raises: UserError; SystemExit(128 + signal) after a signal, with a checkpoint; TrialPruned."""
     rt, c, folder = start_runtime(cfg)._replace(quiet=bool(trial)), cfg.train, Path(cfg.output.dir)
-    saved, final = find_checkpoint(cfg, rt), final_split(cfg)
+    saved, final = find_checkpoint(cfg, rt), report_split(cfg)
     state = saved["state"] if saved else TrainState()
     names = [name for name in ("train", "val") if name != final] + [final]
     data = open_inputs(cfg, names, cfg.model.tokens, rt, saved and saved["prompt"])
@@ -1739,7 +1739,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
         rt.on_first(lambda: elm.save(folder / name, weights, identity, step=step))
         log.wandb(lambda run: run.log_artifact(str(folder / name), type="adapter"))
 
-    def save(name: str) -> None:  # no generator: a step's rows and dropout depend on seed and step
+    def save(name: str) -> None:  # no RNG state: a step's rows and dropout follow from its number
         weights = elm.adapter.state_dict()
         save_adapter(f"adapter_step_{state.step}.safetensors", weights, state.step)
         rt.on_first(lambda: save_checkpoint(
@@ -1937,12 +1937,12 @@ def load_report_models(cfg: EvalConfig, split: Split, rt: Runtime) -> None:
             warn(f"eval.embedder = {cfg.embedder} does not make the vectors of {split.path}; its "
                  "consistency and MRR mean little")
 
-BERT_SCORES = [f"bertscore_{part}" for part in ("precision", "recall", "f1", "composite")]
-CONSISTENCY = ["consistency", "mrr", "top1"]
+BERTSCORE_COLUMNS = [f"bertscore_{part}" for part in ("precision", "recall", "f1", "composite")]
+CONSISTENCY_COLUMNS = ["consistency", "mrr", "top1"]
 
 def bert_scores(cfg: EvalConfig, texts: list[str], references: list[str],
                 device: Any) -> np.ndarray:
-    """BERT_SCORES of n texts, [n, 4]; an empty text scores 0. One pair at a time: in a batch,
+    """BERTSCORE_COLUMNS of n texts, [n, 4]; an empty text scores 0. One pair at a time: in a batch,
     padding counts as a similarity of 0."""
     scorer = load_scorer(cfg.bertscore_model, cfg.bertscore_layers)
     scores, pairs = np.zeros((len(texts), 4)), zip(texts, references, strict=True)
@@ -1956,9 +1956,9 @@ def bert_scores(cfg: EvalConfig, texts: list[str], references: list[str],
     return scores
 
 def consistency(texts: list[str], embed: Any, source: Tensor, vectors: Tensor) -> np.ndarray:
-    """CONSISTENCY [n, 3] of n texts, which `embed` maps to unit vectors, with vectors[source] of
-    vectors [N, E]: the cosine, and by it the reciprocal rank of the source among all vectors and
-    whether that rank is 1. An empty text scores 0."""
+    """CONSISTENCY_COLUMNS [n, 3] of n texts, which `embed` maps to unit vectors: the cosine with
+    vectors[source] of vectors [N, E], and by it the reciprocal rank of the source among all vectors
+    and whether that rank is 1. An empty text scores 0."""
     scores, rows = np.zeros((len(texts), 3)), [i for i, t in enumerate(texts) if t.strip()]
     if rows:
         answers = embed([texts[i] for i in rows])
@@ -1980,10 +1980,10 @@ def score_answers(cfg: Config, answers: dict[str, list[str]], rows: np.ndarray, 
                   device: Any) -> Any:
     """A DataFrame with index `rows`: the column samples, of ones, and the scores of the answers
     about `rows` by their own vectors, under the suffix "", and by shuffled ones, "_shuffled", and
-    the CONSISTENCY of the reference answers, "_reference"."""
+    the CONSISTENCY_COLUMNS of the reference answers, "_reference"."""
     scores = import_optional("pandas").DataFrame({"samples": 1.0}, rows)
     for suffix in ("", "_shuffled"):
-        texts, columns = answers[suffix], [name + suffix for name in BERT_SCORES]
+        texts, columns = answers[suffix], [name + suffix for name in BERTSCORE_COLUMNS]
         scores[columns] = bert_scores(cfg.eval, texts, answers["_reference"], device)
         scores[f"empty_rate{suffix}"] = [float(not text.strip()) for text in texts]
         scores[f"repetition{suffix}"] = [repetition(text) for text in texts]
@@ -1992,7 +1992,7 @@ def score_answers(cfg: Config, answers: dict[str, list[str]], rows: np.ndarray, 
         embed = partial(embed_texts, model, device=device, truncate_dim=split.vectors.shape[1])
         source = torch.from_numpy(split.rows["vector"][rows].astype(np.int64))
         for suffix, texts in answers.items():
-            columns = [name + suffix for name in CONSISTENCY]
+            columns = [name + suffix for name in CONSISTENCY_COLUMNS]
             scores[columns] = consistency(texts, embed, source, split.vectors)
         model.cpu()
     return scores
@@ -2253,12 +2253,12 @@ def filter_tasks(cfg: Config, folder: Path) -> None:
         os.replace(new.dir, folder)
 
 class EvalOptions(Config):
-    adapter: PathStr  # a file adapter_*.safetensors
+    adapter: PathStr  # a file, a run's folder, or a name on the hub
 
 def evaluate(cfg: EvalOptions, beside: bool = False) -> dict:
     """The report of training's end on the adapter of a file, in output.dir or in a folder beside
     the adapter: returns the dict of eval.json. Raises: UserError."""
-    rt, final, path = start_runtime(cfg), final_split(cfg), Path(cfg.adapter)
+    rt, final, path = start_runtime(cfg), report_split(cfg), Path(cfg.adapter)
     adapter, about = Adapter.load(path)
     step, run = about.get("step"), (path if path.is_dir() else path.parent).resolve()
     folder = run / f"eval_{final}_step_{step}" if beside else Path(cfg.output.dir)
@@ -2275,7 +2275,7 @@ def evaluate(cfg: EvalOptions, beside: bool = False) -> dict:
 
 class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM's own `generate`
     adapter: PathStr
-    embeddings: PathStr  # a safetensors file of one table
+    embeddings: PathStr  # a .safetensors or .npy file of one table
     query: str
     rows: Annotated[tuple[int, ...], FromList, Field(min_length=1)] | None = None  # none: all
     llm: PathStr | None = None  # the adapter's LLM at another place
@@ -2319,7 +2319,7 @@ def generate(o: GenerateOptions) -> None:
 # -----------------------------------------------------------------------------
 # Synthesis: rows, vectors and splits from texts
 
-PHRASINGS = dict(  # of each task; then the length asked for, unless it is two sentences
+PHRASINGS = dict(  # task = "phrasing|…; length of the answer", by default two sentences
     keywords="List its keywords|Name its key terms|Give its main terms; five at most",
     category="Name its category|Say which field it is from|Say what it is; in a few words",
     questions="Ask questions that it answers|Ask about it|List what it asks; five at most",
@@ -2481,13 +2481,13 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:
                   disable=not blocks) as bar:
             for number in read_ahead(ask_block, blocks, threads):
                 bar.update(number)
-        lost: Counter = Counter()
+        rejected: Counter = Counter()
         for row, key in zip(missing, keys, strict=True):
             if why := fault(row, *answers[key]):
-                lost[row["task_type"], why] += 1
+                rejected[row["task_type"], why] += 1
             else:
                 row["response"] = answers[key][0].strip()
-    return lost
+    return rejected
 
 def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
     """A data set at `out`, whole or not at all, of the texts of a file: queries about each, the
@@ -2498,7 +2498,7 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
     load_embedder(o.embedder, o.bf16, "embedder", None)  # its errors come first
     key = o.model, o.endpoint is None and o.bf16, o.max_new_tokens, o.temperature, o.seed
     with hidden_folder(out, *key) as work:
-        lost = fill_rows(o, rows, work / "answers.jsonl")
+        rejected = fill_rows(o, rows, work / "answers.jsonl")
         rows = [row for row in rows if row["response"]]
         table = work / f"{short_hash(repr((o.embedder, o.bf16, [*texts])))}.safetensors"
         if not (listing := table.with_suffix(".jsonl")).exists():
@@ -2510,9 +2510,9 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
             used = torch.tensor([texts[text] == split for text in texts])
             chosen = [row for row in rows if used[row["embedding_file_idx"]]]
             answered = {row["text"] for row in chosen if row["task_type"] not in MORE_TASKS}
-            if lost and len(answered) < 2:
-                raise UserError(f"model: {sum(lost.values())} answers were rejected, the most as "
-                                f"{lost.most_common(1)[0][0][1]}; too few about {split} are left")
+            if rejected and len(answered) < 2:
+                why = ", ".join(sorted({why for _, why in rejected}))
+                raise UserError(f"model: too few answers about {split} are left, others: {why}")
             write_split(DataConfig(dir=str(new)), split, open_vectors(table), used, chosen)
         settings = {
             "model.llm": o.model, "model.bf16": o.bf16, "model.tokens": 4, "data.dir": str(out),
@@ -2525,8 +2525,8 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
     data = DataConfig(dir=str(out))
     tables = [open_vectors(split_paths(data, s)[0]) for s in SPLITS if s in texts.values()]
     counts = Counter((row["task_type"], texts[row["text"]]) for row in rows)
-    for task in sorted({task for task, _ in [*counts, *lost]}):
-        why = ", ".join(f"{n} {why}" for (name, why), n in lost.items() if name == task)
+    for task in sorted({task for task, _ in [*counts, *rejected]}):
+        why = ", ".join(f"{n} {why}" for (name, why), n in rejected.items() if name == task)
         sizes = "".join(f"{counts[task, split]:6} {split}" for split in SPLITS)
         print(f"{task:20}{sizes}; left out: {why or 0}")
     similar = sum(int((torch.cat([v @ t.T for t in tables[:i]], 1).amax(1) > 0.95).sum())
@@ -2563,24 +2563,24 @@ class Sweep(Table):
                  "output.dir": f"{self.output.dir}/{name}"}
         return build(Config, read_toml(None, self.base | settings | fixed))
 
-RESERVED = ("eval.", "output.", "wandb.", "train.eval_steps", "train.resume", "train.seed")
+SWEEP_RESERVED = ("eval.", "output.", "wandb.", "train.eval_steps", "train.resume", "train.seed")
 HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120  # a trial without a heartbeat for so long was killed
 
 def load_sweep(path: str, overrides: list[str]) -> Sweep:
     """A sweep file under overrides. Both ends of each range and each choice are checked as settings
     of a training. Raises: UserError with one line for each mistake."""
-    over = {key.replace('"', ""): value for key, value in map(read_override, overrides)}
-    file = build(Sweep, read_toml(None, flat(read_toml(path, {})) | over), f"{path}: ")
-    logging = flat(file.model_dump(include={"wandb", "output"}, exclude_unset=True))
-    template = flat(read_toml(str(file.base.pop("config", "train.toml")), {}))
-    base, errors = template | file.base | logging, []
+    settings = {key.replace('"', ""): value for key, value in map(read_override, overrides)}
+    sweep = build(Sweep, read_toml(None, flat(read_toml(path, {})) | settings), f"{path}: ")
+    own = flat(sweep.model_dump(include={"wandb", "output"}, exclude_unset=True))
+    template = flat(read_toml(str(sweep.base.pop("config", "train.toml")), {}))
+    base, errors = template | sweep.base | own, []
     cfg = build(Config, read_toml(None, base), f"{path}: ")
-    sweep = file.model_copy(update=dict(base=base, output=cfg.output))
+    sweep = sweep.model_copy(update=dict(base=base, output=cfg.output))
     if not cfg.eval.samples or not sweep.space:
         errors.append("a sweep needs eval.samples above 0 and a [space]")
     for key, spec in sweep.space.items():
         values = [spec.get("low"), spec.get("high")] if isinstance(spec, dict) else spec
-        if key.startswith(RESERVED):
+        if key.startswith(SWEEP_RESERVED):
             errors.append(f"space.{key}: is set by the sweep itself")
         elif not isinstance(values, list) or not values or {list, dict} & {*map(type, values)}:
             errors.append(f"space.{key} = {spec!r}: must be choices in a list, or {{low, high}}")

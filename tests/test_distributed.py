@@ -227,8 +227,8 @@ def wait_for_the_first(rank, folder):
     dist = torch.distributed
     dist.init_process_group("gloo", f"file://{folder}/meet", world_size=2, rank=rank,
                             timeout=timedelta(seconds=2))
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    rt = elm.Runtime(rank, 2, torch.device("cpu"), patient)
+    untimed = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    rt = elm.Runtime(rank, 2, torch.device("cpu"), untimed)
     assert rt.on_first(lambda: time.sleep(5) or "done") == "done"
     assert rt.sum(torch.ones(1)).item() == 2
     try:

@@ -249,7 +249,7 @@ def test_bad_input(texts, tmp_path):
         (texts, "new", f"queries={tmp_path / 'q.toml'}", "queries.summary = "),
         (texts, "new", f"embedder={tmp_path / 'none'}", "embedder: cannot load"),
         (texts, "new", f"model={tmp_path / 'none'}", "model: cannot load"),
-        (texts, "new", "max_new_tokens=1", "model: 240 answers were rejected, .* not finished"),
+        (texts, "new", "max_new_tokens=1", "too few answers about .* are left.*: not fini"),
         (tmp_path / "q.toml", "new", "q.toml: a file of texts is .txt"),
     ]  # fmt: skip
     for source, out, *more, message in cases:
