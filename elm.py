@@ -49,7 +49,7 @@ import unicodedata
 import urllib.request
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -90,7 +90,7 @@ TASKS = ("keywords", "category", "questions", "summary", "describe", "explain_be
          "explain_expert", "related_topics", "characteristics_pos", "characteristics_neg",
          "style_academic", "style_casual", "counterfactual")
 MORE_TASKS = ("reconstruct",)  # known as well, used where data.tasks names them
-REMOVED_TASKS = ("compare", "hypothetical")  # pair tasks of older data sets: skipped and counted
+REMOVED_TASKS = ("compare", "hypothetical")  # pair tasks of older data sets: skipped, counted
 RESERVED_KEYS = (  # of DeepSpeed's config
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "gradient_clipping", "optimizer", "scheduler", "bf16", "fp16", "activation_checkpointing")
@@ -629,7 +629,7 @@ def parse_row(line: bytes, tasks: tuple[str, ...], num_vectors: int) -> Row | No
         error = e.errors()[0]
         name = f"field {error['loc'][0]!r}: " if error["loc"] else ""
         raise ValueError(name + error["msg"]) from None
-    if row.task_type in {*REMOVED_TASKS} - {*tasks}:
+    if row.task_type in REMOVED_TASKS and row.task_type not in tasks:
         return None
     if row.task_type not in (known := (*tasks, *TASKS, *MORE_TASKS)):
         raise ValueError(f"unknown task_type {row.task_type!r}{did_you_mean(row.task_type, known)}")
@@ -1507,7 +1507,7 @@ def report_split(cfg: Config) -> str:  # the one of the report
     has_test = any(p.exists() for p in split_paths(cfg.data, "test"))
     return cfg.eval.split or ("test" if has_test else "val")
 
-def open_inputs(cfg: Config, names: Iterable[str], num_soft: int, rt: Runtime,
+def open_inputs(cfg: Config, names: Sequence[str], num_soft: int, rt: Runtime,
                 stored: dict | None = None) -> dict[str, Split]:
     """The splits by name, after a check of what the report on the last one will need. The prompt is
     the stored one or that of the LLM's chat template. Raises: UserError."""
