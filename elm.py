@@ -1165,8 +1165,8 @@ def check_llm(elm: ELM) -> None:
                       for x in (ids, other)]
             alone = [F.cross_entropy(x[3:-1].float().cpu(), ids[part][4:], reduction="sum").item()
                      for x in logits]
-            for a, b, tolerance in (*pair, 1e-5), (*alone, 1e-5), (pair[0], alone[0], rounding):
-                if not math.isclose(a, b, rel_tol=tolerance):
+            for a, b, share in (*pair, 0.05), (*alone, 0.05), (pair[0], alone[0], 1.0):
+                if not math.isclose(a, b, rel_tol=share * rounding):  # some MoE sum in any order
                     raise ValueError(f"its attention is more than causal ({a}, not {b})")
         generate_batch(elm.llm, elm.prompt, [embed(ids[:20].to(elm.device))], 1)
 
