@@ -2641,33 +2641,35 @@ def best_trials(study: Any, num: int) -> list[Any]:
               if t.state.name == "COMPLETE" and "repeats" not in t.user_attrs]
     return sorted(trials, key=lambda t: -t.value)[:num]
 
-def next_trial(sweep: Sweep, study: Any, deadline: float) -> bool:
-    """Whether this worker is to run another trial. Once the search is finished, repeats of the best
-    trials with two more seeds are enqueued. While other workers run the last trials, it waits."""
+def next_trial(sweep: Sweep, study: Any, deadline: float) -> Any:
+    """The lock under which this worker, and no other, takes its next trial; None at the end. After
+    the search, repeats of the best trials with two more seeds are enqueued. It waits while other
+    workers run the last trials."""
     while time.time() < deadline:
-        with lock(Path(sweep.output.dir, ".lock"), wait=True):  # one worker enqueues
-            import_optional("optuna").storages.fail_stale_trials(study)
-            trials = [t for t in study.get_trials(deepcopy=False)
-                      if t.state.name != "FAIL" or "reason" in t.user_attrs]  # else it was killed
-            states = {t.state.name for t in trials}
-            searched = [t for t in trials if "repeats" not in t.user_attrs]
-            if len(searched) < sweep.study.trials or "WAITING" in states:
-                return True
-            if "RUNNING" not in states:
-                seed = sweep.config({}).train.seed
-                enqueued = [t.user_attrs.get("repeats") for t in trials]
-                repeats = [(t.params, [t.number, {"train.seed": (seed + k) % 2**32}])
-                           for t in best_trials(study, sweep.study.repeat_best) for k in (1, 2)]
-                missing = [repeat for repeat in repeats if repeat[1] not in enqueued]
-                for params, repeat in missing:
-                    study.enqueue_trial(params, user_attrs={"repeats": repeat})
-                return bool(missing)
+        taking = lock(Path(sweep.output.dir, ".lock"), wait=True)
+        import_optional("optuna").storages.fail_stale_trials(study)
+        trials = [t for t in study.get_trials(deepcopy=False)
+                  if t.state.name != "FAIL" or "reason" in t.user_attrs]  # else it was killed
+        states = {t.state.name for t in trials}
+        searched = [t for t in trials if "repeats" not in t.user_attrs]
+        if len(searched) < sweep.study.trials or "WAITING" in states:
+            return taking
+        if "RUNNING" not in states:
+            seed = sweep.config({}).train.seed
+            enqueued = [t.user_attrs.get("repeats") for t in trials]
+            repeats = [(t.params, [t.number, {"train.seed": (seed + k) % 2**32}])
+                       for t in best_trials(study, sweep.study.repeat_best) for k in (1, 2)]
+            missing = [repeat for repeat in repeats if repeat[1] not in enqueued]
+            for params, repeat in missing:
+                study.enqueue_trial(params, user_attrs={"repeats": repeat})
+            return taking if missing else None
+        taking.close()
         time.sleep(1)
-    return False
 
-def run_trial(sweep: Sweep, trial: Any) -> float:
+def run_trial(sweep: Sweep, taking: Any, trial: Any) -> float:
     """The objective. Raises: UserError or RuntimeError, the reason of its failure; TrialPruned;
     SystemExit after a signal: the trial is run again once its heartbeat is stale."""
+    taking.close()  # of SQLite, two workers could take one waiting trial
     optuna = import_optional("optuna")
     # A sampler for each trial: workers with equal samplers would suggest equal parameters.
     trial.study.sampler = optuna.samplers.TPESampler(
@@ -2726,8 +2728,8 @@ def run_sweep(sweep: Sweep) -> None:
     rt = start_runtime(cfg)._replace(quiet=True)
     open_inputs(cfg, SPLITS[:2], cfg.model.tokens, rt)  # its errors come first
     study, deadline = open_study(sweep), time.time() + 3600 * sweep.study.timeout_hours
-    while next_trial(sweep, study, deadline):
-        study.optimize(partial(run_trial, sweep), n_trials=1, gc_after_trial=True,
+    while taking := next_trial(sweep, study, deadline):
+        study.optimize(partial(run_trial, sweep, taking), n_trials=1, gc_after_trial=True,
                        catch=(UserError, RuntimeError))
         torch.cuda.empty_cache()
         print(write_results(sweep, study), flush=True)

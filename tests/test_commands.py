@@ -200,7 +200,7 @@ def test_embed_agrees_with_the_library_used_by_hand(texts, tmp_path, kind, more)
 def test_embed_killed_and_started_again_ends_with_the_same_bytes(texts, tmp_path):
     """Killed each time that ten blocks more are there, of 32; meanwhile no other process may write
     the same file."""
-    many, whole, out = tmp_path / "many.jsonl", tmp_path / "whole.safetensors", tmp_path / "o.st"
+    many, whole, out = (tmp_path / n for n in ("many.jsonl", "1.safetensors", "2.safetensors"))
     many.write_text(texts.read_text() * 10)
     options = elm.EmbedOptions(model=str(EMBEDDER), bf16=False)
     elm.embed_file(options, many, whole, block=64)
