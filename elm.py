@@ -1715,8 +1715,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
     source, size = data["train"], c.batch_size * c.grad_accum * rt.world
     total = c.epochs * math.ceil(len(source.rows) / size)
     total = total if c.max_steps is None else c.max_steps
-    # Trials can be compared on the way whatever their batch size: at each quarter.
-    eval_steps = math.ceil(total / 4) if trial else c.eval_steps
+    eval_steps = math.ceil(total / 4) if trial else c.eval_steps  # comparable at any batch size
     if trial:
         trial.set_user_attr("eval_steps", eval_steps)
     if saved and (finished := finished_report(saved, cfg, total)):
@@ -2705,7 +2704,6 @@ def write_results(sweep: Sweep, study: Any) -> str:
     with atomic_write(folder / "sweep.png", tag) as path:
         plot = import_optional("optuna.visualization.matplotlib").plot_optimization_history
         axes = plot(study, target_name="BERTScore composite, validation")
-        axes.set_title(study.study_name)
         axes.figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
         import_optional("matplotlib.pyplot").close(axes.figure)
     if not values:

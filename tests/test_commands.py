@@ -214,7 +214,7 @@ def test_embed_killed_and_started_again_ends_with_the_same_bytes(texts, tmp_path
         return subprocess.Popen([sys.executable, "-c", code, EMBEDDER, many, out], cwd=ROOT)
 
     def blocks() -> int:
-        return len(list(tmp_path.glob(".o.st.*.tmp/[0-9]*.safetensors")))
+        return len(list(tmp_path.glob(".2.safetensors.*.tmp/[0-9]*.safetensors")))
 
     for before in (0, 10):
         child = start()
@@ -225,7 +225,7 @@ def test_embed_killed_and_started_again_ends_with_the_same_bytes(texts, tmp_path
         child.kill()
         assert child.wait() == -signal.SIGKILL and blocks() >= before + 10
     assert start().wait() == 0 and out.read_bytes() == whole.read_bytes()
-    assert not list(tmp_path.glob(".o.st.*"))
+    assert not list(tmp_path.glob(".2.safetensors.*"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
