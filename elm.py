@@ -2609,7 +2609,7 @@ def open_study(sweep: Sweep) -> Any:
     opened, or if it was created with other settings."""
     optuna = import_optional("optuna")
     folder = Path(sweep.output.dir)
-    url = sweep.study.storage or f"sqlite:///{folder}/study.db"
+    url = sweep.study.storage or f"sqlite:///{folder}/study.db?timeout=60"  # seconds of a lock
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats are
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import optuna
@@ -39,7 +40,8 @@ def out(tmp_path):
 
 
 def load_trials(out: Path) -> list:
-    """The trials of the study so far; none before it exists."""
+    """The trials of the study so far; none before it exists. To open it is to write to it."""
+    time.sleep(0.2)
     try:
         return optuna.load_study(study_name="small", storage=f"sqlite:///{out}/study.db").trials
     except Exception:

@@ -278,8 +278,7 @@ def damage(folder, count, seed):
     how many were read and refused."""
     rng, counts = random.Random(seed), collections.Counter()
     llm, data = make_llm(folder / "llm"), make_data(folder / "data", num_rows=14, num_vectors=5)
-    run, out, toml, texts = (
-        folder / n for n in ("run", "out.safetensors", "mutated.toml", "texts.jsonl"))
+    run, out, toml, texts = (folder / n for n in ("run", "o.safetensors", "a.toml", "texts.jsonl"))
     settings = [*make_settings(llm, data, out), "train.save_steps=1", "eval.samples=0",
                 "train.max_steps=2"]
     assert command(NO_TABLES, *settings, f"output.dir={run}")[0] == 0
