@@ -1503,7 +1503,7 @@ class Log:
                     memory_gib=memory_gib())
         state.sums = {}
 
-def report_split(cfg: Config) -> str:  # the one of the report
+def report_split(cfg: Config) -> str:
     has_test = any(p.exists() for p in split_paths(cfg.data, "test"))
     return cfg.eval.split or ("test" if has_test else "val")
 
@@ -2158,19 +2158,19 @@ def write_table(path: Path, shape: tuple[int, int], dtype: torch.dtype, chunks: 
 def read_texts(path: Path):
     """Yield {"text": …} of each line of a file of texts, or the objects of a .jsonl; the line
     less one is the text's row in the table of vectors. Raises: UserError naming the line."""
-    number, is_json = 0, path.suffix.lower() == ".jsonl"
+    number, suffix = 0, path.suffix.lower()
     with open(path, "rb") as lines:
-        if path.suffix.lower() not in (".txt", ".jsonl"):
+        if suffix not in (".txt", ".jsonl"):
             raise UserError(f"{path}: a file of texts is .txt, one a line, or .jsonl")
         for number, line in enumerate(lines, 1):
             try:
                 text = line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n")
-                entry = json.loads(text) if is_json else {"text": text}
+                entry = json.loads(text) if suffix == ".jsonl" else {"text": text}
                 empty = not entry["text"].strip().encode()  # a ValueError at a lone surrogate
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 empty = True
             if empty:
-                form = ' as {"text": "…"}' if is_json else ""
+                form = ' as {"text": "…"}' if suffix == ".jsonl" else ""
                 raise UserError(f"{path}:{number}: not a text in UTF-8{form}, or an empty one")
             yield entry
     if not number:
