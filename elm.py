@@ -86,10 +86,24 @@ class UserError(ValueError):
 # -----------------------------------------------------------------------------
 # Config: one frozen pydantic model per TOML table; None means unset
 
-TASKS = ("keywords", "category", "questions", "summary", "describe", "explain_beginner",
-         "explain_expert", "related_topics", "characteristics_pos", "characteristics_neg",
-         "style_academic", "style_casual", "counterfactual")
-MORE_TASKS = ("reconstruct",)  # known as well, used where data.tasks names them
+PHRASINGS = dict(  # of task types: "phrasing|…; length of the answer", by default two sentences
+    keywords="List its keywords|Name its key terms|Give its main terms; five at most",
+    category="Name its category|Say which field it is from|Say what it is; in a few words",
+    questions="Ask questions that it answers|Ask about it|List what it asks; five at most",
+    summary="Summarize it|Give its main points|Say what matters in it",
+    describe="Describe it|Say what it is about|Describe what it treats",
+    explain_beginner="Explain it to a beginner|Explain it simply|Explain it to a child",
+    explain_expert="Explain it to an expert|Give the technical account|Explain it technically",
+    related_topics="Name related topics|List topics close to it|Suggest more to read; five at most",
+    characteristics_pos="Name its strengths|Say what is good about it|Name its merits",
+    characteristics_neg="Name its weaknesses|Say what is bad about it|Name its flaws",
+    style_academic="Rewrite it in academic style|Say it formally|Put it as a scholar would",
+    style_casual="Rewrite it in casual style|Say it casually|Put it as you would to a friend",
+    counterfactual="Retell it as if about cooking|Make it about sailing|Make it about law",
+    reconstruct="Repeat its beginning|Give its first two sentences; word for word")
+QUERIES = {task: [f"{query}, {length or 'in two sentences'}." for query in queries.split("|")]
+           for task, text in PHRASINGS.items() for queries, _, length in [text.partition("; ")]}
+TASKS, RECONSTRUCT = tuple(QUERIES)[:-1], "reconstruct"  # this one where data.tasks names it
 REMOVED_TASKS = ("compare", "hypothetical")  # pair tasks of older data sets: skipped, counted
 RESERVED_KEYS = (  # of DeepSpeed's config
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -617,21 +631,27 @@ class Row(BaseModel, frozen=True, strict=True, extra="allow"):
     response: Annotated[str, Field(pattern=r"\S")]  # not empty
     text: str | None = None  # what was embedded
 
-def parse_row(line: bytes, tasks: tuple[str, ...], num_vectors: int) -> Row | None:
-    """A checked row of one line of JSON; None for a pair task. Raises: ValueError."""
-    line = line.removeprefix(codecs.BOM_UTF8)
+def parse_line(kind: type[BaseModel], line: bytes) -> Any:
+    """A model from a line of JSON. Raises: ValueError, which names the field."""
     try:
-        row = Row.model_validate_json(line)
+        return kind.model_validate_json(line.removeprefix(codecs.BOM_UTF8))
     except pydantic.ValidationError as e:
-        with suppress(ValueError, TypeError, LookupError):  # a pair task has other fields
-            if pydantic_core.from_json(line)["task_type"] in REMOVED_TASKS:
-                return None
         error = e.errors()[0]
         name = f"field {error['loc'][0]!r}: " if error["loc"] else ""
         raise ValueError(name + error["msg"]) from None
+
+def parse_row(line: bytes, tasks: tuple[str, ...], num_vectors: int) -> Row | None:
+    """A checked row of one line of JSON; None for a pair task. Raises: ValueError."""
+    try:
+        row = parse_line(Row, line)
+    except ValueError:
+        with suppress(ValueError, TypeError, LookupError):  # a pair task has other fields
+            if pydantic_core.from_json(line)["task_type"] in REMOVED_TASKS:
+                return None
+        raise
     if row.task_type in REMOVED_TASKS and row.task_type not in tasks:
         return None
-    if row.task_type not in (known := (*tasks, *TASKS, *MORE_TASKS)):
+    if row.task_type not in (known := (*tasks, *QUERIES)):
         raise ValueError(f"unknown task_type {row.task_type!r}{did_you_mean(row.task_type, known)}")
     if row.embedding_file_idx >= num_vectors:
         raise ValueError(f"embedding_file_idx {row.embedding_file_idx} of {num_vectors} vectors")
@@ -1909,8 +1929,8 @@ def load_embedder(name: str, bf16: bool = False, key: str = "eval.embedder",
         model.max_seq_length = min(model.max_seq_length or max_tokens, max_tokens)
     return model
 
-def embed_texts(model: Any, texts: list[str], device: Any, **options: Any) -> Tensor:
-    """n texts -> unit vectors [n, width] fp32 on the CPU. `options` are those of `encode`."""
+def encode(model: Any, texts: list[str], device: Any, **options: Any) -> Tensor:
+    """n texts -> unit vectors [n, width] fp32 on the CPU. `options` are those of the library."""
     vectors = model.encode(texts, convert_to_tensor=True, show_progress_bar=False, device=device,
                            **options)
     return F.normalize(vectors.float().cpu(), dim=1)
@@ -1928,7 +1948,7 @@ def load_report_models(cfg: EvalConfig, split: Split, rt: Runtime) -> None:
     rows = np.flatnonzero(split.rows["text"])[:32]
     if len(rows):
         texts, stored = [row.text for row in split.read(rows)], split.rows["vector"][rows]
-        vectors = embed_texts(model, texts, "cpu", truncate_dim=width)
+        vectors = encode(model, texts, "cpu", truncate_dim=width)
         cosine = F.cosine_similarity(vectors, split.embeddings(stored)).mean().item()
         rt.log(f"eval.embedder: mean cosine {cosine:.4f} with the stored vectors of {len(rows)} "
                "texts")
@@ -1988,7 +2008,7 @@ def score_answers(cfg: Config, answers: dict[str, list[str]], rows: np.ndarray, 
         scores[f"repetition{suffix}"] = [repetition(text) for text in texts]
     if cfg.eval.embedder:
         model = load_embedder(cfg.eval.embedder)
-        embed = partial(embed_texts, model, device=device, truncate_dim=split.vectors.shape[1])
+        embed = partial(encode, model, device=device, truncate_dim=split.vectors.shape[1])
         source = torch.from_numpy(split.rows["vector"][rows].astype(np.int64))
         for suffix, texts in answers.items():
             columns = [name + suffix for name in CONSISTENCY_COLUMNS]
@@ -2155,65 +2175,70 @@ def write_table(path: Path, shape: tuple[int, int], dtype: torch.dtype, chunks: 
         table = torch.from_file(scratch.name, size=math.prod(shape), dtype=dtype).view(shape)
         save_file({"embeddings": table}, temporary, metadata)
 
+class Source(BaseModel, frozen=True, strict=True):  # a line of a file of texts
+    text: Annotated[str, Field(pattern=r"\S")]
+    group: str | int | None = None  # such as an article: all its texts are in one split
+    split: Literal["train", "val", "test"] | None = None  # none: drawn
+
 def read_texts(path: Path):
-    """Yield {"text": …} of each line of a file of texts, or the objects of a .jsonl; the line
-    less one is the text's row in the table of vectors. Raises: UserError naming the line."""
-    number, suffix = 0, path.suffix.lower()
+    """Yield the Source of each line of a .txt file, one text a line, or of a .jsonl; the line less
+    one is the text's row in the table of vectors. Raises: UserError naming the line."""
+    number = 0
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"{path}: a file of texts is .txt, one a line, or .jsonl")
     with open(path, "rb") as lines:
-        if suffix not in (".txt", ".jsonl"):
-            raise UserError(f"{path}: a file of texts is .txt, one a line, or .jsonl")
         for number, line in enumerate(lines, 1):
-            try:
-                text = line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n")
-                entry = json.loads(text) if suffix == ".jsonl" else {"text": text}
-                empty = not entry["text"].strip().encode()  # a ValueError at a lone surrogate
-            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                empty = True
-            if empty:
-                form = ' as {"text": "…"}' if suffix == ".jsonl" else ""
-                raise UserError(f"{path}:{number}: not a text in UTF-8{form}, or an empty one")
-            yield entry
+            with user_error(f"{path}:{number}: not a text, or an empty one", ValueError):
+                if path.suffix == ".txt":
+                    text = line.decode("utf-8-sig").rstrip("\r\n")
+                    line = json.dumps({"text": text}).encode()
+                source = parse_line(Source, line)
+            yield source
     if not number:
         raise UserError(f"{path}: is empty")
 
 @contextmanager
-def hidden_folder(out: Path, *key: Any):
-    """A locked folder for what a kill must not lose, beside `out`, which must be new, and named by
-    a hash of `key`, on which its content depends; deleted at the end. Raises: UserError."""
-    folder = out.with_name(f".{out.name}.{short_hash(repr(key))}.tmp")
+def hidden_folder(out: Path):
+    """A locked folder beside `out`, which must be new, for what a kill must not lose; deleted at
+    the end. Raises: UserError."""
+    folder = out.with_name(f".{out.name}.work")
     folder.mkdir(exist_ok=True)
     with lock(folder / ".lock"):
         check_new(out)  # another process may have finished it since
         yield folder
         shutil.rmtree(folder)
 
-def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024,
-               key: str = "model") -> None:
-    """Embed a file of texts into a safetensors table [N, width] fp32. Each block of texts is saved
-    first, so that the same command resumes after a kill. Raises: UserError, which calls the model
-    `key`."""
+def embed_texts(model: Any, o: EmbedOptions, texts: Iterable[str], num: int, folder: Path,
+                out: Path, block: int = 1024) -> None:
+    """Write the vectors of `num` texts as a table [num, width] fp32. Each block of texts is saved
+    in `folder`, by a hash of what it depends on, and taken from there by a later call. Raises:
+    UserError."""
+    prompt = f"Instruct: {o.instruction}\nQuery:" if o.instruction else None
+    paths, texts = [], iter(texts)
+    with tqdm(total=num, unit="text") as bar:
+        while batch := list(islice(texts, block)):
+            paths.append(folder / f"{short_hash(repr((o, batch)))}.safetensors")
+            if not paths[-1].exists():
+                vectors = encode(model, batch, find_device(), batch_size=o.batch_size,
+                                 prompt=prompt)
+                if invalid_rows(vectors).any():
+                    raise UserError(f"{o.model}: makes zero or infinite vectors; bf16=false?")
+                write_table(paths[-1], vectors.shape, vectors.dtype, [vectors])
+            bar.update(len(batch))
+    shape = num, open_vectors(paths[0]).shape[1]
+    write_table(out, shape, torch.float32, map(open_vectors, paths), embed=o.model_dump_json())
+
+def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> None:
+    """Embed a file of texts into a table. Killed, the same command goes on. Raises: UserError."""
     check_new(out)
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: the vectors are written as safetensors; give it this suffix")
-    num = sum(1 for _ in read_texts(texts))
-    model, lines = load_embedder(o.model, o.bf16, key, o.max_tokens), read_texts(texts)
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns)
-             for p in (texts, *sorted(Path(o.model).rglob("*")))]
-    prompt = f"Instruct: {o.instruction}\nQuery:" if o.instruction else None
-    with hidden_folder(out, o, block, stats) as folder, tqdm(total=num, unit="text") as bar:
-        blocks = [folder / f"{first}.safetensors" for first in range(0, num, block)]
-        for path in blocks:
-            batch = [entry["text"] for entry in islice(lines, block)]
-            if not path.exists():
-                vectors = embed_texts(model, batch, find_device(), batch_size=o.batch_size,
-                                      prompt=prompt)
-                if invalid_rows(vectors).any():
-                    raise UserError(f"{key}: {o.model} makes zero or infinite vectors; bf16=false?")
-                write_table(path, vectors.shape, vectors.dtype, [vectors])
-            bar.update(len(batch))
-        shape = num, open_vectors(blocks[0]).shape[1]
-        write_table(out, shape, torch.float32, map(open_vectors, blocks), embed=o.model_dump_json())
-    print(f"{num} vectors of width {shape[1]}; texts are cut after {model.max_seq_length} tokens")
+    num, lines = sum(1 for _ in read_texts(texts)), (source.text for source in read_texts(texts))
+    model = load_embedder(o.model, o.bf16, "model", o.max_tokens)
+    with hidden_folder(out) as folder:
+        embed_texts(model, o, lines, num, folder, out, block)
+    print(f"{num} vectors of width {open_vectors(out).shape[1]}; texts are cut after "
+          f"{model.max_seq_length} tokens")
 
 def write_split(data: DataConfig, split: str, vectors: Tensor, used: Tensor,
                 rows: Iterable[dict]) -> None:
@@ -2318,29 +2343,11 @@ def generate(o: GenerateOptions) -> None:
 # -----------------------------------------------------------------------------
 # Synthesis: rows, vectors and splits from texts
 
-PHRASINGS = dict(  # task = "phrasing|…; length of the answer", by default two sentences
-    keywords="List its keywords|Name its key terms|Give its main terms; five at most",
-    category="Name its category|Say which field it is from|Say what it is; in a few words",
-    questions="Ask questions that it answers|Ask about it|List what it asks; five at most",
-    summary="Summarize it|Give its main points|Say what matters in it",
-    describe="Describe it|Say what it is about|Describe what it treats",
-    explain_beginner="Explain it to a beginner|Explain it simply|Explain it to a child",
-    explain_expert="Explain it to an expert|Give the technical account|Explain it technically",
-    related_topics="Name related topics|List topics close to it|Suggest more to read; five at most",
-    characteristics_pos="Name its strengths|Say what is good about it|Name its merits",
-    characteristics_neg="Name its weaknesses|Say what is bad about it|Name its flaws",
-    style_academic="Rewrite it in academic style|Say it formally|Put it as a scholar would",
-    style_casual="Rewrite it in casual style|Say it casually|Put it as you would to a friend",
-    counterfactual="Retell it as if about cooking|Make it about sailing|Make it about law",
-    reconstruct="Repeat its beginning|Give its first two sentences; word for word")
-QUERIES = {task: [f"{query}, {length or 'in two sentences'}." for query in queries.split("|")]
-           for task, text in PHRASINGS.items() for queries, _, length in [text.partition("; ")]}
 PREAMBLE = re.compile(r"<think>|(here('s|’s| is| are)|sure|certainly|of course)\b", re.IGNORECASE)
 WAITS = (1, 2, 4, 8, 16)  # seconds before the next try of a request
 Query = Annotated[str, pydantic.AfterValidator(lambda query: Prompt.parts(query) and query)]
-Queries = Annotated[dict[str, list[Query]], pydantic.AfterValidator(
-    lambda queries: {task: texts for task, texts in queries.items() if texts}),
-    pydantic.BeforeValidator(lambda path: QUERIES | read_toml(str(path), {}))]
+Queries = Annotated[dict[str, list[Query]], pydantic.BeforeValidator(
+    lambda path: {k: v for k, v in (QUERIES | read_toml(str(path), {})).items() if v})]
 Count = Annotated[PositiveInt, pydantic.BeforeValidator(lambda x: 2**31 if x == "all" else x)]
 Shares = Annotated[tuple[PositiveFloat, PositiveFloat, NonNegativeFloat], FromList]
 
@@ -2366,30 +2373,28 @@ def draw(*parts: Any) -> float:
 def split_texts(path: Path, shares: tuple[float, ...]) -> dict[str, str]:
     """{text: its split}, sorted, of a file; texts that differ in case and spaces alone are one. The
     split is the given one, or drawn by the group or else the text. Raises: UserError."""
-    entries, texts, bounds = {}, {}, np.cumsum(shares)
-    for entry in read_texts(path):
-        group, split = ("" if entry.get(k) is None else str(entry[k]) for k in ("group", "split"))
-        entry = entry["text"], group, split
-        key = draw(entry[0])
-        entries[key] = min(entry, entries.get(key, entry))  # whatever the order of the lines
-    for text, group, split in sorted(entries.values()):
-        drawn = np.searchsorted(bounds, draw(group or text) * bounds[-1], side="right")
-        texts[text] = split or SPLITS[drawn]
+    sources = sorted(read_texts(path), key=lambda source: (source.text, repr(source)))
+    unique = {draw(source.text): source for source in reversed(sources)}  # the first of copies
+    texts, bounds = {}, np.cumsum(shares)
+    for source in sorted(unique.values(), key=lambda source: source.text):
+        share = draw(source.text if source.group is None else source.group) * bounds[-1]
+        drawn = SPLITS[np.searchsorted(bounds, share, side="right")]
+        texts[source.text] = source.split or drawn
     sizes = Counter(texts.values())
-    if min(sizes["train"], sizes["val"]) < 2 or sizes["test"] == 1 or {*sizes} - {*SPLITS}:
+    if min(sizes["train"], sizes["val"]) < 2 or sizes["test"] == 1:
         raise UserError(f"{path}: {dict(sizes)} texts; train and val need two, test two or none; "
                         "give more, or other shares, as split=[0.7, 0.15, 0.15]")
     return texts
 
 def draw_rows(o: SynthesizeOptions, index: int, text: str) -> list[dict]:
     """The rows of a text, their responses empty, but for reconstruct's: the first two sentences."""
-    queries = o.queries
-    tasks = sorted(queries.keys() - {*MORE_TASKS}, key=partial(draw, o.seed, text))[: o.tasks]
-    tasks += queries.keys() & {*MORE_TASKS} if draw(o.seed, text) < o.reconstruct else []
-    choice = {t: queries[t][int(draw(o.seed, t, text) * len(queries[t]))] for t in sorted(tasks)}
+    tasks = o.queries.keys() - {RECONSTRUCT}
+    tasks = sorted(tasks, key=partial(draw, o.seed, text))[: o.tasks]
+    tasks += o.queries.keys() & {RECONSTRUCT} if draw(o.seed, text) < o.reconstruct else []
     begin = " ".join(re.split(r"(?<=[.!?])\s+", text.strip())[:2])
-    return [dict(task_type=task, embedding_file_idx=index, query=query, text=text,
-                 response=begin * (task in MORE_TASKS)) for task, query in choice.items()]
+    queries = {t: o.queries[t][int(draw(o.seed, t, text) * len(o.queries[t]))] for t in tasks}
+    return [dict(task_type=task, embedding_file_idx=index, query=queries[task], text=text,
+                 response=begin * (task == RECONSTRUCT)) for task in sorted(tasks)]
 
 @torch.no_grad()
 def ask_llm(o: SynthesizeOptions, llm: Any, prompt: Prompt, rows: list, seed: int,
@@ -2411,16 +2416,16 @@ def ask_server(o: SynthesizeOptions, rows: list, seed: int,
                temperature: float) -> list[tuple[str, bool]]:
     """As ask_llm, of one row, by an OpenAI-compatible server. 429, 5xx, a broken connection and
     half an answer are followed by the next try after each of WAITS. Raises: UserError."""
-    text = rows[0]["text"]
+    text, url = rows[0]["text"], f"{o.endpoint.rstrip('/')}/chat/completions"
     message = dict(role="user", content=text.join(Prompt.parts(rows[0]["query"])))
     body = dict(model=o.model, messages=[message], max_tokens=o.max_new_tokens, seed=seed,
                 temperature=temperature)
-    secret = "".join(os.environ.get("OPENAI_API_KEY", "none").split())
-    url, body = f"{o.endpoint.rstrip('/')}/chat/completions", json.dumps(body).encode()
+    key = "".join(os.environ.get("OPENAI_API_KEY", "none").split())
+    call = urllib.request.Request(url, json.dumps(body).encode(),
+                                  {"Content-Type": "application/json"})
+    call.add_unredirected_header("Authorization", f"Bearer {key}")
     for wait in [*WAITS, None]:
         try:
-            call = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-            call.add_unredirected_header("Authorization", f"Bearer {secret}")
             with urllib.request.urlopen(call, timeout=600) as reply:
                 (choice,) = json.load(reply)["choices"]
             answer = (choice["message"]["content"] or "").encode(errors="replace").decode()
@@ -2454,34 +2459,33 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:
         llm = load_llm(o.model, find_device(), o.bf16, "model")
         ask = partial(ask_llm, o, llm, Prompt(tokenizer))
         size, threads = ANSWERS_AT_ONCE[llm.device.type], 1
-    answers, requests, guard = {}, {}, threading.Lock()  # by (attempt, query, hash of the text)
+    options = o.model, o.endpoint is None and o.bf16, o.max_new_tokens, o.temperature, o.seed
+    answers, rejected, guard = {}, Counter(), threading.Lock()
     for line in path.read_text("utf-8").split("\n") if path.exists() else []:
         with suppress(ValueError):  # torn by a kill
-            answers |= {tuple(key): answer for key, *answer in json.loads(line)}
+            answers |= {key: answer for key, *answer in json.loads(line)}
 
-    def ask_block(block: list[tuple]) -> int:
-        keys = [key for key in block if key not in answers]
-        seed, temperature = int(draw(o.seed, *keys[0]) * 2**31), o.temperature or float(keys[0][0])
-        replies = ask([requests[key] for key in keys], seed, temperature)
+    def ask_block(attempt: int, block: list[tuple[str, dict]]) -> int:
+        keys, asked = zip(*block, strict=True)
+        replies = ask(asked, int(keys[0][:7], 16), o.temperature or float(attempt))
         replies = [(key, *reply) for key, reply in zip(keys, replies, strict=True)]
         with guard:
             append(path, f"\n{json.dumps(replies)}")
             answers.update((key, reply) for key, *reply in replies)
         return len(keys)
 
-    for attempt, label in enumerate(("answers", "second tries")):
+    for attempt in range(2):
         missing = [row for row in rows if not row["response"]]
         missing.sort(key=lambda row: -len(row["text"]))
-        keys = [(attempt, row["query"], short_hash(row["text"])) for row in missing]
-        requests |= zip(keys, missing, strict=True)
-        blocks = [keys[i : i + size] for i in range(0, len(keys), size)]
-        blocks = [block for block in blocks if not answers.keys() >= {*block}]
-        with tqdm(desc=label, total=len(keys), initial=len(answers.keys() & {*keys}), unit="answer",
-                  disable=not blocks) as bar:
-            for number in read_ahead(ask_block, blocks, threads):
+        keyed = [(short_hash(repr((options, attempt, row["query"], row["text"]))), row)
+                 for row in missing]
+        left = [pair for pair in keyed if pair[0] not in answers]
+        blocks = [left[i : i + size] for i in range(0, len(left), size)]
+        with tqdm(desc=f"answers, try {attempt + 1}", total=len(left), disable=not left) as bar:
+            for number in read_ahead(partial(ask_block, attempt), blocks, threads):
                 bar.update(number)
-        rejected: Counter = Counter()
-        for row, key in zip(missing, keys, strict=True):
+        rejected.clear()
+        for key, row in keyed:
             if why := fault(row, *answers[key]):
                 rejected[row["task_type"], why] += 1
             else:
@@ -2494,25 +2498,23 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
     check_new(out)
     texts = split_texts(source, o.split)
     rows = [row for i, text in enumerate(texts) for row in draw_rows(o, i, text)]
-    load_embedder(o.embedder, o.bf16, "embedder", None)  # its errors come first
-    key = o.model, o.endpoint is None and o.bf16, o.max_new_tokens, o.temperature, o.seed
-    with hidden_folder(out, *key) as work:
+    embedder = load_embedder(o.embedder, o.bf16, "embedder")  # its errors come first
+    with hidden_folder(out) as work:
         rejected = fill_rows(o, rows, work / "answers.jsonl")
         rows = [row for row in rows if row["response"]]
-        table = work / f"{short_hash(repr((o.embedder, o.bf16, [*texts])))}.safetensors"
-        if not (listing := table.with_suffix(".jsonl")).exists():
-            write_text(listing, "".join(json.dumps({"text": text}) + "\n" for text in texts))
-        if not table.exists():
-            embed_file(EmbedOptions(model=o.embedder, bf16=o.bf16), listing, table, key="embedder")
-        shutil.rmtree(new := work / "data", ignore_errors=True)  # of other splits
-        for split in {*texts.values()}:
+        answered = {row["text"] for row in rows if row["task_type"] != RECONSTRUCT}
+        sizes = {split: sum(texts[t] == split for t in answered) for split in {*texts.values()}}
+        if rejected and min(sizes.values()) < 2:
+            why = ", ".join(sorted({why for _, why in rejected}))
+            raise UserError(f"model: answers about {dict(sizes)} texts are too few: {why}")
+        options, table = EmbedOptions(model=o.embedder, bf16=o.bf16), work / "vectors.safetensors"
+        embed_texts(embedder, options, texts, len(texts), work, table)
+        data = DataConfig(dir=str(new := work / "data"))
+        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+        for split in sizes:
             used = torch.tensor([texts[text] == split for text in texts])
             chosen = [row for row in rows if used[row["embedding_file_idx"]]]
-            answered = {row["text"] for row in chosen if row["task_type"] not in MORE_TASKS}
-            if rejected and len(answered) < 2:
-                why = ", ".join(sorted({why for _, why in rejected}))
-                raise UserError(f"model: too few answers about {split} are left, others: {why}")
-            write_split(DataConfig(dir=str(new)), split, open_vectors(table), used, chosen)
+            write_split(data, split, open_vectors(table), used, chosen)
         settings = {
             "model.llm": o.model, "model.bf16": o.bf16, "model.tokens": 4, "data.dir": str(out),
             "data.tasks": sorted({row["task_type"] for row in rows}), "train.lr": 1e-3,
@@ -2521,20 +2523,23 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
         toml = "".join(f"{name} = {to_toml(value)}\n" for name, value in settings.items())
         write_text(new / "train.toml", toml)
         os.replace(new, out)
-    data = DataConfig(dir=str(out))
-    tables = [open_vectors(split_paths(data, s)[0]) for s in SPLITS if s in texts.values()]
-    counts = Counter((row["task_type"], texts[row["text"]]) for row in rows)
+    print_data_set(out, Counter((row["task_type"], texts[row["text"]]) for row in rows), rejected)
+    for row in rows[:: max(1, len(rows) // 3)][:3]:
+        print("\n{task_type}: {query}\n{text}\n    {response}".format(**row))
+    print(f"\n{out}/train.toml:\n{toml}\nnext: deepspeed elm.py {out}/train.toml")
+
+def print_data_set(folder: Path, counts: Counter, rejected: Counter) -> None:
+    """Print the rows of each task by split, those rejected by fault, and the near-duplicates."""
     for task in sorted({task for task, _ in [*counts, *rejected]}):
         why = ", ".join(f"{n} {why}" for (name, why), n in rejected.items() if name == task)
         sizes = "".join(f"{counts[task, split]:6} {split}" for split in SPLITS)
         print(f"{task:20}{sizes}; left out: {why or 0}")
+    paths = [split_paths(DataConfig(dir=str(folder)), split)[0] for split in SPLITS]
+    tables = [open_vectors(path) for path in paths if path.exists()]
     similar = sum(int((torch.cat([v @ t.T for t in tables[:i]], 1).amax(1) > 0.95).sum())
                   for i in range(1, len(tables))
                   for v in tqdm(tables[i].split(64), "near-duplicates", leave=False))
     print(f"{similar} texts of val and test have a cosine above .95 with one of another split")
-    for row in rows[:: max(1, len(rows) // 3)][:3]:
-        print("\n{task_type}: {query}\n{text}\n    {response}".format(**row))
-    print(f"\n{out}/train.toml:\n{toml}\nnext: deepspeed elm.py {out}/train.toml")
 
 # -----------------------------------------------------------------------------
 # Sweep: Optuna over the settings of training, by any number of workers

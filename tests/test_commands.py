@@ -214,7 +214,7 @@ def test_embed_killed_and_started_again_ends_with_the_same_bytes(texts, tmp_path
         return subprocess.Popen([sys.executable, "-c", code, EMBEDDER, many, out], cwd=ROOT)
 
     def blocks() -> int:
-        return len(list(tmp_path.glob(".2.safetensors.*.tmp/[0-9]*.safetensors")))
+        return len(list(tmp_path.glob(".2.safetensors.work/*.safetensors")))
 
     for before in (0, 10):
         child = start()
@@ -265,11 +265,11 @@ def test_bad_input_of_embed(texts, tmp_path):
     new = tmp_path / "new.safetensors"
     for message, *given in (
         ("empty.txt: is empty", tmp_path / "empty.txt", new),
-        ("gap.txt:2: not a text in UTF-8, or an empty one", tmp_path / "gap.txt", new),
-        ("latin.txt:1: not a text in UTF-8", tmp_path / "latin.txt", new),
-        ("deep.jsonl:1: not a text in UTF-8 as {", tmp_path / "deep.jsonl", new),
+        ("gap.txt:2: not a text, or an empty one", tmp_path / "gap.txt", new),
+        ("latin.txt:1: not a text.*utf-8", tmp_path / "latin.txt", new),
+        ("deep.jsonl:1: not a text.* recursion", tmp_path / "deep.jsonl", new),
         ("field.jsonl:2: not a text", tmp_path / "field.jsonl", new),
-        ("blank.jsonl:1: not a text .* or an empty one", tmp_path / "blank.jsonl", new),
+        ("blank.jsonl:1: not a text, or an empty one", tmp_path / "blank.jsonl", new),
         ("nowhere.txt: No such file", tmp_path / "nowhere.txt", new),
         ("taken.safetensors: exists already", texts, tmp_path / "taken.safetensors"),
         ("its folder does not exist", texts, tmp_path / "no" / "x"),

@@ -198,7 +198,7 @@ def test_files_as_other_systems_write_them(data_dir, dtype):
     assert [r.response for r in split.read(range(40))] == [r["response"] for r in rows]
     texts = path.with_name("texts.txt")
     texts.write_bytes(b"\xef\xbb\xbfone\ntwo\n")
-    assert [t["text"] for t in elm.read_texts(texts)] == ["one", "two"]
+    assert [t.text for t in elm.read_texts(texts)] == ["one", "two"]
     config = path.with_name("run.toml")
     config.write_bytes(b"\xef\xbb\xbftrain.lr = 1.0\n")
     assert elm.load_config(str(config)).train.lr == 1.0

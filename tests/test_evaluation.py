@@ -247,7 +247,7 @@ def test_the_embedder_is_compared_with_the_stored_vectors(data_dir, tmp_path, ca
     rows = [r | {"embedding_file_idx": i} for i, r in enumerate(read_jsonl(rows_path(data_dir)))]
     texts = [r["text"] for r in rows]
     vectors = SentenceTransformer(str(by_mean), device="cpu").encode(texts, convert_to_tensor=True)
-    own = elm.embed_texts(elm.load_embedder(str(by_mean)), texts, "cpu")
+    own = elm.encode(elm.load_embedder(str(by_mean)), texts, "cpu")
     assert torch.nn.functional.cosine_similarity(own, vectors).min() > 0.999
     write_rows(data_dir, "train", rows)
     save_file({"x": vectors[:, :12].contiguous()}, vectors_path(data_dir))

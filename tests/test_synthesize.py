@@ -69,13 +69,13 @@ def test_rows_vectors_and_queries(texts, tmp_path):
     model, rows = elm.load_embedder(str(TINY / "embedder")), all_rows(out)
     for split in elm.SPLITS:
         table, its = elm.open_vectors(vectors_path(out, split)), read_jsonl(rows_path(out, split))
-        vectors = elm.embed_texts(model, [row["text"] for row in its], "cpu")
+        vectors = elm.encode(model, [row["text"] for row in its], "cpu")
         assert torch.allclose(table[[r["embedding_file_idx"] for r in its]], vectors, atol=1e-5)
     assert {row["text"] for row in rows} == {*TEXTS[:40]}
     tasks, queries = Counter(row["task_type"] for row in rows), make.QUERIES
     assert 10 <= tasks.pop("reconstruct") <= 30 and sum(tasks.values()) == 6 * 40
     assert elm.read_toml(str(TINY / "queries.toml"), {}) == queries  # which the tiny LLM knows
-    assert elm.QUERIES.keys() == queries.keys() | {*elm.MORE_TASKS}
+    assert elm.QUERIES.keys() == queries.keys() | {elm.RECONSTRUCT}
     asked = [row for row in rows if row["task_type"] != "reconstruct"]
     assert all(row["query"] in queries[row["task_type"]] for row in asked)
     begin = next(row for row in rows if row not in asked)
@@ -90,7 +90,7 @@ def test_killed_and_started_again_and_shuffled_ends_with_the_same_bytes(tmp_path
     kills, command = 0, [sys.executable, ROOT / "elm.py", "synthesize", source, out, *MODELS]
 
     def answers():
-        return sum(p.read_bytes().count(b"\n") for p in tmp_path.glob(".mine.*/answers.jsonl"))
+        return sum(p.read_bytes().count(b"\n") for p in tmp_path.glob(".mine.work/answers.jsonl"))
 
     while not out.exists():
         before, child = answers(), subprocess.Popen([*command, "temperature=0.7"], env=os.environ)
@@ -98,7 +98,7 @@ def test_killed_and_started_again_and_shuffled_ends_with_the_same_bytes(tmp_path
             if answers() >= before + 15:
                 child.kill()
                 child.wait()
-                with open(*tmp_path.glob(".mine.*/answers.jsonl"), "a") as f:
+                with open(*tmp_path.glob(".mine.work/answers.jsonl"), "a") as f:
                     f.write('\n[["torn')
                 kills += 1
             time.sleep(0.005)
@@ -240,8 +240,8 @@ def test_bad_input(texts, tmp_path):
     (tmp_path / "taken").mkdir()
     cases = [
         (none, "new", "0.jsonl: is empty"), (gap, "new", "1.jsonl:2: not a text"),
-        (few, "new", "2.jsonl: .* train and val need two"), (odd, "new", "'dev': 1.* train and"),
-        (tmp_path / "nowhere", "new", "nowhere: No such file"), (texts, "no/x", "does not exist"),
+        (few, "new", "2.jsonl: .* train and val need two"), (odd, "new", ":1: .*'split'"),
+        (tmp_path / "no.txt", "new", "no.txt: No such file"), (texts, "no/x", "does not exist"),
         (texts, "taken", "model=nonsense/x", "taken: exists already"),
         (texts, "new", "tasks=some", "tasks = 'some': must be a valid integer"),
         (texts, "new", "split=[1, 0, 0]", "split.1 = 0: must be greater than 0"),
@@ -249,7 +249,7 @@ def test_bad_input(texts, tmp_path):
         (texts, "new", f"queries={tmp_path / 'q.toml'}", "queries.summary = "),
         (texts, "new", f"embedder={tmp_path / 'none'}", "embedder: cannot load"),
         (texts, "new", f"model={tmp_path / 'none'}", "model: cannot load"),
-        (texts, "new", "max_new_tokens=1", "too few answers about .* are left.*: not fini"),
+        (texts, "new", "max_new_tokens=1", "answers about .*'train': 0.* are too few: not fini"),
         (tmp_path / "q.toml", "new", "q.toml: a file of texts is .txt"),
     ]  # fmt: skip
     for source, out, *more, message in cases:

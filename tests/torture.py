@@ -300,7 +300,8 @@ def damage(folder, count, seed):
             assert tables[name].items() >= table.items()
 
     def check_texts(lines, raw):
-        assert lines == [json.loads(x) for x in raw.removesuffix(b"\n").split(b"\n")]
+        texts = [json.loads(x)["text"] for x in raw.removesuffix(b"\n").split(b"\n")]
+        assert [line.text for line in lines] == texts
 
     def check_metrics(entries, raw):
         assert entries == [json.loads(x) for x in raw.split(b"\n")[:-1]]
