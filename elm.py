@@ -403,9 +403,9 @@ def writing(path: Path) -> Any:
     return user_error(message, (OSError, SafetensorError))
 
 @contextmanager
-def atomic_write(path: Path, tag: str = ""):
+def atomic_write(path: Path):
     """A temporary path that replaces `path` when complete and on disk. Raises: UserError."""
-    temporary = path.with_name(f".{path.name}{tag}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -419,8 +419,8 @@ def atomic_write(path: Path, tag: str = ""):
         finally:
             temporary.unlink(missing_ok=True)
 
-def write_text(path: Path, text: str, tag: str = "") -> None:
-    with atomic_write(path, tag) as temporary:
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 def append(path: Path, text: str) -> None:
@@ -435,17 +435,13 @@ def lock(path: Path, wait: bool = False) -> Any:
         fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError):
         raise UserError(f"{path}: another process holds it") from None
-    except OSError:  # a file system without locks
-        pass
     return file
 
 def check_new(*paths: Path) -> None:
-    """Raises: UserError if a path exists or could not be created."""
+    """Raises: UserError if a path exists."""
     for path in paths:
         if path.exists():
             raise UserError(f"{path}: exists already; choose another place or delete it")
-        if not os.access(path.parent, os.W_OK):
-            raise UserError(f"{path}: its folder does not exist or cannot be written to")
 
 def short_hash(data: str | bytes) -> str:
     data = data.encode(errors="surrogatepass") if isinstance(data, str) else data
@@ -967,15 +963,15 @@ def release(llm: Any) -> None:
     torch.cuda.empty_cache()
 
 @torch.no_grad()
-def fingerprint(llm: Any) -> str:
-    """A hash over 16 to 31 numbers spread over every parameter, in bf16, so that it is the same for
-    any dtype. A collective operation under ZeRO 3."""
+def fingerprint(llm: Any) -> dict[str, str]:
+    """A hash, under its name, over 16 to 31 numbers spread over every parameter, in bf16, so that
+    it is the same for any dtype. A collective operation under ZeRO 3."""
     sample = []
     for p in llm.parameters():
         zero = import_optional("deepspeed").zero if hasattr(p, "ds_id") else None
         with zero.GatheredParameters(p) if zero else nullcontext():
             sample.append(p.flatten()[:: max(1, p.numel() // 16)].bfloat16().float())  # no view
-    return short_hash(torch.cat(sample).cpu().numpy().tobytes())
+    return {"hash of the LLM's weights": short_hash(torch.cat(sample).cpu().numpy().tobytes())}
 
 @torch.no_grad()
 def fresh_adapter(llm: Any, statistics: dict[str, Tensor], standardize: bool = True,
@@ -1015,7 +1011,7 @@ class ELM(nn.Module):
         tokenizer = load_pretrained(transformers.AutoTokenizer, name, "llm")
         model = load_llm(name, device := find_device(), bf16, "llm", options)
         elm = ELM(model, adapter.to(device)).eval()
-        check_identity(identity, elm.identity(), f"{path}: {name}")
+        check_identity(identity, fingerprint(model), f"{path}: {name}")
         with user_error(f"{path}: its prompt cannot be used"):
             elm.prompt = Prompt(tokenizer, template, stored)
         return elm
@@ -1041,13 +1037,7 @@ class ELM(nn.Module):
         origin = dict(name=self.llm.name_or_path, bf16=self.llm.dtype == torch.bfloat16,
                       template=self.prompt.template)
         self.adapter.save(path, state, llm=origin, prompt=self.prompt.text,
-                          identity=identity or self.identity(), **metadata)
-
-    def identity(self) -> dict[str, Any]:
-        """What must be the same wherever the adapter is used. Collective under ZeRO 3."""
-        keys = "d_emb", "hidden_dim", "d_llm", "tokens", "residual_scale"
-        same = {k: self.adapter.settings[k] for k in keys}
-        return same | {"hash of the LLM's weights": fingerprint(self.llm)}
+                          identity=identity or fingerprint(self.llm), **metadata)
 
     @property
     def device(self) -> torch.device:
@@ -1537,13 +1527,14 @@ def open_inputs(cfg: Config, names: Sequence[str], num_soft: int, rt: Runtime,
     prompt = Prompt(tokenizer, cfg.model.template, stored)
     splits = {name: open_split(cfg.data, name, prompt, num_soft, rt) for name in names}
     widths = {name: split.vectors.shape[1] for name, split in splits.items()}
+    norms = splits[names[0]].statistics["norm"].tolist()
     if len(set(widths.values())) > 1:
         raise UserError(f"data.dir: the vectors of the splits differ in width: {widths}")
     for name, split in splits.items():
         counts = ", ".join(f"{n} {what}" for what, n in split.counts.items() if n)
         rt.log(f"{name}: {len(split.vectors)} vectors of width {widths[name]}, {counts}")
-        norms = [s.statistics["norm"].tolist() for s in (splits[names[0]], split)]
-        check_norm(norms[0], norms[1][1], split_paths(cfg.data, name)[0])
+        norm = split.statistics["norm"][1].item()
+        check_norm(norms, norm, split_paths(cfg.data, name)[0])
         if (split.rows["vector"] == split.rows["vector"][0]).all():
             raise UserError(f"{split.path}: all rows are about one vector: none is left to compare "
                             "it with")
@@ -1702,10 +1693,11 @@ def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt
            f"embeddings of root mean square {adapter.scale:.4f}")
     optimizer = torch.optim.AdamW(adapter.parameters(), betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=cfg.train.weight_decay, fused=True)
-    identity, probe = elm.identity(), None
+    same, probe = ("d_emb", "hidden_dim", "d_llm", "tokens", "residual_scale"), None
+    identity = fingerprint(llm) | {key: adapter.settings[key] for key in same}
+    identity["standardize"] = m.standardize
     if saved:
         check_identity(saved["identity"], identity, "train.resume")
-        check_identity(saved["config"]["model"], {"standardize": m.standardize}, "train.resume")
         check_norm(saved["norm"], adapter.settings["norm"][1], "train.resume")
         adapter.load_state_dict(saved["adapter"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -1828,7 +1820,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
                     validate()
                 if state.ended(total, c.patience):
                     break
-            if fingerprint(elm.llm) != identity["hash of the LLM's weights"]:
+            if not fingerprint(llm).items() <= identity.items():
                 raise RuntimeError(f"{cfg.model.llm} is frozen, yet its weights have changed")
             if not trial:
                 save("final")
@@ -2202,7 +2194,7 @@ def hidden_folder(out: Path):
     """A locked folder beside `out`, which must be new, for what a kill must not lose; deleted at
     the end. Raises: UserError."""
     folder = out.with_name(f".{out.name}.work")
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock"):
         check_new(out)  # another process may have finished it since
         yield folder
@@ -2287,8 +2279,7 @@ def evaluate(cfg: EvalOptions, beside: bool = False) -> dict:
     step, run = about.get("step"), (path if path.is_dir() else path.parent).resolve()
     folder = run / f"eval_{final}_step_{step}" if beside else Path(cfg.output.dir)
     cfg = cfg.model_copy(update=dict(output=OutputConfig(dir=str(folder))))
-    names = ("metrics.jsonl", "predictions.jsonl", "eval.json", "report.png")
-    rt.on_first(lambda: check_new(*(p for p in map(folder.joinpath, names) if p.exists())))
+    rt.on_first(lambda: check_new(folder / "metrics.jsonl", folder / "eval.json"))
     num_soft = adapter.settings["tokens"]
     split = open_inputs(cfg, [final], num_soft, rt, about.get("prompt"))[final]
     check_vectors(split.vectors[:8192], adapter, f"data.dir: {final}")
@@ -2693,10 +2684,10 @@ def run_trial(sweep: Sweep, taking: Any, trial: Any) -> float:
         raise
 
 def write_results(sweep: Sweep, study: Any) -> str:
-    """Write trials.jsonl, sweep.png and best.toml of the trials so far, as any worker may. The best
-    trial has the best mean over seeds among those that are repeated. Returns a line about it."""
+    """Write trials.jsonl, sweep.png and best.toml of the trials so far. The best trial has the best
+    mean over seeds among those that are repeated. Returns a line about it."""
     trials, folder = study.get_trials(deepcopy=False), Path(sweep.output.dir)
-    tag, rows, values = f".{os.getpid()}", [], {}
+    rows, values = [], {}
     for t in trials:
         number, settings = t.user_attrs.get("repeats", (t.number, {}))
         reason = t.user_attrs.get("reason", "killed" if t.state.name == "FAIL" else None)
@@ -2705,8 +2696,8 @@ def write_results(sweep: Sweep, study: Any) -> str:
                          params=t.params | settings, seconds=seconds, reason=reason))
         if t.state.name == "COMPLETE":
             values.setdefault(number, []).append(t.value)
-    write_text(folder / "trials.jsonl", "".join(json.dumps(r) + "\n" for r in rows), tag)
-    with atomic_write(folder / "sweep.png", tag) as path:
+    write_text(folder / "trials.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    with atomic_write(folder / "sweep.png") as path:
         plot = import_optional("optuna.visualization.matplotlib").plot_optimization_history
         axes = plot(study, target_name="BERTScore composite, validation")
         axes.figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
@@ -2717,7 +2708,7 @@ def write_results(sweep: Sweep, study: Any) -> str:
                key=lambda t: np.mean(values[t.number]))
     cfg = sweep.config(best.params | {"train.eval_steps": best.user_attrs["eval_steps"]})
     head = f"# trial {best.number} of {study.study_name}: {best.value!r} on the validation split\n"
-    write_text(folder / "best.toml", head + config_text(cfg), tag)
+    write_text(folder / "best.toml", head + config_text(cfg))
     by_seed = ", ".join(f"{value:.4f}" for value in values[best.number])
     return f"{len(trials)} trials, the best is trial {best.number}: {by_seed}"
 
@@ -2731,12 +2722,15 @@ def run_sweep(sweep: Sweep) -> None:
     rt = start_runtime(cfg)._replace(quiet=True)
     open_inputs(cfg, SPLITS[:2], cfg.model.tokens, rt)  # its errors come first
     study, deadline = open_study(sweep), time.time() + 3600 * sweep.study.timeout_hours
+    file = Path(sweep.output.dir, ".lock")
     while taking := next_trial(sweep, study, deadline):
         study.optimize(partial(run_trial, sweep, taking), n_trials=1, gc_after_trial=True,
                        catch=(UserError, RuntimeError))
         torch.cuda.empty_cache()
-        print(write_results(sweep, study), flush=True)
-    print(write_results(sweep, study))
+        with lock(file, wait=True):
+            print(write_results(sweep, study), flush=True)
+    with lock(file, wait=True):
+        print(write_results(sweep, study))
     if not best_trials(study, 1):
         raise UserError(f"{sweep.study.name}: no trial was completed")
 

@@ -272,7 +272,7 @@ def test_bad_input_of_embed(texts, tmp_path):
         ("blank.jsonl:1: not a text, or an empty one", tmp_path / "blank.jsonl", new),
         ("nowhere.txt: No such file", tmp_path / "nowhere.txt", new),
         ("taken.safetensors: exists already", texts, tmp_path / "taken.safetensors"),
-        ("its folder does not exist", texts, tmp_path / "no" / "x"),
+        ("x: the vectors are written as safetensors", texts, tmp_path / "no" / "x"),
         ("embed: takes TEXTS OUT key=value", texts),
         ("modle: unknown key, did you mean model", texts, new, "modle=x"),
         ("model: cannot load .*none", texts, new, f"model={tmp_path / 'none'}"),

@@ -65,7 +65,7 @@ def test_from_texts_to_a_report(tmp_path):
 
 
 def test_rows_vectors_and_queries(texts, tmp_path):
-    synthesize(texts, out := tmp_path / "mine", "reconstruct=0.5")
+    synthesize(texts, out := tmp_path / "new" / "mine", "reconstruct=0.5")
     model, rows = elm.load_embedder(str(TINY / "embedder")), all_rows(out)
     for split in elm.SPLITS:
         table, its = elm.open_vectors(vectors_path(out, split)), read_jsonl(rows_path(out, split))
@@ -241,7 +241,7 @@ def test_bad_input(texts, tmp_path):
     cases = [
         (none, "new", "0.jsonl: is empty"), (gap, "new", "1.jsonl:2: not a text"),
         (few, "new", "2.jsonl: .* train and val need two"), (odd, "new", ":1: .*'split'"),
-        (tmp_path / "no.txt", "new", "no.txt: No such file"), (texts, "no/x", "does not exist"),
+        (tmp_path / "no.txt", "new", "no.txt: No such file"),
         (texts, "taken", "model=nonsense/x", "taken: exists already"),
         (texts, "new", "tasks=some", "tasks = 'some': must be a valid integer"),
         (texts, "new", "split=[1, 0, 0]", "split.1 = 0: must be greater than 0"),
