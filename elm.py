@@ -2439,11 +2439,11 @@ def fault(row: dict, answer: str, finished: bool) -> str:
               "repetitive": repetition(answer) > 0.3, "preamble": PREAMBLE.match(answer.strip())}
     return next((name for name, found in faults.items() if found), "")
 
-def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:
+def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> list[str]:
     """Set the empty responses. Rejected answers are asked for once more, with another seed and a
     temperature above 0. Answers are appended to the file `path` as they come, so that a later call
-    asks for the missing ones only. Returns how many rows are left without a response, by (task,
-    fault). Raises: UserError."""
+    asks for the missing ones only. Returns the fault of each row that is left without a response,
+    "" of the others. Raises: UserError."""
     ask, size, threads = partial(ask_server, o), 1, o.concurrency
     if not o.endpoint:
         tokenizer = load_pretrained(transformers.AutoTokenizer, o.model, "model")
@@ -2451,13 +2451,13 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:
         ask = partial(ask_llm, o, llm, Prompt(tokenizer))
         size, threads = ANSWERS_AT_ONCE[llm.device.type], 1
     options = o.model, o.endpoint is None and o.bf16, o.max_new_tokens, o.temperature, o.seed
-    answers, rejected, guard = {}, Counter(), threading.Lock()
+    answers, faults, guard = {}, [""] * len(rows), threading.Lock()
     for line in path.read_text("utf-8").split("\n") if path.exists() else []:
         with suppress(ValueError):  # torn by a kill
             answers |= {key: answer for key, *answer in json.loads(line)}
 
-    def ask_block(attempt: int, block: list[tuple[str, dict]]) -> int:
-        keys, asked = zip(*block, strict=True)
+    def ask_block(attempt: int, keys: list[str]) -> int:
+        asked = [requests[key] for key in keys]
         replies = ask(asked, int(keys[0][:7], 16), o.temperature or float(attempt))
         replies = [(key, *reply) for key, reply in zip(keys, replies, strict=True)]
         with guard:
@@ -2466,22 +2466,19 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> Counter:
         return len(keys)
 
     for attempt in range(2):
-        missing = [row for row in rows if not row["response"]]
-        missing.sort(key=lambda row: -len(row["text"]))
-        keyed = [(short_hash(repr((options, attempt, row["query"], row["text"]))), row)
-                 for row in missing]
-        left = [pair for pair in keyed if pair[0] not in answers]
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["text"]))
+        keys = {i: short_hash(repr((options, attempt, rows[i]["query"], rows[i]["text"])))
+                for i in order if not rows[i]["response"]}
+        requests = {key: rows[i] for i, key in keys.items() if key not in answers}
+        left = [*requests]
         blocks = [left[i : i + size] for i in range(0, len(left), size)]
         with tqdm(desc=f"answers, try {attempt + 1}", total=len(left), disable=not left) as bar:
             for number in read_ahead(partial(ask_block, attempt), blocks, threads):
                 bar.update(number)
-        rejected.clear()
-        for key, row in keyed:
-            if why := fault(row, *answers[key]):
-                rejected[row["task_type"], why] += 1
-            else:
-                row["response"] = answers[key][0].strip()
-    return rejected
+        for i, key in keys.items():
+            faults[i] = fault(rows[i], *answers[key])
+            rows[i]["response"] = "" if faults[i] else answers[key][0].strip()
+    return faults
 
 def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
     """A data set at `out`, whole or not at all, of the texts of a file: queries about each, the
@@ -2489,15 +2486,19 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
     check_new(out)
     texts = split_texts(source, o.split)
     rows = [row for i, text in enumerate(texts) for row in draw_rows(o, i, text)]
+    pd = import_optional("pandas")
     embedder = load_embedder(o.embedder, o.bf16, "embedder")  # its errors come first
     with hidden_folder(out) as work:
-        rejected = fill_rows(o, rows, work / "answers.jsonl")
-        rows = [row for row in rows if row["response"]]
+        faults = fill_rows(o, rows, work / "answers.jsonl")
+        outcomes = [why or texts[row["text"]] for row, why in zip(rows, faults, strict=True)]
+        tasks = pd.Series([row["task_type"] for row in rows], name="rows")
+        counts = pd.crosstab(tasks, pd.Series(outcomes, name="")).to_string()
+        rows = [row for row, why in zip(rows, faults, strict=True) if not why]
         answered = {row["text"] for row in rows if row["task_type"] != RECONSTRUCT}
         sizes = {split: sum(texts[t] == split for t in answered) for split in {*texts.values()}}
-        if rejected and min(sizes.values()) < 2:
-            why = ", ".join(sorted({why for _, why in rejected}))
-            raise UserError(f"model: answers about {dict(sizes)} texts are too few: {why}")
+        if any(faults) and min(sizes.values()) < 2:
+            raise UserError(f"model: answers about {sizes} texts are too few; others are "
+                            f"{', '.join(sorted({*faults} - {''}))}")
         options, table = EmbedOptions(model=o.embedder, bf16=o.bf16), work / "vectors.safetensors"
         embed_texts(embedder, options, texts, len(texts), work, table)
         data = DataConfig(dir=str(new := work / "data"))
@@ -2514,23 +2515,18 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
         toml = "".join(f"{name} = {to_toml(value)}\n" for name, value in settings.items())
         write_text(new / "train.toml", toml)
         os.replace(new, out)
-    print_data_set(out, Counter((row["task_type"], texts[row["text"]]) for row in rows), rejected)
+    paths = [split_paths(DataConfig(dir=str(out)), split)[0] for split in SPLITS]
+    print(f"{counts}\n{near_duplicates([open_vectors(p) for p in paths if p.exists()])} texts of "
+          "val and test have a cosine above .95 with one of another split")
     for row in rows[:: max(1, len(rows) // 3)][:3]:
         print("\n{task_type}: {query}\n{text}\n    {response}".format(**row))
     print(f"\n{out}/train.toml:\n{toml}\nnext: deepspeed elm.py {out}/train.toml")
 
-def print_data_set(folder: Path, counts: Counter, rejected: Counter) -> None:
-    """Print the rows of each task by split, those rejected by fault, and the near-duplicates."""
-    for task in sorted({task for task, _ in [*counts, *rejected]}):
-        why = ", ".join(f"{n} {why}" for (name, why), n in rejected.items() if name == task)
-        sizes = "".join(f"{counts[task, split]:6} {split}" for split in SPLITS)
-        print(f"{task:20}{sizes}; left out: {why or 0}")
-    paths = [split_paths(DataConfig(dir=str(folder)), split)[0] for split in SPLITS]
-    tables = [open_vectors(path) for path in paths if path.exists()]
-    similar = sum(int((torch.cat([v @ t.T for t in tables[:i]], 1).amax(1) > 0.95).sum())
-                  for i in range(1, len(tables))
-                  for v in tqdm(tables[i].split(64), "near-duplicates", leave=False))
-    print(f"{similar} texts of val and test have a cosine above .95 with one of another split")
+def near_duplicates(tables: list[Tensor], cosine: float = 0.95) -> int:
+    """How many unit vectors of `tables`, the first aside, are near one of an earlier table."""
+    return sum(int((torch.cat([v @ t.T for t in tables[:i]], 1).amax(1) > cosine).sum())
+               for i in range(1, len(tables))
+               for v in tqdm(tables[i].split(64), "near-duplicates", leave=False))
 
 # -----------------------------------------------------------------------------
 # Sweep: Optuna over the settings of training, by any number of workers

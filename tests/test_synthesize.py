@@ -135,8 +135,10 @@ def test_filters(answer, finished, why):
 def test_rejected_answers_are_left_out_and_counted(texts, tmp_path):
     _, said = command("synthesize", texts, tmp_path / "mine", *MODELS, "max_new_tokens=12",
                       "reconstruct=1")  # fmt: skip
-    lost = sum(map(int, re.findall(r"(\d+) not finished", said)))
-    assert lost > 20 and lost + len(all_rows(tmp_path / "mine")) == 7 * 40
+    assert "not finished  test  train  val\n" in said
+    counts = re.findall(r"^\w+ +(\d+) +(\d+) +(\d+) +(\d+)$", said, re.MULTILINE)
+    lost, *others = (sum(map(int, column)) for column in zip(*counts, strict=True))
+    assert 20 < lost == 7 * 40 - sum(others) == 7 * 40 - len(all_rows(tmp_path / "mine"))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -249,7 +251,7 @@ def test_bad_input(texts, tmp_path):
         (texts, "new", f"queries={tmp_path / 'q.toml'}", "queries.summary = "),
         (texts, "new", f"embedder={tmp_path / 'none'}", "embedder: cannot load"),
         (texts, "new", f"model={tmp_path / 'none'}", "model: cannot load"),
-        (texts, "new", "max_new_tokens=1", "answers about .*'train': 0.* are too few: not fini"),
+        (texts, "new", "max_new_tokens=1", "answers about .* too few; others are not fini"),
         (tmp_path / "q.toml", "new", "q.toml: a file of texts is .txt"),
     ]  # fmt: skip
     for source, out, *more, message in cases:
