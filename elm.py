@@ -25,6 +25,7 @@ optimizer, a micro-batch one forward and backward pass.
 from __future__ import annotations
 
 import codecs
+import copy
 import dataclasses
 import difflib
 import fcntl
@@ -456,7 +457,7 @@ def read_ahead(make: Any, keys: Any, threads: int):
             yield pending.popleft().result()
             pending.extend(pool.submit(make, k) for k in islice(keys, 1))
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error, what has not begun
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error
 
 # -----------------------------------------------------------------------------
 # Data: rows of text beside a table of vectors
@@ -499,6 +500,10 @@ class Prompt:
         self.head, self.tail, self.end = (
             tokenizer(text[part], add_special_tokens=False)["input_ids"]
             for part in ("head", "tail", "end"))
+        # For what rows say: here names such as Qwen3's <think> are special, and so split, too.
+        self.plain, added = copy.deepcopy(tokenizer), tokenizer.added_tokens_decoder.values()
+        names = [t for t in added if re.fullmatch(r"<.+>|\[.+\]", t.content)]
+        self.plain.add_tokens(names, special_tokens=True)
         self.ids([""])  # a fast tokenizer keeps this mode: threads that share it never switch it
 
     @staticmethod
@@ -511,13 +516,13 @@ class Prompt:
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         options = dict(add_special_tokens=False, split_special_tokens=True)
-        return self.tokenizer(texts, **options)["input_ids"] if texts else []
+        return self.plain(texts, **options)["input_ids"] if texts else []
 
 class Example(NamedTuple):
     ids: np.ndarray  # int64, 0 where soft tokens go
     placeholder: int  # index of the first soft token
     num_labels: int  # response tokens, the end token included: the last of ids
-    truncated: bool
+    truncated: bool  # the response, or the text
 
 def tokenize(prompt: Prompt, rows: list[tuple[str, Row]], num_soft: int, max_tokens: int,
              source: Literal["embedding", "text", "response"] = "embedding") -> list[Example]:
@@ -533,12 +538,13 @@ def tokenize(prompt: Prompt, rows: list[tuple[str, Row]], num_soft: int, max_tok
         room = max_tokens - len(before) - len(after) - num_soft
         if room < 1:
             raise UserError(f"{name}: the prompt takes all of data.max_seq_length = {max_tokens} "
-                            f"tokens, lacking {1 - room}; raise it")
+                            f"tokens, {1 - room} more are needed")
         answer = (response + prompt.end)[:room]
-        middle = text[: room + num_soft - len(answer)] if source == "text" else [0] * num_soft
+        left = room + num_soft - len(answer)
+        middle = text[:left] if source == "text" else [0] * num_soft
         ids = answer if source == "response" else before + middle + after + answer
         examples.append(Example(np.array(ids, np.int64), len(before), len(answer),
-                                len(response + prompt.end) > room))
+                                len(response + prompt.end) > room or len(text) > left))
     return examples
 
 def make_micro_batches(lengths: Any, num_processes: int, budget: int) -> list[list[int]]:
@@ -634,7 +640,8 @@ def parse_line(kind: type[BaseModel], line: bytes) -> Any:
     except pydantic.ValidationError as e:
         error = e.errors()[0]
         name = f"field {error['loc'][0]!r}: " if error["loc"] else ""
-        raise ValueError(name + error["msg"]) from None
+        message = "is empty" if error["type"] == "string_pattern_mismatch" else error["msg"]
+        raise ValueError(name + message) from None
 
 def parse_row(line: bytes, tasks: tuple[str, ...], num_vectors: int) -> Row | None:
     """A checked row of one line of JSON; None for a pair task. Raises: ValueError."""
@@ -800,14 +807,6 @@ class Adapter(nn.Module):
         out = self.fc2(hidden).unflatten(-1, (self.settings["tokens"], -1))
         residual = self.settings["residual_scale"] * self.residual(x)[..., None, :]
         return self.norm(out + residual) * self.scale
-
-    def save(self, path: str | Path, state: dict | None = None, **metadata: Any) -> None:
-        """Write the adapter, or a `state` of it, as fp32 safetensors with what rebuilds it.
-        Raises: UserError if the disk is full."""
-        tensors = {k: v.detach().float().cpu() for k, v in (state or self.state_dict()).items()}
-        metadata = json.dumps({"adapter": self.settings} | metadata)
-        with atomic_write(Path(path)) as temporary:  # safetensors keeps no order of several entries
-            save_file(tensors, temporary, {"elm": metadata})
 
     @staticmethod
     def load(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
@@ -1018,26 +1017,31 @@ class ELM(nn.Module):
 
     @staticmethod
     def create(llm: str, embeddings: Any, bf16: bool = True, hidden_dim: int = 4096,
-               **settings: Any) -> ELM:
+               template: dict[str, Any] | None = None, **settings: Any) -> ELM:
         """A fresh adapter, with further `settings` of Adapter, for vectors like `embeddings`
-        [n, E], numpy or torch, which it standardises by their mean and deviation."""
+        [n, E], numpy or torch, which it standardises by their mean and deviation; the chat
+        template takes the keyword arguments `template`."""
         vectors = torch.as_tensor(embeddings).float()
         if vectors.ndim != 2 or not len(vectors):
             raise UserError(f"embeddings: {list(vectors.shape)}, not vectors [n, E]")
         used, device = torch.ones(len(vectors), dtype=torch.bool), find_device()
         statistics, _ = scan_vectors(vectors, used, "embeddings")
         tokenizer = load_pretrained(transformers.AutoTokenizer, llm, "llm")
-        prompt, model = Prompt(tokenizer), load_llm(llm, device, bf16, "llm")
+        prompt, model = Prompt(tokenizer, template), load_llm(llm, device, bf16, "llm")
         adapter = fresh_adapter(model, statistics, hidden_dim=hidden_dim, **settings)
         return ELM(model, adapter.to(device), prompt)
 
     def save(self, path: str | Path, state: dict | None = None, identity: dict | None = None,
              **metadata: Any) -> None:
-        """Write the adapter, or a `state` of it, as a file that `load` takes. Raises: UserError."""
+        """Write the adapter, or a `state` of it, as safetensors for `load`. Raises: UserError."""
+        state = state or self.adapter.state_dict()
+        tensors = {k: v.detach().float().cpu() for k, v in state.items()}
         origin = dict(name=self.llm.name_or_path, bf16=self.llm.dtype == torch.bfloat16,
                       template=self.prompt.template)
-        self.adapter.save(path, state, llm=origin, prompt=self.prompt.text,
-                          identity=identity or fingerprint(self.llm), **metadata)
+        about = dict(adapter=self.adapter.settings, llm=origin, prompt=self.prompt.text,
+                     identity=identity or fingerprint(self.llm)) | metadata
+        with atomic_write(Path(path)) as temporary:  # safetensors keeps no order of several entries
+            save_file(tensors, temporary, {"elm": json.dumps(about)})
 
     @property
     def device(self) -> torch.device:
@@ -1115,7 +1119,7 @@ class ELM(nn.Module):
             before, after = (embed(torch.tensor(ids, dtype=torch.long, device=self.device))
                              for ids in (self.prompt.head + before, after + self.prompt.tail))
             prompts.append(torch.cat([before, soft.to(before.dtype), after]))
-        return prompts[0] if torch.as_tensor(embeddings).ndim == 1 else prompts
+        return prompts[0] if np.ndim(embeddings) == 1 else prompts
 
     @torch.no_grad()
     def generate(self, embeddings: Any, query: str | list[str], max_new_tokens: int = 256,
@@ -1135,7 +1139,10 @@ class ELM(nn.Module):
 def generate_batch(llm: Any, prompt: Prompt, prompts: list[Tensor], max_new_tokens: int,
                    **options: Any) -> list[tuple[str, bool]]:
     """n prompts [T, D] of any lengths -> (answer, whether the LLM ended it) of each; greedy, unless
-    `options` of the LLM's own `generate` say otherwise, as a temperature does."""
+    `options` of the LLM's own `generate` say otherwise, as a temperature does. Raises: UserError if
+    a prompt leaves no room for an answer."""
+    if (longest := max(map(len, prompts))) >= max_positions(llm):
+        raise UserError(f"a prompt has {longest} tokens: the LLM reads {max_positions(llm)}")
     end, eos = prompt.end[-1], llm.generation_config.eos_token_id  # none, one or several
     ends = {end, *(eos if isinstance(eos, list) else [eos])} - {None}
     options = dict(eos_token_id=sorted(ends), pad_token_id=end, tokenizer=prompt.tokenizer,
@@ -1157,11 +1164,17 @@ def expand(texts: str | list[str], n: int) -> list[str]:
         raise UserError(f"{len(texts)} queries or responses for {n} vectors")
     return texts
 
+def max_positions(llm: Any) -> int:  # that it reads
+    return getattr(llm.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
 @torch.no_grad()
-def check_llm(elm: ELM) -> None:
+def check_llm(elm: ELM, max_tokens: int = 0) -> None:
     """Compare the losses of two packed prompts with those that each has alone by the LLM's own
     attention, see that neither depends on the prompt's last token, and generate a token. Raises:
-    UserError if the LLM lets tokens interact other than by causal attention, or fails."""
+    UserError if the LLM lets tokens interact other than by causal attention, or fails, or cannot
+    read max_tokens."""
+    if max_tokens > (limit := max_positions(elm.llm)):
+        raise UserError(f"data.max_seq_length = {max_tokens}: the LLM reads {limit}")
     embed, rounding = elm.llm.get_input_embeddings(), 2e-2 if elm.llm.dtype.itemsize == 2 else 1e-4
     ids = torch.arange(46) % embed.num_embeddings
     other = ids.index_copy(0, torch.tensor([19, 45]), ids[[18, 44]])  # the last token of each
@@ -1590,8 +1603,9 @@ def finished_report(saved: dict, cfg: Config, total: int) -> dict | None:
             return report if report["step"] == state.step else None
 
 def open_folder(cfg: Config, state: TrainState) -> Any:
-    """Lock output.dir, write config.toml, and drop what a killed run logged after `state`: returns
-    the lock. Raises: UserError."""
+    """Lock output.dir, write config.toml, and drop what a run logged after `state`; what one saved
+    after it, where train.resume names an earlier checkpoint, becomes *.old. Returns the lock.
+    Raises: UserError."""
     folder = Path(cfg.output.dir)
     folder.mkdir(parents=True, exist_ok=True)
     lock_file = lock(folder / ".lock")
@@ -1599,6 +1613,11 @@ def open_folder(cfg: Config, state: TrainState) -> Any:
              if m["step"] <= (state.validated if "val_loss" in m else state.step)]
     write_text(folder / "metrics.jsonl", "".join(lines))
     write_text(folder / "config.toml", config_text(cfg))
+    for path in folder.iterdir():
+        match = re.fullmatch(r"(?:adapter|checkpoint)_(?:step_(\d+)|final)\.\w+", path.name)
+        if (cfg.train.resume != "auto" and match and int(match[1] or sys.maxsize) > state.step
+                and path.resolve() != Path(cfg.train.resume or "").resolve()):
+            os.replace(path, f"{path}.old")
     return lock_file
 
 def check_finite(numbers: list[float], step: int, split: Split, rows: np.ndarray) -> None:
@@ -1671,21 +1690,20 @@ def validation_losses(elm: ELM, split: Split, rt: Runtime, signals: list,
     elm.eval()
     for name, (source, vector_ids) in kinds.items():
         nll, num_labels = evaluate_nll(elm, split, rt, source, vector_ids, signals)
-        losses[name] = float(nll.sum() / num_labels.sum())
+        if num_labels.all():  # each text fits
+            losses[name] = float(nll.sum() / num_labels.sum())
     elm.train()
     return losses
 
 def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt: Runtime) -> tuple:
     """(ELM, AdamW, drift probe or None, identity), fresh or as a checkpoint has them.
     Raises: UserError."""
-    m, limit = cfg.model, getattr(llm.config.get_text_config(), "max_position_embeddings", math.inf)
-    if cfg.data.max_seq_length > limit:
-        raise UserError(f"data.max_seq_length = {cfg.data.max_seq_length}: {m.llm} reads {limit}")
+    m = cfg.model
     torch.manual_seed(cfg.train.seed)
     adapter = fresh_adapter(llm, source.statistics, m.standardize, hidden_dim=m.hidden_dim,
                             tokens=m.tokens, dropout=m.dropout, residual_scale=m.residual_scale)
     elm = ELM(llm, adapter.to(rt.device), source.prompt)
-    check_llm(elm)
+    check_llm(elm, cfg.data.max_seq_length)
     trained, frozen = (sum(getattr(p, "ds_numel", p.numel()) for p in part.parameters())
                        for part in (adapter, llm))
     rt.log(f"{rt.world} process(es) on {rt.device.type}, ZeRO {cfg.deepspeed.zero_stage}, LLM in "
@@ -1843,28 +1861,32 @@ def evaluate_nll(elm: ELM, split: Split, rt: Runtime, source: str = "embedding",
                  vectors: np.ndarray | None = None,
                  signals: list | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Each row's summed token cross-entropy [N] fp64, and its number of response tokens [N], by its
-    own vector or `vectors` [N], or by its text; 0 for rows without text. The same for any number of
-    processes. Raises: InterruptedError if one of them has received a signal."""
+    own vector or `vectors` [N], or by its text; 0 for rows without text and those whose text
+    does not fit. The same for any number of processes. Raises: InterruptedError if one of them has
+    received a signal."""
     vectors = split.rows["vector"] if vectors is None else vectors
     rows = np.flatnonzero(split.rows["text"]) if source == "text" else np.arange(len(split.rows))
     size = max(1, min(EVAL_ROWS, EVAL_TOKENS // split.max_tokens))
     micros = [rows[i : i + size] for i in range(0, len(rows), size)]
     result = torch.zeros(2, len(split.rows), dtype=torch.float64, device=rt.device)
 
-    def load(first: int) -> tuple[np.ndarray, dict]:
+    def load(first: int) -> tuple[np.ndarray, dict, Tensor]:
         micro = micros[min(first + rt.rank, len(micros) - 1)]  # equally many on every process
         soft = (split.embeddings(vectors[micro]), split.num_soft) if source != "text" else ()
-        return micro, collate(split.examples(micro, source), *soft)
+        examples = split.examples(micro, source)
+        fits = [source != "text" or not e.truncated for e in examples]
+        return micro, collate(examples, *soft), torch.tensor(fits)
 
     firsts = range(0, len(micros), rt.world)
     batches = read_ahead(load, firsts, threads=1)
-    for first, (micro, batch) in zip(rt.progress(firsts, "losses"), batches, strict=True):
+    for first, (micro, batch, fits) in zip(rt.progress(firsts, "losses"), batches, strict=True):
         if signals is not None and rt.sum(torch.tensor(float(len(signals)))).item():
             raise InterruptedError
         nll = elm.nll(batch).double()
         labels = torch.bincount(batch["example_index"], minlength=len(micro)).to(nll)
         if first + rt.rank < len(micros):
-            result[:, torch.from_numpy(micro).to(rt.device)] = torch.stack([nll, labels])
+            values = torch.stack([nll, labels]) * fits.to(rt.device)
+            result[:, torch.from_numpy(micro).to(rt.device)] = values
     return tuple(rt.sum(result).cpu().numpy())
 
 def sample_rows(split: Split, n: int) -> np.ndarray:
@@ -2052,8 +2074,10 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, run: Path, about: d
     shuffled, folder, pd = shuffled_vectors(split), Path(cfg.output.dir), import_optional("pandas")
     nll, tokens = evaluate_nll(elm, split, rt)
     nll_shuffled, _ = evaluate_nll(elm, split, rt, vectors=shuffled)
-    nll_text, _ = evaluate_nll(elm, split, rt, "text")
-    nll_text[~split.rows["text"]] = math.nan
+    nll_text, tokens_text = evaluate_nll(elm, split, rt, "text")
+    nll_text[tokens_text == 0] = math.nan
+    if num_cut := int((split.rows["text"] & (tokens_text == 0)).sum()):
+        warn(f"{num_cut} texts exceed data.max_seq_length: left out of loss_text and gap_closed")
     rows = sample_rows(split, cfg.eval.samples)
     answers = {suffix: generate_answers(elm, split, rows, ids, cfg.eval.max_new_tokens, rt)
                for suffix, ids in (("", split.rows["vector"][rows]), ("_shuffled", shuffled[rows]))}
@@ -2071,8 +2095,6 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, run: Path, about: d
     if predictions:
         answers["_reference"] = [p["response"] for p in predictions]
         frame = frame.join(score_answers(cfg, answers, rows, split, rt.device))
-        scorer = load_scorer(cfg.eval.bertscore_model, cfg.eval.bertscore_layers)
-        about = about | {"bertscore_hash": scorer.hash}
     result = about | summarize(frame)
     result["tasks"] = {task: summarize(group)
                        for task, group in frame.groupby("task", observed=True)}
@@ -2141,8 +2163,9 @@ def print_report(result: dict, predictions: list, metrics: list, cfg: Config, rt
     lines += [f"steps: {result['step']}", f"adapter_step: {result['adapter_step']}",
               f"seconds: {time.perf_counter() - START:.0f}", f"files: {folder}"]
     if predictions and (best := Path(folder, "adapter_best.safetensors")).exists():
-        lines.append(f"next: python elm.py generate adapter={best} embeddings={final} "
-                     f"'rows=[0]' query={shlex.quote(predictions[0]['query'])}")
+        words = f"adapter={best}", f"embeddings={final}", "rows=[0]"
+        query = f"query={predictions[0]['query']}"
+        lines.append("next: python elm.py generate " + shlex.join([*words, query]))
     rt.log("\n".join(lines))
 
 # -----------------------------------------------------------------------------
@@ -2169,19 +2192,19 @@ def write_table(path: Path, shape: tuple[int, int], dtype: torch.dtype, chunks: 
 
 class Source(BaseModel, frozen=True, strict=True):  # a line of a file of texts
     text: Annotated[str, Field(pattern=r"\S")]
-    group: str | int | None = None  # such as an article: all its texts are in one split
-    split: Literal["train", "val", "test"] | None = None  # none: drawn
+    group: Any = None  # such as an article: all its texts are in one split
+    split: Any = None  # of the text and its group; none: drawn
 
 def read_texts(path: Path):
     """Yield the Source of each line of a .txt file, one text a line, or of a .jsonl; the line less
     one is the text's row in the table of vectors. Raises: UserError naming the line."""
-    number = 0
-    if path.suffix not in (".txt", ".jsonl"):
+    number, suffix = 0, path.suffix.lower()
+    if suffix not in (".txt", ".jsonl"):
         raise UserError(f"{path}: a file of texts is .txt, one a line, or .jsonl")
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             with user_error(f"{path}:{number}: not a text, or an empty one", ValueError):
-                if path.suffix == ".txt":
+                if suffix == ".txt":
                     text = line.decode("utf-8-sig").rstrip("\r\n")
                     line = json.dumps({"text": text}).encode()
                 source = parse_line(Source, line)
@@ -2206,10 +2229,10 @@ def embed_texts(model: Any, o: EmbedOptions, texts: Iterable[str], num: int, fol
     in `folder`, by a hash of what it depends on, and taken from there by a later call. Raises:
     UserError."""
     prompt = f"Instruct: {o.instruction}\nQuery:" if o.instruction else None
-    paths, texts = [], iter(texts)
+    key, paths, texts = (o, fingerprint(model)), [], iter(texts)
     with tqdm(total=num, unit="text") as bar:
         while batch := list(islice(texts, block)):
-            paths.append(folder / f"{short_hash(repr((o, batch)))}.safetensors")
+            paths.append(folder / f"{short_hash(repr((key, batch)))}.safetensors")
             if not paths[-1].exists():
                 vectors = encode(model, batch, find_device(), batch_size=o.batch_size,
                                  prompt=prompt)
@@ -2277,14 +2300,15 @@ def evaluate(cfg: EvalOptions, beside: bool = False) -> dict:
     rt, final, path = start_runtime(cfg), report_split(cfg), Path(cfg.adapter)
     adapter, about = Adapter.load(path)
     step, run = about.get("step"), (path if path.is_dir() else path.parent).resolve()
-    folder = run / f"eval_{final}_step_{step}" if beside else Path(cfg.output.dir)
+    name = path.stem if step is None else f"step_{step}"  # of one's own loop
+    folder = run / f"eval_{final}_{name}" if beside else Path(cfg.output.dir)
     cfg = cfg.model_copy(update=dict(output=OutputConfig(dir=str(folder))))
     rt.on_first(lambda: check_new(folder / "metrics.jsonl", folder / "eval.json"))
     num_soft = adapter.settings["tokens"]
     split = open_inputs(cfg, [final], num_soft, rt, about.get("prompt"))[final]
     check_vectors(split.vectors[:8192], adapter, f"data.dir: {final}")
     elm = ELM.load(path, cfg.model.llm, cfg.model.bf16, cfg.deepspeed)
-    check_llm(elm)
+    check_llm(elm, cfg.data.max_seq_length)
     folder.mkdir(parents=True, exist_ok=True)
     return report(elm, split, cfg, rt, run, dict(split=final, step=step, adapter_step=step))
 
@@ -2317,7 +2341,9 @@ def generate(o: GenerateOptions) -> None:
         if row not in range(len(vectors)):
             raise UserError(f"rows: no row {row} among {len(vectors)}")
     Prompt.parts(o.query)
-    check_vectors(vectors[list(rows[:1024])], adapter, o.embeddings, rows[:1024])
+    for first in range(0, len(rows), 1024):
+        part = rows[first : first + 1024]
+        check_vectors(vectors[list(part)], adapter, o.embeddings, part)
     rt, options = start_runtime(Config()), DeepSpeedConfig(zero_stage=o.zero_stage)
     elm, size = ELM.load(o.adapter, o.llm, options=options), ANSWERS_AT_ONCE[rt.device.type]
     torch.manual_seed(o.seed)
@@ -2354,6 +2380,7 @@ class SynthesizeOptions(Table):
     max_new_tokens: PositiveInt = 256
     temperature: NonNegativeFloat = 0.0  # 0: greedy
     seed: Seed = 42
+    template: dict[str, Any] = {}  # keyword arguments of the chat template
     bf16: bool = True
 
 def draw(*parts: Any) -> float:
@@ -2363,16 +2390,17 @@ def draw(*parts: Any) -> float:
 
 def split_texts(path: Path, shares: tuple[float, ...]) -> dict[str, str]:
     """{text: its split}, sorted, of a file; texts that differ in case and spaces alone are one. The
-    split is the given one, or drawn by the group or else the text. Raises: UserError."""
-    sources = sorted(read_texts(path), key=lambda source: (source.text, repr(source)))
-    unique = {draw(source.text): source for source in reversed(sources)}  # the first of copies
+    split is the one given to the text or its group, or drawn by these. Raises: UserError."""
+    sources = sorted((s.text, str(s.text if s.group in (None, "") else s.group), str(s.split or ""))
+                     for s in read_texts(path))
+    unique = {draw(text): (text, group) for text, group, _ in reversed(sources)}  # first of copies
+    given = {group: split for _, group, split in sources if split}
     texts, bounds = {}, np.cumsum(shares)
-    for source in sorted(unique.values(), key=lambda source: source.text):
-        share = draw(source.text if source.group is None else source.group) * bounds[-1]
-        drawn = SPLITS[np.searchsorted(bounds, share, side="right")]
-        texts[source.text] = source.split or drawn
+    for text, group in sorted(unique.values()):
+        share = np.searchsorted(bounds, draw(group) * bounds[-1], side="right")
+        texts[text] = given.get(group) or SPLITS[share]
     sizes = Counter(texts.values())
-    if min(sizes["train"], sizes["val"]) < 2 or sizes["test"] == 1:
+    if min(sizes["train"], sizes["val"]) < 2 or sizes["test"] == 1 or {*sizes} - {*SPLITS}:
         raise UserError(f"{path}: {dict(sizes)} texts; train and val need two, test two or none; "
                         "give more, or other shares, as split=[0.7, 0.15, 0.15]")
     return texts
@@ -2393,10 +2421,10 @@ def ask_llm(o: SynthesizeOptions, llm: Any, prompt: Prompt, rows: list, seed: in
     """(answer, whether it is finished) of each row, from one batch of the prompts of the text
     ceiling: the text, cut at the LLM's limit, stands where the vector will. Raises: UserError if
     the limit leaves no room for an answer."""
-    limit = getattr(llm.config.get_text_config(), "max_position_embeddings", 2**31)
+    room = max_positions(llm) - o.max_new_tokens
     named = [(f"model: {row['text'][:50]!r}", Row.model_construct(**row)) for row in rows]
-    with user_error(f"max_new_tokens = {o.max_new_tokens}, of {limit} that {o.model} reads"):
-        examples = tokenize(prompt, named, 0, limit - o.max_new_tokens, "text")
+    with user_error(f"max_new_tokens = {o.max_new_tokens} leaves {room} tokens, lower it"):
+        examples = tokenize(prompt, named, 0, room, "text")
     ids = [torch.from_numpy(e.ids[: -e.num_labels]).to(llm.device) for e in examples]
     torch.manual_seed(seed)
     options = dict(temperature=temperature) if temperature else {}
@@ -2411,6 +2439,7 @@ def ask_server(o: SynthesizeOptions, rows: list, seed: int,
     message = dict(role="user", content=text.join(Prompt.parts(rows[0]["query"])))
     body = dict(model=o.model, messages=[message], max_tokens=o.max_new_tokens, seed=seed,
                 temperature=temperature)
+    body |= {"chat_template_kwargs": o.template} if o.template else {}  # as vLLM and SGLang take it
     key = "".join(os.environ.get("OPENAI_API_KEY", "none").split())
     call = urllib.request.Request(url, json.dumps(body).encode(),
                                   {"Content-Type": "application/json"})
@@ -2444,13 +2473,14 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> list[str]:
     temperature above 0. Answers are appended to the file `path` as they come, so that a later call
     asks for the missing ones only. Returns the fault of each row that is left without a response,
     "" of the others. Raises: UserError."""
-    ask, size, threads = partial(ask_server, o), 1, o.concurrency
+    ask, size, threads, engine = partial(ask_server, o), 1, o.concurrency, "server"
     if not o.endpoint:
         tokenizer = load_pretrained(transformers.AutoTokenizer, o.model, "model")
         llm = load_llm(o.model, find_device(), o.bf16, "model")
-        ask = partial(ask_llm, o, llm, Prompt(tokenizer))
+        ask, engine = partial(ask_llm, o, llm, Prompt(tokenizer, o.template)), fingerprint(llm)
         size, threads = ANSWERS_AT_ONCE[llm.device.type], 1
-    options = o.model, o.endpoint is None and o.bf16, o.max_new_tokens, o.temperature, o.seed
+    options = (engine, o.model, o.template, o.max_new_tokens, o.temperature, o.seed,
+               o.bf16 or bool(o.endpoint))
     answers, faults, guard = {}, [""] * len(rows), threading.Lock()
     for line in path.read_text("utf-8").split("\n") if path.exists() else []:
         with suppress(ValueError):  # torn by a kill
@@ -2494,11 +2524,11 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
         tasks = pd.Series([row["task_type"] for row in rows], name="rows")
         counts = pd.crosstab(tasks, pd.Series(outcomes, name="")).to_string()
         rows = [row for row, why in zip(rows, faults, strict=True) if not why]
-        answered = {row["text"] for row in rows if row["task_type"] != RECONSTRUCT}
+        why = ", ".join(sorted({*faults} - {""}))
+        answered = {row["text"] for row in rows if not why or row["task_type"] != RECONSTRUCT}
         sizes = {split: sum(texts[t] == split for t in answered) for split in {*texts.values()}}
-        if any(faults) and min(sizes.values()) < 2:
-            raise UserError(f"model: answers about {sizes} texts are too few; others are "
-                            f"{', '.join(sorted({*faults} - {''}))}")
+        if min(sizes.values()) < 2:
+            raise UserError(f"model: answers about {sizes} texts are too few; others: {why or 0}")
         options, table = EmbedOptions(model=o.embedder, bf16=o.bf16), work / "vectors.safetensors"
         embed_texts(embedder, options, texts, len(texts), work, table)
         data = DataConfig(dir=str(new := work / "data"))
@@ -2508,7 +2538,8 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
             chosen = [row for row in rows if used[row["embedding_file_idx"]]]
             write_split(data, split, open_vectors(table), used, chosen)
         settings = {
-            "model.llm": o.model, "model.bf16": o.bf16, "model.tokens": 4, "data.dir": str(out),
+            "model.llm": o.model, "model.bf16": o.bf16, "model.tokens": 4,
+            "model.template": o.template, "data.dir": str(out),
             "data.tasks": sorted({row["task_type"] for row in rows}), "train.lr": 1e-3,
             "train.warmup_steps": min(100, len(rows) // 100), "eval.embedder": o.embedder,
             "output.dir": f"runs/{out.name}"}
@@ -2520,7 +2551,7 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
           "val and test have a cosine above .95 with one of another split")
     for row in rows[:: max(1, len(rows) // 3)][:3]:
         print("\n{task_type}: {query}\n{text}\n    {response}".format(**row))
-    print(f"\n{out}/train.toml:\n{toml}\nnext: deepspeed elm.py {out}/train.toml")
+    print(f"\n{out}/train.toml:\n{toml}\nnext: deepspeed elm.py {shlex.quote(f'{out}/train.toml')}")
 
 def near_duplicates(tables: list[Tensor], cosine: float = 0.95) -> int:
     """How many unit vectors of `tables`, the first aside, are near one of an earlier table."""

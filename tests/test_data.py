@@ -119,7 +119,7 @@ VECTORS = "train_embeddings.safetensors"
         (bad_row(response="a \ud83d b"), r":5: Invalid JSON"),
         (bad_row({"task_type": "summary", "embedding_file_idx": 0}), "'query': Field required"),
         (bad_row(response=3), r":5: field 'response': Input should be a valid string"),
-        (bad_row(response=" \n"), r":5: field 'response': String should match"),
+        (bad_row(response=" \n"), r":5: field .response.: is empty"),
         *(
             (bad_row(embedding_file_idx=i), r":5: field 'embedding_file_idx': .*integer")
             for i in (True, "3", 3.5, None)

@@ -288,8 +288,8 @@ def test_eval_by_two_processes_is_that_of_one(tmp_path):
 def test_bad_input_of_eval(settings, tmp_path):
     _, folder = go(settings, "train.max_steps=1")
     narrow, foreign = tmp_path / "narrow.safetensors", tmp_path / "foreign.safetensors"
-    origin = dict(llm=dict(name="x", bf16=False), identity=dict(d_emb=8))
-    elm.Adapter(8, 4, 32).save(narrow, **origin)
+    about = json.dumps(dict(adapter=dict(d_emb=8, hidden_dim=4, d_llm=32)))
+    save_file(elm.Adapter(8, 4, 32).state_dict(), narrow, {"elm": about})
     save_file({"x": torch.zeros(2)}, foreign)
     other, thin = make_llm(tmp_path / "llm2", "llama"), make_embedder(tmp_path / "thin", width=8)
     far = make_data(tmp_path / "far", scale=3.0)

@@ -242,15 +242,14 @@ def test_load_refuses_another_llm(tmp_path):
     adapter, prompt = elm.Adapter(12, 24, 32), PROMPT
     whole = elm.ELM(elm.load_llm(str(llm), RT.device, bf16=True), adapter, prompt)
     origin = dict(name=str(llm), bf16=False, template={})
-    adapter.save(tmp_path / "a.safetensors", llm=origin, identity=elm.fingerprint(whole.llm),
-                 prompt=prompt.text)  # fmt: skip
+    whole.save(tmp_path / "a.safetensors", llm=origin)
     model = elm.ELM.load(tmp_path / "a.safetensors")
     assert model.llm.dtype == torch.float32
     assert elm.ELM.load(tmp_path / "a.safetensors", str(llm), bf16=True).llm.dtype == torch.bfloat16
     with pytest.raises(elm.UserError, match="llama: hash of the LLM's weights was"):
         elm.ELM.load(tmp_path / "a.safetensors", str(other))
-    adapter.save(tmp_path / "a.safetensors", llm=origin, identity=elm.fingerprint(whole.llm))
-    with pytest.raises(elm.UserError, match="does not say which LLM"):  # nor its prompt
+    whole.save(tmp_path / "a.safetensors", llm="no table")
+    with pytest.raises(elm.UserError, match="does not say which LLM"):
         elm.ELM.load(tmp_path / "a.safetensors")
 
 

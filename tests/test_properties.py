@@ -96,12 +96,13 @@ def test_what_is_cut_and_what_is_refused(prompt, made_data, made, slot, num_soft
     assert split.counts["responses_cut"] == sum(len(e.ids) > limit for e in whole)
     for source in ("embedding", "text"):
         found = split.examples(range(len(rows)), source)
-        for cut, uncut in zip(found, whole, strict=True):
+        full = elm.tokenize(prompt, named, num_soft, 10**6, source)
+        for cut, uncut, long in zip(found, whole, full, strict=True):
             prompt_length = len(uncut.ids) - uncut.num_labels
             answer = uncut.ids[prompt_length:limit]
             assert (cut.ids[len(cut.ids) - len(answer) :] == answer).all()
             assert cut.num_labels == len(answer) and len(cut.ids) <= limit
-            assert cut.truncated == (len(uncut.ids) > limit)
+            assert cut.truncated == (max(len(uncut.ids), len(long.ids)) > limit)
             if source == "embedding":
                 assert (cut.ids == uncut.ids[:limit]).all()
 
