@@ -111,7 +111,7 @@ def test_bad_input_of_generate(trained, tmp_path):
     table = torch.randn(2000, 128)
     save_file({"x": 9 * table}, far)
     table[1900, 3] = torch.nan
-    save_file({"x": table}, nan)
+    save_file({"x": table / 11}, nan)
     start = ["generate", f"adapter={adapter}", f"embeddings={VECTORS}"]
     for message, *more in (
         ("rows: no row 200 among 200", "rows=[200]"),
@@ -123,8 +123,8 @@ def test_bad_input_of_generate(trained, tmp_path):
         ("query: is missing", "query=none"),
         ("not a whole table", f"embeddings={tmp_path}"),
         (r"narrow.st: \[1, 7\], but the adapter reads \[n, 128\]", f"embeddings={narrow}"),
-        ("nan.st: row 1900 is zero, NaN or infinite", f"embeddings={nan}",
-         "rows=[1, 1900]"),
+        ("nan.st: row 1900 is zero, NaN or infinite", f"embeddings={nan}", "rows=none"),
+        ("generate: a prompt has .* tokens: the LLM reads 4096", "query=" + 3000 * "frog "),
         (r"far.st: the vectors' norm was 1\b", f"embeddings={far}"),
         ("hash of the LLM's weights was", f"llm={EMBEDDER}"),
         ("a query has one <EMB> at most", "query=<EMB> or <EMB>?"),
@@ -256,7 +256,7 @@ def test_code_beside_an_embedder_is_not_run(texts, tmp_path):
 def test_bad_input_of_embed(texts, tmp_path):
     files = {
         "empty.txt": b"", "gap.txt": b"one\n\nthree\n", "latin.txt": b"caf\xe9\n",
-        "deep.jsonl": b"[" * 99999, "field.jsonl": b'{"text": "a"}\n{"txt": "a"}\n',
+        "field.jsonl": b'{"text": "a"}\n{"txt": "a"}\n',
         "taken.safetensors": b"precious",
     }  # fmt: skip
     for name, content in files.items():
@@ -266,7 +266,6 @@ def test_bad_input_of_embed(texts, tmp_path):
         ("empty.txt: is empty", tmp_path / "empty.txt", new),
         ("gap.txt:2: not a text, or an empty one", tmp_path / "gap.txt", new),
         ("latin.txt:1: not a text.*utf-8", tmp_path / "latin.txt", new),
-        ("deep.jsonl:1: not a text.* recursion", tmp_path / "deep.jsonl", new),
         ("field.jsonl:2: not a text", tmp_path / "field.jsonl", new),
         ("nowhere.txt: No such file", tmp_path / "nowhere.txt", new),
         ("taken.safetensors: exists already", texts, tmp_path / "taken.safetensors"),

@@ -182,6 +182,15 @@ def test_consistency_is_the_cosine_and_the_rank_of_the_source():
     assert scores[1] == pytest.approx([1, 1, 1]) and not scores[2].any()
 
 
+def test_rows_whose_text_does_not_fit_have_no_text_loss(settings, data_dir, capsys):
+    rows = read_jsonl(rows_path(data_dir, "test"))
+    write_rows(data_dir, "test", [r | dict(text=r["text"] + "!" * 300 * (i < 3))
+                                  for i, r in enumerate(rows)])  # fmt: skip
+    result, _ = go(settings, "train.max_steps=0", "eval.samples=0")
+    assert result["rows_text"] == len(rows) - 3
+    assert "3 texts exceed data.max_seq_length" in capsys.readouterr().err
+
+
 def test_eval_repeats_the_report_of_training_to_the_byte(settings, data_dir, tmp_path, capsys):
     """The same files from `eval`, twice, even while a run writes its metrics: a half line is passed
     over. Every number is there with its interval; that a random LLM makes nothing of texts, so that

@@ -198,6 +198,10 @@ def test_resume_by_path_into_another_folder(settings, tmp_path):
     best = [m for m in read_jsonl(one / "metrics.jsonl") if "val_loss" in m and m["step"] <= 4]
     wanted = min(best, key=lambda m: m["val_loss"])["step"]
     assert result["adapter_step"] in (wanted, 6) and (two / "adapter_best.safetensors").exists()
+    back = [*settings, "train.max_steps=4", f"train.resume={one / 'checkpoint_step_2.pt'}"]
+    result, _ = go(back)  # in its own folder: what came later is of another branch
+    assert go(back, "train.resume=auto")[0] == result and result["step"] == 4
+    assert {p.stem for p in one.glob("*.old")} >= {"checkpoint_step_6.pt", "checkpoint_final.pt"}
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(settings, capsys):
