@@ -837,8 +837,8 @@ def check_norm(trained: list[float] | None, norm: float, where: Any) -> None:
     mean square and greatest."""
     low, mean, high = trained or (norm, norm, norm)
     if norm < low / 1.5 or norm > high * 1.5:  # of no vectors it is NaN
-        raise UserError(f"{where}: the vectors' norm was {mean:.4g} in training and is {norm:.4g} "
-                        "here; give it what it was trained with")
+        name = "the vectors' norm"
+        check_identity({name: f"{mean:.4g}"}, {name: f"{norm:.4g}"}, where)
 
 def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors",
                   rows: Iterable[int] | None = None) -> Tensor:
@@ -2127,15 +2127,11 @@ def plot_report(path: Path, metrics: list, name: str, result: dict | None = None
     left.set(ylabel="loss per response token", ylim=(0, None), title=name)
     left.legend()
     if result:
-        names, tasks = list(result["tasks"]), list(result["tasks"].values())
         keys = [key for key in ("loss_shuffled", "loss", "loss_text") if key in result]
-        values = pd.DataFrame(tasks, names, keys)
-        low, high = (pd.DataFrame([{k: v[end] for k, v in t["intervals"].items()} for t in tasks],
-                                  names, keys) for end in (0, 1))
+        values = pd.DataFrame([*result["tasks"].values()], [*result["tasks"]], keys)
         mrr = f", MRR {result['mrr']:.2f}" if "mrr" in result else ""
-        values.plot.barh(ax=right[0], xerr=np.abs([values - low, high - values]).transpose(2, 0, 1),
-                         color=["tab:red", "tab:blue", "tab:green"], width=0.8,
-                         xlabel="loss per response token, with 95 % intervals",
+        values.plot.barh(ax=right[0], color=["tab:red", "tab:blue", "tab:green"], width=0.8,
+                         xlabel="loss per response token",
                          title=f"{result['split']}, {result['rows']} rows{mrr}")
         right[0].invert_yaxis()
         figure.suptitle(f"gap closed: {describe_gap(result, metrics)}")
@@ -2547,17 +2543,15 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
         write_text(new / "train.toml", toml)
         os.replace(new, out)
     paths = [split_paths(DataConfig(dir=str(out)), split)[0] for split in SPLITS]
-    print(f"{counts}\n{near_duplicates([open_vectors(p) for p in paths if p.exists()])} texts of "
-          "val and test have a cosine above .95 with one of another split")
+    tables = [open_vectors(path) for path in paths if path.exists()]
+    similar = sum(int((torch.cat([v @ t.T for t in tables[:i]], 1).amax(1) > 0.95).sum())
+                  for i in range(1, len(tables))
+                  for v in tqdm(tables[i].split(64), "near-duplicates", leave=False))
+    print(f"{counts}\n{similar} texts of val and test have a cosine above .95 with one of another "
+          "split")
     for row in rows[:: max(1, len(rows) // 3)][:3]:
         print("\n{task_type}: {query}\n{text}\n    {response}".format(**row))
     print(f"\n{out}/train.toml:\n{toml}\nnext: deepspeed elm.py {shlex.quote(f'{out}/train.toml')}")
-
-def near_duplicates(tables: list[Tensor], cosine: float = 0.95) -> int:
-    """How many unit vectors of `tables`, the first aside, are near one of an earlier table."""
-    return sum(int((torch.cat([v @ t.T for t in tables[:i]], 1).amax(1) > cosine).sum())
-               for i in range(1, len(tables))
-               for v in tqdm(tables[i].split(64), "near-duplicates", leave=False))
 
 # -----------------------------------------------------------------------------
 # Sweep: Optuna over the settings of training, by any number of workers
