@@ -2179,11 +2179,11 @@ def write_table(path: Path, shape: tuple[int, int], dtype: torch.dtype, chunks: 
     """Write `chunks` of rows, together [N, E] = `shape`, as the one tensor of a safetensors file.
     A scratch file beside it collects them, so that no table is held in anonymous memory.
     Raises: UserError."""
-    with atomic_write(path) as temporary, tempfile.NamedTemporaryFile(dir=path.parent) as scratch:
+    with atomic_write(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as scratch:
         for chunk in chunks:
             scratch.write(chunk.contiguous().view(torch.uint8).numpy())
         scratch.flush()
-        table = torch.from_file(scratch.name, size=math.prod(shape), dtype=dtype).view(shape)
+        table = torch.from_numpy(np.memmap(scratch, np.uint8)).view(dtype).view(shape)
         save_file({"embeddings": table}, temporary, metadata)
 
 class Source(BaseModel, frozen=True, strict=True):  # a line of a file of texts
