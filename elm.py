@@ -52,7 +52,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -1473,7 +1473,7 @@ def start_wandb(cfg: Config, run_id: str | None, rt: Runtime) -> Any:
     return wandb.init(project=cfg.wandb.project, name=cfg.wandb.run_name, id=run_id, mode=mode,
                       resume="allow", dir=cfg.output.dir, config=cfg.tables())
 
-class Log:
+class Log(AbstractContextManager):
     """Console, metrics.jsonl and, if enabled, W&B, all written by process 0. As a context it ends
     W&B's run with the exit code."""
 
@@ -1493,9 +1493,6 @@ class Log:
             return call(self.run) if self.run else None
         except Exception as e:
             self.rt.log(f"W&B failed, training goes on: {e!r}")
-
-    def __enter__(self) -> Log:
-        return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.bar.close()
