@@ -456,8 +456,9 @@ def read_ahead(make: Any, keys: Any, threads: int):
         while pending:
             yield pending.popleft().result()
             pending.extend(pool.submit(make, k) for k in islice(keys, 1))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after an error
+    finally:  # what has not begun is dropped, the rest awaited, but not after Ctrl-C
+        wait = sys.exc_info()[0] is not KeyboardInterrupt
+        pool.shutdown(wait=wait, cancel_futures=True)
 
 # -----------------------------------------------------------------------------
 # Data: rows of text beside a table of vectors
