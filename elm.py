@@ -637,7 +637,7 @@ class Row(BaseModel, frozen=True, strict=True, extra="allow"):
 def parse_line(kind: type[BaseModel], line: bytes) -> Any:
     """A model from a line of JSON. Raises: ValueError, which names the field."""
     try:
-        return kind.model_validate_json(line.removeprefix(codecs.BOM_UTF8))
+        return kind.model_validate_json(line)
     except pydantic.ValidationError as e:
         error = e.errors()[0]
         name = f"field {error['loc'][0]!r}: " if error["loc"] else ""
@@ -646,6 +646,7 @@ def parse_line(kind: type[BaseModel], line: bytes) -> Any:
 
 def parse_row(line: bytes, tasks: tuple[str, ...], num_vectors: int) -> Row | None:
     """A checked row of one line of JSON; None for a pair task. Raises: ValueError."""
+    line = line.removeprefix(codecs.BOM_UTF8)
     try:
         row = parse_line(Row, line)
     except ValueError:
@@ -2197,10 +2198,10 @@ def read_texts(path: Path):
         raise UserError(f"{path}: a file of texts is .txt, one a line, or .jsonl")
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
+            line = line.removeprefix(codecs.BOM_UTF8)
             with user_error(f"{path}:{number}: not a text, or an empty one", ValueError):
                 if suffix == ".txt":
-                    text = line.decode("utf-8-sig").rstrip("\r\n")
-                    line = json.dumps({"text": text}).encode()
+                    line = json.dumps({"text": line.decode().rstrip("\r\n")}).encode()
                 source = parse_line(Source, line)
             yield source
     if not number:

@@ -256,8 +256,8 @@ def test_code_beside_an_embedder_is_not_run(texts, tmp_path):
 def test_bad_input_of_embed(texts, tmp_path):
     files = {
         "empty.txt": b"", "gap.txt": b"one\n\nthree\n", "latin.txt": b"caf\xe9\n",
-        "field.jsonl": b'{"text": "a"}\n{"txt": "a"}\n',
-        "taken.safetensors": b"precious",
+        "deep.jsonl": b"[" * 99999, "field.jsonl": b'{"text": "a"}\n{"txt": "a"}\n',
+        "blank.jsonl": b'{"text": ""}\n', "taken.safetensors": b"precious",
     }  # fmt: skip
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -266,7 +266,9 @@ def test_bad_input_of_embed(texts, tmp_path):
         ("empty.txt: is empty", tmp_path / "empty.txt", new),
         ("gap.txt:2: not a text, or an empty one", tmp_path / "gap.txt", new),
         ("latin.txt:1: not a text.*utf-8", tmp_path / "latin.txt", new),
+        ("deep.jsonl:1: not a text.*recursion", tmp_path / "deep.jsonl", new),
         ("field.jsonl:2: not a text", tmp_path / "field.jsonl", new),
+        ("blank.jsonl:1: not a text, or an empty one", tmp_path / "blank.jsonl", new),
         ("nowhere.txt: No such file", tmp_path / "nowhere.txt", new),
         ("taken.safetensors: exists already", texts, tmp_path / "taken.safetensors"),
         ("x: the vectors are written as safetensors", texts, tmp_path / "no" / "x"),

@@ -119,7 +119,7 @@ VECTORS = "train_embeddings.safetensors"
         (bad_row(response="a \ud83d b"), r":5: Invalid JSON"),
         (bad_row({"task_type": "summary", "embedding_file_idx": 0}), "'query': Field required"),
         (bad_row(response=3), r":5: field 'response': Input should be a valid string"),
-        (bad_row(response=" \n"), r":5: field .response.: is empty"),
+        (bad_row(response=" \n"), r":5: field 'response': is empty"),
         *(
             (bad_row(embedding_file_idx=i), r":5: field 'embedding_file_idx': .*integer")
             for i in (True, "3", 3.5, None)
@@ -190,7 +190,8 @@ def test_files_as_other_systems_write_them(data_dir, dtype):
             for r in read_jsonl(rows_path(data_dir))]  # fmt: skip
     write_rows(data_dir, "train", rows)
     path = rows_path(data_dir)
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    lines = b'{"task_type": "compare"}\n' + path.read_bytes()  # a pair task has other fields
+    path.write_bytes(b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n"))
     split = open_train(data_dir, PROMPT)
     assert np.array_equal(split.vectors.numpy(), table) and split.vectors.numpy().dtype == dtype
     assert not split.rows["text"].any()

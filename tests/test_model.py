@@ -239,12 +239,10 @@ def test_prompt_embeds_are_what_training_reads(parts):
 
 def test_load_refuses_another_llm(tmp_path):
     llm, other = make_llm(tmp_path / "llm"), make_llm(tmp_path / "llama", "llama")
-    adapter, prompt = elm.Adapter(12, 24, 32), PROMPT
-    whole = elm.ELM(elm.load_llm(str(llm), RT.device, bf16=True), adapter, prompt)
+    whole = elm.ELM(elm.load_llm(str(llm), RT.device, bf16=True), elm.Adapter(12, 24, 32), PROMPT)
     origin = dict(name=str(llm), bf16=False, template={})
     whole.save(tmp_path / "a.safetensors", llm=origin)
-    model = elm.ELM.load(tmp_path / "a.safetensors")
-    assert model.llm.dtype == torch.float32
+    assert elm.ELM.load(tmp_path / "a.safetensors").llm.dtype == torch.float32
     assert elm.ELM.load(tmp_path / "a.safetensors", str(llm), bf16=True).llm.dtype == torch.bfloat16
     with pytest.raises(elm.UserError, match="llama: hash of the LLM's weights was"):
         elm.ELM.load(tmp_path / "a.safetensors", str(other))
