@@ -2472,10 +2472,10 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> list[str]:
     if not o.endpoint:
         tokenizer = load_pretrained(transformers.AutoTokenizer, o.model, "model")
         llm = load_llm(o.model, find_device(), o.bf16, "model")
-        ask, engine = partial(ask_llm, o, llm, Prompt(tokenizer, o.template)), fingerprint(llm)
-        size, threads = ANSWERS_AT_ONCE[llm.device.type], 1
-    options = (engine, o.model, o.template, o.max_new_tokens, o.temperature, o.seed,
-               o.bf16 or bool(o.endpoint))
+        ask = partial(ask_llm, o, llm, Prompt(tokenizer, o.template))
+        size, threads, engine = ANSWERS_AT_ONCE[llm.device.type], 1, (fingerprint(llm), o.bf16)
+    options = engine, o.model, o.template, o.max_new_tokens, o.temperature, o.seed
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["text"]))
     answers, faults, guard = {}, [""] * len(rows), threading.Lock()
     for line in path.read_text("utf-8").split("\n") if path.exists() else []:
         with suppress(ValueError):  # torn by a kill
@@ -2491,7 +2491,6 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> list[str]:
         return len(keys)
 
     for attempt in range(2):
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["text"]))
         keys = {i: short_hash(repr((options, attempt, rows[i]["query"], rows[i]["text"])))
                 for i in order if not rows[i]["response"]}
         requests = {key: rows[i] for i, key in keys.items() if key not in answers}
