@@ -44,7 +44,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import unicodedata
 import urllib.request
@@ -1389,20 +1388,17 @@ def newest_checkpoint(folder: Path, rt: Runtime) -> Path | None:
     """The whole checkpoint of the most steps, if any. Raises: UserError if none is whole."""
     steps = {int(p.stem[16:]): p for p in folder.glob("checkpoint_step_*.pt")
              if p.stem[16:].isdecimal()}
-    final, found = folder / "checkpoint_final.pt", {}
-    paths = [final] * final.exists() + [steps[n] for n in sorted(steps, reverse=True)]
+    paths = [steps[n] for n in sorted(steps, reverse=True)]
+    paths += folder.glob("checkpoint_final.pt")  # the last one of a run under another name
     for path in paths:
         try:
-            found[path] = load_checkpoint(path)["state"].step
+            load_checkpoint(path)
+            return path
         except UserError as e:
             rt.log(f"passed over: {e}")
-        if found and path != final:
-            break
-    if not found and paths:
+    if paths:
         raise UserError(f"train.resume: no checkpoint in {folder} is whole; choose another folder")
-    if not found:
-        rt.log(f"train.resume: {folder} holds no checkpoint; this is a new run")
-    return max(found, key=found.get, default=None)
+    rt.log(f"train.resume: {folder} holds no checkpoint; this is a new run")
 
 def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
     """The checkpoint that train.resume names; "auto": the newest in output.dir, if any.
@@ -1840,6 +1836,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
             if not fingerprint(llm).items() <= identity.items():
                 raise RuntimeError(f"{cfg.model.llm} is frozen, yet its weights have changed")
             if not trial:
+                save(f"step_{state.step}")
                 save("final")
             if rt.sum(torch.tensor(float(len(signals)))).item():  # received since the last step
                 leave()
@@ -2476,18 +2473,16 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> list[str]:
         size, threads, engine = ANSWERS_AT_ONCE[llm.device.type], 1, (fingerprint(llm), o.bf16)
     options = engine, o.model, o.template, o.max_new_tokens, o.temperature, o.seed
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["text"]))
-    answers, faults, guard = {}, [""] * len(rows), threading.Lock()
+    answers, faults = {}, [""] * len(rows)
     for line in path.read_text("utf-8").split("\n") if path.exists() else []:
         with suppress(ValueError):  # torn by a kill
-            answers |= {key: answer for key, *answer in json.loads(line)}
+            answers |= json.loads(line)
 
     def ask_block(attempt: int, keys: list[str]) -> int:
-        asked = [requests[key] for key in keys]
-        replies = ask(asked, int(keys[0][:7], 16), o.temperature or float(attempt))
-        replies = [(key, *reply) for key, reply in zip(keys, replies, strict=True)]
-        with guard:
-            append(path, f"\n{json.dumps(replies)}")
-            answers.update((key, reply) for key, *reply in replies)
+        asked, seed = [requests[key] for key in keys], int(keys[0][:7], 16)
+        replies = ask(asked, seed, o.temperature or float(attempt))
+        append(path, f"\n{json.dumps(block := dict(zip(keys, replies, strict=True)))}")
+        answers.update(block)
         return len(keys)
 
     for attempt in range(2):

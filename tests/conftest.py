@@ -42,9 +42,7 @@ CHAT = (
 )
 
 
-def byte_tokenizer(
-    chat_template: str | None = CHAT, eos: str = "<|im_end|>"
-) -> PreTrainedTokenizerFast:
+def byte_tokenizer(chat_template: str | None = CHAT, eos: str = "<|im_end|>"):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tok = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -59,9 +57,7 @@ def byte_tokenizer(
 PROMPT = elm.Prompt(byte_tokenizer())
 
 
-def make_llm(
-    folder: Path, kind: str = "qwen3", chat_template: str | None = CHAT, **shape: int
-) -> Path:
+def make_llm(folder: Path, kind="qwen3", chat_template: str | None = CHAT, **shape: int) -> Path:
     """A random LLM of 2 layers and width 32, with its tokenizer."""
     tok = byte_tokenizer(chat_template)
     common = dict(
@@ -81,9 +77,7 @@ def make_llm(
     return folder
 
 
-def make_data(
-    folder: Path, num_rows: int = 40, num_vectors: int = 10, width: int = 12, scale: float = 1.0
-) -> Path:
+def make_data(folder: Path, num_rows=40, num_vectors=10, width=12, scale=1.0) -> Path:
     """Random rows of all tasks with ragged responses, and random vectors."""
     rng = random.Random(0)
     words = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
@@ -132,9 +126,8 @@ def build_elm(llm: Path, split: elm.Split, device="cpu", bf16=False, **settings)
     """A fresh adapter, the same each time, on an LLM."""
     model = elm.load_llm(str(llm), torch.device(device), bf16)
     torch.manual_seed(1)
-    adapter = elm.fresh_adapter(
-        model, split.statistics, hidden_dim=24, tokens=split.num_soft, **settings
-    )
+    settings |= dict(hidden_dim=24, tokens=split.num_soft)
+    adapter = elm.fresh_adapter(model, split.statistics, **settings)
     return elm.ELM(model, adapter.to(device), split.prompt).eval()
 
 

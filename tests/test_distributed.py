@@ -19,6 +19,7 @@ from conftest import (
     deepspeed_launcher,
     free_port,
     go,
+    make_data,
     make_llm,
     read_jsonl,
     run,
@@ -106,9 +107,10 @@ elm.validation_losses, elm.report = start(elm.validation_losses), start(elm.repo
 """)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed is not held
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")  # what is freed is not held
     more = [NO_TABLES, *settings, f"model.llm={tmp_path / 'llm'}", "eval.samples=0",
-            "train.max_steps=1", "train.batch_size=8", "deepspeed.zero_stage=3",
+            f"data.dir={make_data(tmp_path / 'few', num_rows=8)}", "train.max_steps=1",
+            "train.batch_size=4", "deepspeed.zero_stage=3",
             "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"]
     launch(tmp_path, *more, script=script)
     adapter = tmp_path / "out" / "adapter_best.safetensors"
@@ -162,16 +164,15 @@ def test_ctrl_c_under_the_launcher_saves_and_resumes(settings, tmp_path):
     assert [m["step"] for m in read_jsonl(metrics) if "loss" in m] == list(range(1, step + 3))
 
 
-@pytest.mark.parametrize("part", [0, 1])
-def test_a_bad_step_of_one_process_stops_both_before_the_update(settings, tmp_path, part):
-    """Loss (0) or gradient (1) of step 3 is NaN on process 1 alone."""
+def test_a_bad_step_of_one_process_stops_both_before_the_update(settings, tmp_path):
+    """The gradient of step 3 is NaN on process 1 alone."""
     script = changed(tmp_path, f"""
 soft_gradient, models = elm.soft_gradient, []
 def spoiled(model, *arguments):
     sums, gradient = soft_gradient(model, *arguments)
     models.append(model)
     if len(models) == 3 and RANK == "1":
-        (sums[0], gradient[0, 0, 0])[{part}].fill_(torch.nan)
+        gradient[0, 0, 0] = torch.nan
     return sums, gradient
 def checked(*arguments):
     torch.save(dict(models[-1].adapter.state_dict()), {str(tmp_path / "left")!r} + RANK)
@@ -245,8 +246,7 @@ def test_all_wait_for_what_process_0_does_alone(tmp_path):
 
 def test_traffic_and_offload_of_zero_3(settings, tmp_path):
     """The head is gathered once per micro-batch, not per chunk of logits, of which the processes
-    have unequally many; with limits on live
-    parameters few are live before a layer; parameters kept on the CPU train as well."""
+    have unequally many; limits on live parameters hold; parameters kept on the CPU train, too."""
     script = changed(tmp_path, f"""
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 gather, counts = PartitionedParameterCoordinator.fetch_sub_module, [0, 0, 0]

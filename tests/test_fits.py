@@ -199,6 +199,7 @@ def test_the_ridge_is_chosen_on_rows_held_out(noise, best, n):
         assert torch.allclose(found.double(), naive, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resume_goes_on_from_zero_steps_and_never_fits_again(settings, tmp_path, monkeypatch):
     _, whole = go(settings, f"output.dir={tmp_path / 'whole'}")
     result, zero = go(settings, "train.max_steps=0")

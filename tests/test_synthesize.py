@@ -84,9 +84,9 @@ def test_rows_vectors_and_queries(texts, tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_started_again_and_shuffled_ends_with_the_same_bytes(tmp_path):
-    source, out = write_texts(tmp_path / "t.jsonl", TEXTS[:150]), tmp_path / "mine"
+    source, out = write_texts(tmp_path / "t.jsonl", TEXTS[:100]), tmp_path / "mine"
     whole = synthesize(source, tmp_path / "whole", "temperature=0.7")
-    write_texts(source, [*TEXTS[149::-1], TEXTS[3].lower(), f"{TEXTS[4]} "])  # and copies
+    write_texts(source, [*TEXTS[99::-1], TEXTS[3].lower(), f"{TEXTS[4]} "])  # and copies
     kills, command = 0, [sys.executable, ROOT / "elm.py", "synthesize", source, out, *MODELS]
 
     def answers():
@@ -181,6 +181,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(reply)
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_at_first_gives_the_answers_of_the_llm(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(elm, "WAITS", (0.01,) * 6)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
@@ -191,6 +192,7 @@ def test_a_server_that_fails_at_first_gives_the_answers_of_the_llm(texts, tmp_pa
     assert not any(b"secret" in p.read_bytes() for p in tmp_path.rglob("*.*") if p.is_file())
 
 
+@pytest.mark.slow
 def test_servers_that_are_refused_lose_nothing(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(elm, "WAITS", (0.01,) * 2)
     start = ["synthesize", texts, tmp_path / "mine", *MODELS, "concurrency=2"]
@@ -211,6 +213,7 @@ def test_servers_that_are_refused_lose_nothing(texts, tmp_path, monkeypatch):
     assert all(server.too_long in content for content in server.asked if content in again.asked)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing_and_other_texts_keep_the_answers(small_disk, tmp_path):
     source, out = write_texts(tmp_path / "texts.jsonl", TEXTS[:25]), small_disk / "mine"
     (small_disk / "ballast").write_bytes(bytes(295_000))

@@ -162,6 +162,7 @@ def test_a_signal_in_a_step_saves_and_leaves_without_validating(
     check_same(whole, out)
 
 
+@pytest.mark.slow
 def test_resumes_of_a_finished_run(settings, capsys):
     """Nothing to do; a report that is missing or damaged is made again, also where fewer steps are
     wanted; a longer run goes on from the final checkpoint."""
@@ -204,6 +205,7 @@ def test_resume_by_path_into_another_folder(settings, tmp_path):
     assert {p.stem for p in one.glob("*.old")} >= {"checkpoint_step_6.pt", "checkpoint_final.pt"}
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over(settings, capsys):
     """The newest is the one of most steps. Where none is whole, nothing is begun anew."""
     _, folder = go(settings)
@@ -225,7 +227,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(settings, capsys):
         (folder / "eval.json").unlink()
         go(settings, "train.resume=auto")
         said = capsys.readouterr().out
-        assert said.count("passed over") == 2 and "resumed after step 4" in said
+        assert said.count("passed over") == 1 and "resumed after step 4" in said
         assert same_tree(final_state(folder), wanted)
     for path in folder.glob("checkpoint_*.pt"):
         path.write_bytes(path.read_bytes()[:-1])
@@ -238,6 +240,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(settings, capsys):
 # ------------------------------------------------------------------ settings
 
 
+@pytest.mark.slow
 def test_what_must_not_matter_and_what_must(settings, tmp_path):
     wanted = final_state(go(settings)[1])
     same = [["train.batch_size=8", "train.grad_accum=2"], ["data.num_workers=0"],
@@ -370,6 +373,7 @@ def test_a_wandb_run_ends_with_the_exit_code(tmp_path, error, code):
     log.run.finish.assert_called_once_with(exit_code=code)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_not_utf8(settings, data_dir):
     rows = [r | {"query": "Was heißt „α“?"} for r in read_jsonl(rows_path(data_dir, "test"))]
     write_rows(data_dir, "test", rows)
