@@ -476,9 +476,12 @@ class Prompt:
     def __init__(self, tokenizer: Any, template: dict[str, Any] | None = None,
                  stored: dict[str, str] | None = None):
         """Render the chat template with keyword arguments `template`; parts that are stored with an
-        adapter come before it. Without a chat template: a line break after the query.
-        Raises: UserError if the template fails or does not contain the turn once."""
-        name, text = tokenizer.name_or_path, dict(head="", tail="\n", end=tokenizer.eos_token)
+        adapter come before it. Without a chat template: what the tokenizer puts before a text,
+        such as a BOS token, and a line break after the query. Raises: UserError if the template
+        fails or does not contain the turn once."""
+        ids, plain = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (True, False))
+        name, head = tokenizer.name_or_path, tokenizer.decode(ids[: ids.index(plain[0])])
+        text = dict(head=head, tail="\n", end=tokenizer.eos_token)
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": PLACEHOLDER}]
             with user_error(f"{name}: its chat template fails"):

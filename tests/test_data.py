@@ -20,6 +20,7 @@ from conftest import (
     write_rows,
 )
 from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
 
 import elm
 
@@ -272,11 +273,15 @@ def test_read_ahead_keeps_order(threads):
 
 
 def test_tokenizer_without_chat_template_gets_a_plain_prompt(data_dir):
-    prompt = elm.Prompt(byte_tokenizer(chat_template=None))
+    tok = byte_tokenizer(chat_template=None)
+    prompt = elm.Prompt(tok)
     assert prompt.text == dict(head="", tail="\n", end="<|im_end|>")
     assert prompt.parts(" What is it?\n") == ["", "\nWhat is it?"]
     assert prompt.parts(" Is <EMB> it? ") == ["Is ", " it?"]
     assert len(open_train(data_dir, prompt).rows) == 40
+    bos = TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 257)])  # as Llama
+    tok.backend_tokenizer.post_processor = bos
+    assert elm.Prompt(tok).text == prompt.text | dict(head="<|im_start|>")
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0].content }}{{ messages[0].content }}",

@@ -84,9 +84,7 @@ def states_alone(model, split) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("standardize", [True, False])
-def test_the_probe_is_a_ridge_regression_on_responses_read_alone(
-    llm_dir, data_dir, capsys, standardize
-):
+def test_the_probe_is_a_ridge_regression_on_responses(llm_dir, data_dir, capsys, standardize):
     split = open_train(data_dir, PROMPT)
     model = build_elm(llm_dir, split, standardize=standardize)
     probe = elm.fit_probe(model, split, RT)
