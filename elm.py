@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import codecs
 import copy
-import dataclasses
 import difflib
 import fcntl
 import hashlib
@@ -64,7 +63,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import huggingface_hub
 import numpy as np
 import pydantic
-import pydantic_core
 import torch
 import torch.nn.functional as F
 import transformers
@@ -104,7 +102,8 @@ PHRASINGS = dict(  # of task types: "phrasing|…; length of the answer", by def
 QUERIES = {task: [f"{query}, {length or 'in two sentences'}." for query in queries.split("|")]
            for task, text in PHRASINGS.items() for queries, _, length in [text.partition("; ")]}
 TASKS, RECONSTRUCT = tuple(QUERIES)[:-1], "reconstruct"  # this one where data.tasks names it
-REMOVED_TASKS = ("compare", "hypothetical")  # pair tasks of older data sets: skipped, counted
+# Rows of two pair tasks of older data sets, which have other fields: skipped and counted.
+PAIR_ROW = re.compile(rb'"task_type"\s*:\s*"(compare|hypothetical)"')
 RESERVED_KEYS = (  # of DeepSpeed's config
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "gradient_clipping", "optimizer", "scheduler", "bf16", "fp16", "activation_checkpointing")
@@ -115,7 +114,6 @@ def expand_path(path: str) -> str:
 PathStr = Annotated[str, Field(pattern=r"^[^\x00]*$"), pydantic.AfterValidator(expand_path)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Unique = pydantic.AfterValidator(lambda x: tuple(dict.fromkeys(x)))
-FromList = pydantic.BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)
 
 class Table(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=False):
     """Strict: an integer is accepted for a float, no other type is converted."""
@@ -143,7 +141,7 @@ class ModelConfig(Table):
 
 class DataConfig(Table):
     dir: PathStr = "data"  # holds embeddings/ and synthesis/
-    tasks: Annotated[tuple[str, ...], FromList, Field(min_length=1), Unique] = TASKS  # or your own
+    tasks: Annotated[tuple[str, ...], Field(strict=False, min_length=1), Unique] = TASKS  # or own
     max_seq_length: PositiveInt = 2048  # tokens of prompt and response
     num_workers: NonNegativeInt = 4  # threads that read ahead
 
@@ -266,10 +264,9 @@ def read_override(text: str) -> tuple[str, Any]:
         raise UserError(f"{text}: an override has the form section.key=value")
     if value.strip() in ("", "none"):
         return name.strip(), None
-    try:
+    with suppress(ValueError, RecursionError):
         return name.strip(), tomllib.loads(f"x = {value}")["x"]
-    except (ValueError, RecursionError):
-        return name.strip(), value.strip()
+    return name.strip(), value.strip()
 
 def read_toml(path: str | None, over: dict[str, Any]) -> dict[str, dict]:
     """The tables of a TOML file (none: empty ones) under values by dotted name."""
@@ -522,15 +519,14 @@ class Prompt:
         return self.plain(texts, **options)["input_ids"] if texts else []
 
 class Example(NamedTuple):
-    ids: np.ndarray  # int64, 0 where soft tokens go
-    placeholder: int  # index of the first soft token
+    ids: np.ndarray  # int64, -1 where soft tokens go
     num_labels: int  # response tokens, the end token included: the last of ids
     truncated: bool  # the response, or the text
 
 def tokenize(prompt: Prompt, rows: list[tuple[str, Row]], num_soft: int, max_tokens: int,
              source: Literal["embedding", "text", "response"] = "embedding") -> list[Example]:
-    """(name for messages, row) pairs as examples: by "embedding" [before, num_soft zeros, after,
-    response, end]; by "text" the text in place of the zeros; "response" alone. Raises: UserError
+    """(name for messages, row) pairs as examples: by "embedding" [before, num_soft times -1,
+    after, response, end]; by "text" the text in place of these; "response" alone. Raises: UserError
     if a prompt leaves no room for a response."""
     texts = [part for _, row in rows for part in (
         *prompt.parts(row.query), row.response, (row.text or "") * (source == "text"))]
@@ -544,10 +540,10 @@ def tokenize(prompt: Prompt, rows: list[tuple[str, Row]], num_soft: int, max_tok
                             f"tokens, {1 - room} more are needed")
         answer = (response + prompt.end)[:room]
         left = room + num_soft - len(answer)
-        middle = text[:left] if source == "text" else [0] * num_soft
+        middle = text[:left] if source == "text" else [-1] * num_soft
         ids = answer if source == "response" else before + middle + after + answer
-        examples.append(Example(np.array(ids, np.int64), len(before), len(answer),
-                                len(response + prompt.end) > room or len(text) > left))
+        truncated = len(response + prompt.end) > room or len(text) > left
+        examples.append(Example(np.array(ids, np.int64), len(answer), truncated))
     return examples
 
 def make_micro_batches(lengths: Any, num_processes: int, budget: int) -> list[list[int]]:
@@ -564,28 +560,23 @@ def make_micro_batches(lengths: Any, num_processes: int, budget: int) -> list[li
         if all(len(m) < 2 or total <= budget for m, total in zip(micros, load, strict=True)):
             return [sorted(m) for m in micros]
 
-def collate(examples: list[Example], embeddings: Tensor | None = None, num_soft: int = 0) -> dict:
+def collate(examples: list[Example], embeddings: Tensor | None = None) -> dict:
     """Pack n examples end to end, T tokens, without padding. int64 unless said otherwise:
-        input_ids, position_ids [T]; cu_seqlens [n + 1] int32; lengths, n ints
-        labels [R]; logit_positions [R], which predict them; example_index [R], whose they are
-        with embeddings [n, E]: these, and placeholder_positions [n * num_soft]"""
+        input_ids, position_ids [T]; cu_seqlens [n + 1] int32; placeholder_positions [n * K]
+        labels [R]; logit_positions [R], which predict them
+        lengths, num_labels: n ints each; embeddings [n, E] if given"""
     lengths, num_labels = [len(e.ids) for e in examples], [e.num_labels for e in examples]
-    ends = np.cumsum(lengths)
-    positions = [np.arange(end - k, end) - 1 for end, k in zip(ends, num_labels, strict=True)]
-    batch = dict(input_ids=np.concatenate([e.ids for e in examples]),
-                 position_ids=np.concatenate([np.arange(n) for n in lengths]),
-                 cu_seqlens=np.r_[0, ends].astype(np.int32),
-                 logit_positions=np.concatenate(positions),
-                 example_index=np.repeat(np.arange(len(examples)), num_labels))
-    batch["labels"] = batch["input_ids"][batch["logit_positions"] + 1]
+    ids, ends = np.concatenate([e.ids for e in examples]), np.cumsum(lengths)
+    answers = [np.arange(end - k, end) for end, k in zip(ends, num_labels, strict=True)]
+    answers = np.concatenate(answers)  # positions in ids
+    batch = dict(input_ids=ids.clip(0), position_ids=np.concatenate([*map(np.arange, lengths)]),
+                 cu_seqlens=np.r_[0, ends].astype(np.int32), labels=ids[answers],
+                 logit_positions=answers - 1, placeholder_positions=np.flatnonzero(ids < 0))
     batch = {k: torch.from_numpy(v) for k, v in batch.items()}
-    if embeddings is not None:
-        first = torch.from_numpy(ends - lengths + [e.placeholder for e in examples])
-        batch["placeholder_positions"] = (first[:, None] + torch.arange(num_soft)).flatten()
-        batch["embeddings"] = embeddings
+    batch |= {} if embeddings is None else dict(embeddings=embeddings)
     if torch.cuda.is_available():  # so that the copy to the device does not wait
         batch = {k: v.pin_memory() for k, v in batch.items()}
-    return batch | dict(lengths=lengths)
+    return batch | dict(lengths=lengths, num_labels=num_labels)
 
 def open_vectors(path: Path) -> Tensor:
     """The one table [N, E] of floats of a safetensors or .npy file, mapped. Raises: UserError."""
@@ -601,12 +592,8 @@ def open_vectors(path: Path) -> Tensor:
         raise UserError(f"{path}: holds {found or 'nothing'}, not one table [N, E] of floats")
     return tensors[0]
 
-def invalid_rows(vectors: Tensor) -> Tensor:
-    """[n, E] -> [n] bool: rows that are zero, or have a NaN or infinite number."""
-    return ~(vectors.isfinite().all(1) & vectors.any(1))
-
 def scan_vectors(vectors: Tensor, used: Tensor, path: Path) -> tuple[dict, np.ndarray]:
-    """(mean, std [E] and norm [3] fp32 of the `used` vectors, [N] bool: least, root mean square and
+    """(mean, std [E] and norms [3] fp32 of the `used` vectors, [N] bool: least, root mean square,
     greatest; for each vector the index of its first copy [N]). A dimension without spread, below
     1 % of the typical deviation, gets that. Raises: UserError at a NaN, infinite or zero vector."""
     total, norms = torch.zeros(2, vectors.shape[1], dtype=torch.float64), []
@@ -625,8 +612,8 @@ def scan_vectors(vectors: Tensor, used: Tensor, path: Path) -> tuple[dict, np.nd
     std = (square - mean.square()).clamp(min=0).sqrt().float()
     typical = std.square().mean().sqrt()
     std[std < 0.01 * typical] = typical
-    norm = torch.tensor([min(norms), square.sum().sqrt(), max(norms)]).float()
-    return {"mean": mean.float(), "std": std, "norm": norm}, np.array(copies)
+    norms = torch.tensor([min(norms), square.sum().sqrt(), max(norms)]).float()
+    return {"mean": mean.float(), "std": std, "norms": norms}, np.array(copies)
 
 class Row(BaseModel, frozen=True, strict=True, extra="allow"):
     task_type: str
@@ -639,7 +626,7 @@ class Row(BaseModel, frozen=True, strict=True, extra="allow"):
 def parse_line(kind: type[BaseModel], line: bytes) -> Any:
     """A model from a line of JSON. Raises: ValueError, which names the field."""
     try:
-        return kind.model_validate_json(line)
+        return kind.model_validate_json(line.removeprefix(codecs.BOM_UTF8))
     except pydantic.ValidationError as e:
         error = e.errors()[0]
         name = f"field {error['loc'][0]!r}: " if error["loc"] else ""
@@ -648,16 +635,9 @@ def parse_line(kind: type[BaseModel], line: bytes) -> Any:
 
 def parse_row(line: bytes, tasks: tuple[str, ...], num_vectors: int) -> Row | None:
     """A checked row of one line of JSON; None for a pair task. Raises: ValueError."""
-    line = line.removeprefix(codecs.BOM_UTF8)
-    try:
-        row = parse_line(Row, line)
-    except ValueError:
-        with suppress(ValueError, TypeError, LookupError):  # a pair task has other fields
-            if pydantic_core.from_json(line)["task_type"] in REMOVED_TASKS:
-                return None
-        raise
-    if row.task_type in REMOVED_TASKS and row.task_type not in tasks:
+    if (pair := PAIR_ROW.search(line)) and pair[1].decode() not in tasks:
         return None
+    row = parse_line(Row, line)
     if row.task_type not in (known := (*tasks, *QUERIES)):
         raise ValueError(f"unknown task_type {row.task_type!r}{did_you_mean(row.task_type, known)}")
     if row.embedding_file_idx >= num_vectors:
@@ -690,22 +670,20 @@ class Split:  # of a data set, opened
     path: Path  # of its rows
     rows: np.ndarray  # [N] of ROW: where each row stands, its vector and task
     vectors: Tensor  # [number of vectors, E], memory-mapped
-    statistics: dict[str, Tensor]  # mean and std [E], and norm, of the vectors that rows use
+    statistics: dict[str, Tensor]  # mean and std [E], and norms, of the vectors that rows use
     counts: dict[str, int]
     prompt: Prompt
-    tasks: tuple[str, ...]  # what `task` of ROW counts
     num_soft: int
-    max_tokens: int
+    data: DataConfig  # whose tasks `task` of ROW counts
 
     def read(self, indices: Any) -> list[Row]:
         with open(self.path, "rb") as f:
-            return [parse_row(f.readline(), self.tasks, len(self.vectors)) for i in indices
+            return [parse_row(f.readline(), self.data.tasks, len(self.vectors)) for i in indices
                     if f.seek(int(self.rows["byte"][i])) >= 0]
 
     def examples(self, indices: Any, source: str = "embedding") -> list[Example]:
-        names = [f"{self.path}:{line}" for line in self.rows["line"][indices]]
-        rows = list(zip(names, self.read(indices), strict=True))
-        return tokenize(self.prompt, rows, self.num_soft, self.max_tokens, source)
+        rows = [(self.path, row) for row in self.read(indices)]  # whose prompts fit
+        return tokenize(self.prompt, rows, self.num_soft, self.data.max_seq_length, source)
 
     def embeddings(self, vector_ids: np.ndarray) -> Tensor:
         """[n] indices into the table -> [n, E] fp32."""
@@ -739,8 +717,7 @@ def open_split(data: DataConfig, split: str, prompt: Prompt, num_soft: int, rt: 
     used[table["vector"]] = True
     statistics, copies = scan_vectors(vectors, torch.from_numpy(used), vectors_path)
     table["vector"] = copies[table["vector"]]  # rows of equal vectors are rows of one
-    return Split(path, table, vectors, statistics, dict(counts), prompt, data.tasks, num_soft,
-                 data.max_seq_length)
+    return Split(path, table, vectors, statistics, dict(counts), prompt, num_soft, data)
 
 def shuffled_vectors(split: Split) -> np.ndarray:
     """[N] for each row a vector that is not its own, the same for rows of one vector."""
@@ -775,8 +752,8 @@ def prepare_step(split: Split, budget: int, rt: Runtime, step: tuple) -> Step:
     micros = make_micro_batches(lengths, rt.world, budget)[rt.rank :: rt.world]
     counts = dict(rows=len(rows), labels=sum(e.num_labels for e in examples), tokens=sum(lengths))
     batches = [(float(bool(m)), collate([examples[i] for i in m or [0]],
-                                        split.embeddings(split.rows["vector"][rows[m or [0]]]),
-                                        split.num_soft)) for m in micros]
+                                        split.embeddings(split.rows["vector"][rows[m or [0]]])))
+               for m in micros]
     return Step(epoch, position, rows, counts, batches)
 
 # -----------------------------------------------------------------------------
@@ -786,28 +763,29 @@ class Adapter(nn.Module):
     """norm(W2 gelu(W1 x + b1) + b2 + residual), x the standardised embedding: [n, E] -> [n, K, D].
     The residual, times residual_scale, is x itself where E = D and else a linear map of it without
     bias. The norm is an RMSNorm times `scale`, the root mean square of the LLM's token embeddings,
-    so that a fresh adapter's output has their scale. mean, std and scale are saved, not trained."""
+    so that a fresh adapter's output has their scale. Buffers are saved, not trained."""
 
     def __init__(self, d_emb: int, hidden_dim: int, d_llm: int, tokens: int = 1,
-                 dropout: float = 0.0, residual_scale: float = 1.0, scale: float = 1.0,
-                 norm: list[float] | None = None):  # of the training vectors, for check_norm
+                 dropout: float = 0.0, residual_scale: float = 1.0):
         super().__init__()
         self.settings = dict(d_emb=d_emb, hidden_dim=hidden_dim, d_llm=d_llm, tokens=tokens,
-                             dropout=dropout, residual_scale=residual_scale, norm=norm)
+                             residual_scale=residual_scale)
+        self.dropout = nn.Dropout(dropout)
         self.fc1 = nn.Linear(d_emb, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, tokens * d_llm)
         self.residual = nn.Identity() if d_emb == d_llm else nn.Linear(d_emb, d_llm, bias=False)
         self.norm = nn.RMSNorm(d_llm, eps=1e-6)
         self.register_buffer("mean", torch.zeros(d_emb))
         self.register_buffer("std", torch.ones(d_emb))
-        self.register_buffer("scale", torch.tensor(scale))
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.register_buffer("norms", torch.full((3,), torch.nan))  # see check_norm
 
     def standardize(self, embeddings: Tensor) -> Tensor:
         return (embeddings.float() - self.mean) / self.std.clamp(min=1e-6)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         x = self.standardize(embeddings)
-        hidden = F.dropout(F.gelu(self.fc1(x)), self.settings["dropout"], self.training)
+        hidden = self.dropout(F.gelu(self.fc1(x)))
         out = self.fc2(hidden).unflatten(-1, (self.settings["tokens"], -1))
         residual = self.settings["residual_scale"] * self.residual(x)[..., None, :]
         return self.norm(out + residual) * self.scale
@@ -836,10 +814,10 @@ def check_identity(trained: dict[str, Any], current: dict[str, Any], where: Any)
             raise UserError(f"{where}: {key} was {trained.get(key)} in training and is {value} "
                             "here; give it what it was trained with")
 
-def check_norm(trained: list[float] | None, norm: float, where: Any) -> None:
+def check_norm(trained: Tensor, norm: float, where: Any) -> None:
     """Raises: UserError if a root mean square norm is far from the `trained` norms: least, root
-    mean square and greatest."""
-    low, mean, high = trained or (norm, norm, norm)
+    mean square and greatest, or NaN if they are unknown."""
+    low, mean, high = trained.tolist()
     if norm < low / 1.5 or norm > high * 1.5:  # of no vectors it is NaN
         name = "the vectors' norm"
         check_identity({name: f"{mean:.4g}"}, {name: f"{norm:.4g}"}, where)
@@ -848,14 +826,13 @@ def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors",
                   rows: Iterable[int] | None = None) -> Tensor:
     """[n, E] or [E], numpy or torch -> [n, E] fp32. Raises: UserError at another width, a row that
     is zero, NaN or infinite, or a norm far from those of training."""
-    vectors, settings = torch.atleast_2d(torch.as_tensor(embeddings)).float(), adapter.settings
-    if vectors.ndim != 2 or vectors.shape[1] != settings["d_emb"]:
-        raise UserError(f"{where}: {list(vectors.shape)}, but the adapter reads "
-                        f"[n, {settings['d_emb']}]")
-    if len(invalid := invalid_rows(vectors).nonzero()):
+    vectors, width = torch.atleast_2d(torch.as_tensor(embeddings)).float(), len(adapter.mean)
+    if vectors.ndim != 2 or vectors.shape[1] != width:
+        raise UserError(f"{where}: {list(vectors.shape)}, but the adapter reads [n, {width}]")
+    if len(invalid := (~vectors.isfinite().all(1) | ~vectors.any(1)).nonzero()):
         row = list(rows or range(len(vectors)))[int(invalid[0])]
         raise UserError(f"{where}: row {row} is zero, NaN or infinite; embed its text again")
-    check_norm(settings["norm"], vectors.square().sum(1).mean().sqrt().item(), where)
+    check_norm(adapter.norms, vectors.square().sum(1).mean().sqrt().item(), where)
     return vectors
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, lengths=None,
@@ -983,11 +960,10 @@ def fresh_adapter(llm: Any, statistics: dict[str, Tensor], standardize: bool = T
     give its output's width and root mean square."""
     embed = llm.get_input_embeddings()
     ids = torch.linspace(0, embed.num_embeddings - 1, 4096, device=embed.weight.device).long()
-    rows, norm = embed(ids).float(), statistics["norm"].tolist()
-    adapter = Adapter(len(statistics["mean"]), d_llm=rows.shape[1], norm=norm,
-                      scale=rows.square().mean().sqrt().item(), **settings)
-    if standardize:
-        adapter.load_state_dict({k: statistics[k] for k in ("mean", "std")}, strict=False)
+    rows = embed(ids).float()
+    adapter = Adapter(len(statistics["mean"]), d_llm=rows.shape[1], **settings)
+    buffers = statistics if standardize else {"norms": statistics["norms"]}
+    adapter.load_state_dict(buffers | {"scale": rows.square().mean().sqrt()}, strict=False)
     return adapter
 
 class ELM(nn.Module):
@@ -996,6 +972,7 @@ class ELM(nn.Module):
     def __init__(self, llm: Any, adapter: Adapter, prompt: Prompt | None = None):
         super().__init__()
         self.llm, self.adapter, self.prompt = llm, adapter, prompt
+        self.identity = fingerprint(llm) | adapter.settings
         # Under ZeRO 3 all processes must run equally many passes through the LLM.
         partitioned = hasattr(llm.get_input_embeddings().weight, "ds_id")
         self.lockstep = partitioned and torch.distributed.get_world_size() > 1
@@ -1010,13 +987,12 @@ class ELM(nn.Module):
         with user_error(f"{path}: does not say which LLM it was trained for"):
             origin, stored, identity = (metadata[k] for k in ("llm", "prompt", "identity"))
             name, bf16 = llm or origin["name"], origin["bf16"] if bf16 is None else bf16
-            template = dict(origin["template"])
         tokenizer = load_pretrained(transformers.AutoTokenizer, name, "llm")
         model = load_llm(name, device := find_device(), bf16, "llm", options)
         elm = ELM(model, adapter.to(device)).eval()
-        check_identity(identity, fingerprint(model), f"{path}: {name}")
+        check_identity(identity, elm.identity, f"{path}: {name}")
         with user_error(f"{path}: its prompt cannot be used"):
-            elm.prompt = Prompt(tokenizer, template, stored)
+            elm.prompt = Prompt(tokenizer, origin["template"], stored)
         return elm
 
     @staticmethod
@@ -1035,15 +1011,14 @@ class ELM(nn.Module):
         adapter = fresh_adapter(model, statistics, hidden_dim=hidden_dim, **settings)
         return ELM(model, adapter.to(device), prompt)
 
-    def save(self, path: str | Path, state: dict | None = None, identity: dict | None = None,
-             **metadata: Any) -> None:
+    def save(self, path: str | Path, state: dict | None = None, **metadata: Any) -> None:
         """Write the adapter, or a `state` of it, as safetensors for `load`. Raises: UserError."""
         state = state or self.adapter.state_dict()
         tensors = {k: v.detach().float().cpu() for k, v in state.items()}
         origin = dict(name=self.llm.name_or_path, bf16=self.llm.dtype == torch.bfloat16,
                       template=self.prompt.template)
         about = dict(adapter=self.adapter.settings, llm=origin, prompt=self.prompt.text,
-                     identity=identity or fingerprint(self.llm)) | metadata
+                     identity=self.identity) | metadata
         with atomic_write(Path(path)) as temporary:  # safetensors keeps no order of several entries
             save_file(tensors, temporary, {"elm": json.dumps(about)})
 
@@ -1090,7 +1065,7 @@ class ELM(nn.Module):
         if self.lockstep:  # ZeRO 3 gathers the head for each chunk: as often on every process
             torch.distributed.all_reduce(chunks, torch.distributed.ReduceOp.MAX)
         losses = ChunkedCrossEntropy.apply(hidden, batch["labels"], self.lm_head, int(chunks))
-        return losses.new_zeros(len(batch["lengths"])).index_add(0, batch["example_index"], losses)
+        return torch.stack([x.sum() for x in losses.split(batch["num_labels"])])
 
     def nll(self, batch: dict) -> Tensor:
         """[n] fp32 of a batch of collate, by its embeddings if it has them."""
@@ -1105,9 +1080,8 @@ class ELM(nn.Module):
         pairs = zip(expand(queries, len(vectors)), expand(responses, len(vectors)), strict=True)
         rows = [(f"pair {i}", Row.model_construct(query=q, response=r))
                 for i, (q, r) in enumerate(pairs)]
-        num_soft = self.adapter.settings["tokens"]
-        examples = tokenize(self.prompt, rows, num_soft, max_tokens)
-        batch = collate(examples, vectors, num_soft)
+        examples = tokenize(self.prompt, rows, self.adapter.settings["tokens"], max_tokens)
+        batch = collate(examples, vectors)
         return self.nll(batch).sum() / len(batch["labels"])
 
     @torch.no_grad()
@@ -1184,8 +1158,7 @@ def check_llm(elm: ELM, max_tokens: int = 0) -> None:
     other = ids.index_copy(0, torch.tensor([19, 45]), ids[[18, 44]])  # the last token of each
     with user_error(f"model.llm: {type(elm.llm).__name__} cannot be used, as rows are packed and "
                     "prompts are embeddings"):
-        batch = collate([Example(part, 0, len(part) - 4, False)
-                         for part in np.split(ids.numpy(), [20])])
+        batch = collate([Example(p, len(p) - 4, False) for p in np.split(ids.numpy(), [20])])
         losses = torch.stack([elm.nll(batch | dict(input_ids=x)) for x in (ids, other)]).T.tolist()
         for pair, part in zip(losses, (slice(20), slice(20, 46)), strict=True):
             logits = [elm.llm(input_ids=x[None, part].to(elm.device), use_cache=False).logits[0]
@@ -1250,10 +1223,7 @@ class Probe(NamedTuple):  # ridge map from hidden states of a response to the st
 def response_hidden(hidden: Tensor, batch: dict) -> Tensor:
     """The mean of hidden states [T, D] over each example's response tokens: [n, D] fp32."""
     states = hidden.index_select(0, batch["logit_positions"] + 1).float()
-    sums = states.new_zeros(len(batch["lengths"]), states.shape[1])
-    sums = sums.index_add(0, batch["example_index"], states)
-    ones = states.new_ones(len(states))  # bincount would wait for the device
-    return sums / ones.new_zeros(len(sums)).index_add(0, batch["example_index"], ones)[:, None]
+    return torch.stack([x.mean(0) for x in states.split(batch["num_labels"])])
 
 def drift(probe: Probe, adapter: Adapter, target: float, hidden: Tensor, batch: dict) -> Tensor:
     """max(0, target - cosine) of each response's projected hidden state and its embedding: [n]."""
@@ -1480,8 +1450,7 @@ class Log(AbstractContextManager):
 
     def __init__(self, cfg: Config, state: TrainState, total: int, rt: Runtime):
         self.path, self.rt = Path(cfg.output.dir, "metrics.jsonl"), rt
-        self.bar = tqdm(total=total, initial=state.step, unit="step",
-                        disable=rt.rank > 0 or rt.quiet or None)
+        self.bar = rt.progress(None, "steps", total=total, initial=state.step, unit="step")
         self.clock, self.tokens = time.perf_counter(), 0  # since the last line of training
         self.start_time, self.start_step = self.clock, state.step
         self.run = cfg.wandb.enabled and rt.rank == 0
@@ -1538,13 +1507,13 @@ def open_inputs(cfg: Config, names: Sequence[str], num_soft: int, rt: Runtime,
     prompt = Prompt(tokenizer, cfg.model.template, stored)
     splits = {name: open_split(cfg.data, name, prompt, num_soft, rt) for name in names}
     widths = {name: split.vectors.shape[1] for name, split in splits.items()}
-    norms = splits[names[0]].statistics["norm"].tolist()
+    norms = splits[names[0]].statistics["norms"]
     if len(set(widths.values())) > 1:
         raise UserError(f"data.dir: the vectors of the splits differ in width: {widths}")
     for name, split in splits.items():
         counts = ", ".join(f"{n} {what}" for what, n in split.counts.items() if n)
         rt.log(f"{name}: {len(split.vectors)} vectors of width {widths[name]}, {counts}")
-        norm = split.statistics["norm"][1].item()
+        norm = split.statistics["norms"][1].item()
         check_norm(norms, norm, split_paths(cfg.data, name)[0])
         if (split.rows["vector"] == split.rows["vector"][0]).all():
             raise UserError(f"{split.path}: all rows are about one vector: none is left to compare "
@@ -1578,8 +1547,9 @@ def fits_memory(elm: ELM, num_tokens: int, longest: int, terms: dict[str, Term],
     will allocate, fits on every process."""
     num_soft, d_emb = (elm.adapter.settings[k] for k in ("tokens", "d_emb"))
     rows = np.array_split(np.zeros(num_tokens, np.int64), math.ceil(num_tokens / longest))
-    examples = [Example(ids, 0, len(ids) - num_soft, False) for ids in rows]
-    batch = collate(examples, torch.ones(len(examples), d_emb), num_soft)
+    examples = [Example(np.r_[[-1] * num_soft, ids[num_soft:]], len(ids) - num_soft, False)
+                for ids in rows]
+    batch = collate(examples, torch.ones(len(examples), d_emb))
     counts, failed = dict(labels=num_tokens, rows=len(examples)), torch.zeros((), device=rt.device)
     try:  # gradient, two moments and as much again for the update
         reserve = [torch.empty_like(p) for p in elm.adapter.parameters() for _ in range(4)]
@@ -1676,27 +1646,25 @@ def warm_start(elm: ELM, split: Split, rt: Runtime, max_vectors: int = 32768) ->
     rt.log(f"warm start on {int((~heldout).sum())} vectors; cosine {cosine:.3f} with the targets "
            f"of {int(heldout.sum())} held-out ones")
 
-def validation_losses(elm: ELM, split: Split, rt: Runtime, signals: list,
+def validation_losses(elm: ELM, split: Split, rt: Runtime, check: Any,
                       first: bool) -> dict[str, float]:
     """Losses per response token by the right and by shuffled vectors; at the `first` validation by
-    the texts, too. Raises: InterruptedError if a signal arrives."""
-    kinds = {"val_loss": ("embedding", None),
-             "val_loss_shuffled": ("embedding", shuffled_vectors(split))}
+    the texts, too. For `check` see evaluate_nll."""
+    kinds = {"val_loss": split.rows["vector"], "val_loss_shuffled": shuffled_vectors(split)}
     if first and split.rows["text"].all():  # the ceiling stays the same
-        kinds["val_loss_text"] = "text", None
+        kinds["val_loss_text"] = None
     losses = {}
     elm.eval()
-    for name, (source, vector_ids) in kinds.items():
-        nll, num_labels = evaluate_nll(elm, split, rt, source, vector_ids, signals)
+    for name, vectors in kinds.items():
+        nll, num_labels = evaluate_nll(elm, split, vectors, rt, check)
         if num_labels.all():  # each text fits
             losses[name] = float(nll.sum() / num_labels.sum())
     elm.train()
     return losses
 
 def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt: Runtime) -> tuple:
-    """(ELM, AdamW, drift probe or None, identity), fresh or as a checkpoint has them.
-    Raises: UserError."""
-    m = cfg.model
+    """(ELM, AdamW, drift probe or None), fresh or as a checkpoint has them. Raises: UserError."""
+    m, probe = cfg.model, None
     torch.manual_seed(cfg.train.seed)
     adapter = fresh_adapter(llm, source.statistics, m.standardize, hidden_dim=m.hidden_dim,
                             tokens=m.tokens, dropout=m.dropout, residual_scale=m.residual_scale)
@@ -1709,12 +1677,10 @@ def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt
            f"embeddings of root mean square {adapter.scale:.4f}")
     optimizer = torch.optim.AdamW(adapter.parameters(), betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=cfg.train.weight_decay, fused=True)
-    same, probe = ("d_emb", "hidden_dim", "d_llm", "tokens", "residual_scale"), None
-    identity = fingerprint(llm) | {key: adapter.settings[key] for key in same}
-    identity["standardize"] = m.standardize
     if saved:
-        check_identity(saved["identity"], identity, "train.resume")
-        check_norm(saved["norm"], adapter.settings["norm"][1], "train.resume")
+        check_identity(saved["identity"], elm.identity, "train.resume")
+        check_identity(saved["config"]["model"], {"standardize": m.standardize}, "train.resume")
+        check_norm(saved["adapter"]["norms"], adapter.norms[1].item(), "train.resume")
         adapter.load_state_dict(saved["adapter"])
         optimizer.load_state_dict(saved["optimizer"])
         optimizer.param_groups[0]["weight_decay"] = cfg.train.weight_decay
@@ -1723,13 +1689,9 @@ def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt
         warm_start(elm, source, rt)
     if cfg.loss.drift_weight and not probe:
         probe = fit_probe(elm, source, rt)
-    return elm.train(), optimizer, probe, identity
+    return elm.train(), optimizer, probe
 
 sweep_llm = lru_cache(1)(load_llm)  # kept between trials
-
-def prune(trial: Any, score: float, quarter: int) -> bool:
-    trial.report(score, quarter)
-    return trial.should_prune()
 
 def train(cfg: Config, trial: Any = None) -> dict:
     """Train an adapter and report on it: returns the dict of eval.json. As a `trial` of Optuna,
@@ -1751,7 +1713,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
         return finished
     get_llm = sweep_llm if trial and cfg.deepspeed.zero_stage < 3 else load_llm
     llm = get_llm(cfg.model.llm, rt.device, cfg.model.bf16, options=cfg.deepspeed)
-    elm, optimizer, probe, identity = build_trainable(cfg, llm, source, saved, rt)
+    elm, optimizer, probe = build_trainable(cfg, llm, source, saved, rt)
     terms = loss_terms(cfg.loss, elm, probe)
     budget = plan_memory(cfg, elm, terms, rt)
     locks: list = []  # of output.dir, held until the end
@@ -1763,38 +1725,37 @@ def train(cfg: Config, trial: Any = None) -> dict:
         warn(f"train.warmup_steps = {c.warmup_steps}: no shorter than the run of {total} steps")
 
     def save_adapter(name: str, weights: dict[str, Tensor], step: int) -> None:
-        rt.on_first(lambda: elm.save(folder / name, weights, identity, step=step))
+        rt.on_first(lambda: elm.save(folder / name, weights, step=step))
         log.wandb(lambda run: run.log_artifact(str(folder / name), type="adapter"))
 
     def save(name: str) -> None:  # no RNG state: a step's rows and dropout follow from its number
         weights = elm.adapter.state_dict()
         save_adapter(f"adapter_step_{state.step}.safetensors", weights, state.step)
         rt.on_first(lambda: save_checkpoint(
-            folder / f"checkpoint_{name}.pt", state=dataclasses.asdict(state), adapter=weights,
-            optimizer=optimizer.state_dict(), probe=probe and tuple(probe), identity=identity,
-            config=cfg.tables(), prompt=source.prompt.text, norm=elm.adapter.settings["norm"]))
+            folder / f"checkpoint_{name}.pt", state=vars(state), adapter=weights,
+            optimizer=optimizer.state_dict(), probe=probe and tuple(probe), identity=elm.identity,
+            config=cfg.tables(), prompt=source.prompt.text))
 
     def validate() -> None:
-        try:
-            losses = validation_losses(elm, data["val"], rt, signals, state.validated < 0)
-        except InterruptedError:
-            leave()
+        losses = validation_losses(elm, data["val"], rt, leave_if_signalled, state.validated < 0)
         if scored := trial is not None and 0 < state.step < total:
             losses["val_bertscore"] = score_now(elm, data["val"], cfg.eval, rt)
+            trial.report(losses["val_bertscore"], state.step // eval_steps)
         log.record(state.step, **losses)
         if state.record_validation(losses["val_loss"], elm.adapter):
             save_adapter("adapter_best.safetensors", state.best_adapter, state.step)
-        if scored and prune(trial, losses["val_bertscore"], state.step // eval_steps):
+        if scored and trial.should_prune():
             raise import_optional("optuna").TrialPruned
 
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == total
 
-    def leave() -> None:
-        if not trial:
-            save(f"step_{state.step}")
-        rt.log(f"stopped after step {state.step}; train.resume=auto goes on from there")
-        raise SystemExit(128 + max(signals, default=signal.SIGTERM))
+    def leave_if_signalled() -> None:  # on all processes, if one has received a signal
+        if rt.sum(torch.tensor(float(len(signals)))).item():
+            if not trial:
+                save(f"step_{state.step}")
+            rt.log(f"stopped after step {state.step}; train.resume=auto goes on from there")
+            raise SystemExit(128 + max(signals, default=signal.SIGTERM))
 
     if saved:
         save_adapter("adapter_best.safetensors", state.best_adapter, state.best_step)
@@ -1831,18 +1792,17 @@ def train(cfg: Config, trial: Any = None) -> dict:
                 if state.step % c.save_steps == 0 and not trial:
                     save(f"step_{state.step}")
                 if stop:
-                    leave()
+                    leave_if_signalled()
                 if due(eval_steps):
                     validate()
                 if state.ended(total, c.patience):
                     break
-            if not fingerprint(llm).items() <= identity.items():
+            if not fingerprint(llm).items() <= elm.identity.items():
                 raise RuntimeError(f"{cfg.model.llm} is frozen, yet its weights have changed")
             if not trial:
                 save(f"step_{state.step}")
                 save("final")
-            if rt.sum(torch.tensor(float(len(signals)))).item():  # received since the last step
-                leave()
+            leave_if_signalled()  # since the last step
         elm.eval().adapter.load_state_dict(state.best_adapter)
         if trial:
             result = {"bertscore_composite": score_now(elm, data["val"], cfg.eval, rt)}
@@ -1856,37 +1816,32 @@ def train(cfg: Config, trial: Any = None) -> dict:
 # Evaluation: losses by vector, by another's vector and by text; answers and their scores
 
 @torch.no_grad()
-def evaluate_nll(elm: ELM, split: Split, rt: Runtime, source: str = "embedding",
-                 vectors: np.ndarray | None = None,
-                 signals: list | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's summed token cross-entropy [N] fp64, and its number of response tokens [N], by its
-    own vector or `vectors` [N], or by its text; 0 for rows without text and those whose text
-    does not fit. The same for any number of processes. Raises: InterruptedError if one of them has
-    received a signal."""
-    vectors = split.rows["vector"] if vectors is None else vectors
-    rows = np.flatnonzero(split.rows["text"]) if source == "text" else np.arange(len(split.rows))
-    size = max(1, min(EVAL_ROWS, EVAL_TOKENS // split.max_tokens))
+def evaluate_nll(elm: ELM, split: Split, vectors: np.ndarray | None, rt: Runtime,
+                 check: Any = lambda: None) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's summed token cross-entropy [N] fp64, and its number of response tokens [N], by
+    `vectors` [N] or, if None, by its text; 0 for rows without text and those whose text does not
+    fit. The same for any number of processes. Calls `check` before each micro-batch."""
+    source = "text" if vectors is None else "embedding"
+    rows = np.flatnonzero(split.rows["text"]) if vectors is None else np.arange(len(split.rows))
+    size = max(1, min(EVAL_ROWS, EVAL_TOKENS // split.data.max_seq_length))
     micros = [rows[i : i + size] for i in range(0, len(rows), size)]
-    result = torch.zeros(2, len(split.rows), dtype=torch.float64, device=rt.device)
+    result = np.zeros((2, len(split.rows)))
 
-    def load(first: int) -> tuple[np.ndarray, dict, Tensor]:
+    def load(first: int) -> tuple[np.ndarray, dict, list[bool]]:
         micro = micros[min(first + rt.rank, len(micros) - 1)]  # equally many on every process
-        soft = (split.embeddings(vectors[micro]), split.num_soft) if source != "text" else ()
         examples = split.examples(micro, source)
-        fits = [source != "text" or not e.truncated for e in examples]
-        return micro, collate(examples, *soft), torch.tensor(fits)
+        embeddings = None if vectors is None else split.embeddings(vectors[micro])
+        fits = [vectors is not None or not e.truncated for e in examples]
+        return micro, collate(examples, embeddings), fits
 
     firsts = range(0, len(micros), rt.world)
     batches = read_ahead(load, firsts, threads=1)
     for first, (micro, batch, fits) in zip(rt.progress(firsts, "losses"), batches, strict=True):
-        if signals is not None and rt.sum(torch.tensor(float(len(signals)))).item():
-            raise InterruptedError
-        nll = elm.nll(batch).double()
-        labels = torch.bincount(batch["example_index"], minlength=len(micro)).to(nll)
+        check()
+        nll = elm.nll(batch).tolist()
         if first + rt.rank < len(micros):
-            values = torch.stack([nll, labels]) * fits.to(rt.device)
-            result[:, torch.from_numpy(micro).to(rt.device)] = values
-    return tuple(rt.sum(result).cpu().numpy())
+            result[:, micro] = np.array([nll, batch["num_labels"]]) * fits
+    return tuple(rt.sum(torch.from_numpy(result).to(rt.device)).cpu().numpy())
 
 def sample_rows(split: Split, n: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(len(split.rows))[:n])
@@ -2071,10 +2026,12 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, run: Path, about: d
     eval.json, which begins with `about`; the others {}. All is computed from one DataFrame of rows:
     vector, task, tokens, losses, and the scores of the sampled rows, NaN in the others."""
     shuffled, folder, pd = shuffled_vectors(split), Path(cfg.output.dir), import_optional("pandas")
-    nll, tokens = evaluate_nll(elm, split, rt)
-    nll_shuffled, _ = evaluate_nll(elm, split, rt, vectors=shuffled)
-    nll_text, tokens_text = evaluate_nll(elm, split, rt, "text")
-    nll_text[tokens_text == 0] = math.nan
+    task = pd.Categorical.from_codes(split.rows["task"], split.data.tasks)
+    frame = pd.DataFrame(dict(vector=split.rows["vector"], task=task))
+    frame["nll"], frame["tokens"] = evaluate_nll(elm, split, split.rows["vector"], rt)
+    frame["nll_shuffled"], _ = evaluate_nll(elm, split, shuffled, rt)
+    frame["nll_text"], tokens_text = evaluate_nll(elm, split, None, rt)
+    frame.loc[tokens_text == 0, "nll_text"] = math.nan
     if num_cut := int((split.rows["text"] & (tokens_text == 0)).sum()):
         warn(f"{num_cut} texts exceed data.max_seq_length: left out of loss_text and gap_closed")
     rows = sample_rows(split, cfg.eval.samples)
@@ -2088,9 +2045,6 @@ def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, run: Path, about: d
                    for row, a, b in zip(split.read(rows), *answers.values(), strict=True)]
     lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
     write_text(folder / "predictions.jsonl", lines)  # before the scores, which may fail
-    frame = pd.DataFrame(dict(
-        vector=split.rows["vector"], tokens=tokens, nll=nll, nll_shuffled=nll_shuffled,
-        nll_text=nll_text, task=pd.Categorical.from_codes(split.rows["task"], split.tasks)))
     if predictions:
         answers["_reference"] = [p["response"] for p in predictions]
         frame = frame.join(score_answers(cfg, answers, rows, split, rt.device))
@@ -2173,17 +2127,15 @@ class EmbedOptions(Table):
     batch_size: PositiveInt = 32
     bf16: bool = True
 
-def write_table(path: Path, shape: tuple[int, int], dtype: torch.dtype, chunks: Any,
-                **metadata: str) -> None:
-    """Write `chunks` of rows, together [N, E] = `shape`, as the one tensor of a safetensors file.
-    A scratch file beside it collects them, so that no table is held in anonymous memory.
-    Raises: UserError."""
+def write_table(path: Path, chunks: Iterable[Tensor], **metadata: str) -> None:
+    """Write `chunks` of rows [n, E] as the one tensor of a safetensors file. A scratch file beside
+    it collects them, so that no table is held in anonymous memory. Raises: UserError."""
     with atomic_write(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as scratch:
         for chunk in chunks:
             scratch.write(chunk.contiguous().view(torch.uint8).numpy())
         scratch.flush()
-        table = torch.from_numpy(np.memmap(scratch, np.uint8)).view(dtype).view(shape)
-        save_file({"embeddings": table}, temporary, metadata)
+        table = torch.from_numpy(np.memmap(scratch, np.uint8)).view(chunk.dtype)
+        save_file({"embeddings": table.view(-1, chunk.shape[1])}, temporary, metadata)
 
 class Source(BaseModel, frozen=True, strict=True):  # a line of a file of texts
     text: Annotated[str, Field(pattern=r"\S")]
@@ -2198,10 +2150,9 @@ def read_texts(path: Path):
         raise UserError(f"{path}: a file of texts is .txt, one a line, or .jsonl")
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            line = line.removeprefix(codecs.BOM_UTF8)
             with user_error(f"{path}:{number}: not a text, or an empty one", ValueError):
                 if suffix == ".txt":
-                    line = json.dumps({"text": line.decode().rstrip("\r\n")}).encode()
+                    line = json.dumps({"text": line.decode("utf-8-sig").rstrip("\r\n")}).encode()
                 source = parse_line(Source, line)
             yield source
     if not number:
@@ -2224,19 +2175,15 @@ def embed_texts(model: Any, o: EmbedOptions, texts: Iterable[str], num: int, fol
     in `folder`, by a hash of what it depends on, and taken from there by a later call. Raises:
     UserError."""
     prompt = f"Instruct: {o.instruction}\nQuery:" if o.instruction else None
-    key, paths, texts = (o, fingerprint(model)), [], iter(texts)
-    with tqdm(total=num, unit="text") as bar:
-        while batch := list(islice(texts, block)):
-            paths.append(folder / f"{short_hash(repr((key, batch)))}.safetensors")
-            if not paths[-1].exists():
-                vectors = encode(model, batch, find_device(), batch_size=o.batch_size,
-                                 prompt=prompt)
-                if invalid_rows(vectors).any():
-                    raise UserError(f"{o.model}: makes zero or infinite vectors; bf16=false?")
-                write_table(paths[-1], vectors.shape, vectors.dtype, [vectors])
-            bar.update(len(batch))
-    shape = num, open_vectors(paths[0]).shape[1]
-    write_table(out, shape, torch.float32, map(open_vectors, paths), embed=o.model_dump_json())
+    key, paths, texts = (o, fingerprint(model)), [], iter(tqdm(texts, total=num, unit="text"))
+    while batch := list(islice(texts, block)):
+        paths.append(folder / f"{short_hash(repr((key, batch)))}.safetensors")
+        if not paths[-1].exists():
+            vectors = encode(model, batch, find_device(), batch_size=o.batch_size, prompt=prompt)
+            if not (vectors.norm(dim=1) > 0.5).all():  # not of unit norm
+                raise UserError(f"{o.model}: makes zero or infinite vectors; bf16=false?")
+            write_table(paths[-1], [vectors])
+    write_table(out, map(open_vectors, paths), embed=o.model_dump_json())
 
 def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> None:
     """Embed a file of texts into a table. Killed, the same command goes on. Raises: UserError."""
@@ -2250,18 +2197,15 @@ def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> No
     print(f"{num} vectors of width {open_vectors(out).shape[1]}; texts are cut after "
           f"{model.max_seq_length} tokens")
 
-def write_split(data: DataConfig, split: str, vectors: Tensor, used: Tensor,
-                rows: Iterable[dict]) -> None:
-    """Write the vectors [N, E] that are `used`, [N] bool, and rows whose embedding_file_idx, one of
-    these N, becomes the index among the written ones. Raises: UserError."""
+def write_split(data: DataConfig, split: str, vectors: Tensor, rows: list[dict]) -> int:
+    """Write rows, and those of the vectors [N, E] that they use, in the same order, whose number is
+    returned; embedding_file_idx becomes the index among these. Raises: UserError."""
     table, path = split_paths(data, split)
-    kept, index = used.nonzero()[:, 0], (used.cumsum(0) - 1).tolist()
-    chunks = (vectors[ids] for ids in kept.split(8192))
-    write_table(table, (len(kept), vectors.shape[1]), vectors.dtype, chunks)
-    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
-        for row in rows:
-            entry = row | dict(embedding_file_idx=index[row["embedding_file_idx"]])
-            f.write(json.dumps(entry) + "\n")
+    used, index = np.unique([row["embedding_file_idx"] for row in rows], return_inverse=True)
+    write_table(table, (vectors[ids] for ids in torch.from_numpy(used).split(8192)))
+    rows = [row | dict(embedding_file_idx=int(i)) for row, i in zip(rows, index, strict=True)]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return len(used)
 
 def filter_tasks(cfg: Config, folder: Path) -> None:
     """A data set of data.tasks alone at `folder`, whole or not at all: their rows as they are, but
@@ -2275,15 +2219,12 @@ def filter_tasks(cfg: Config, folder: Path) -> None:
         new = DataConfig(dir=f"{work}/data")
         for split in splits:
             path, rows_path = split_paths(data, split)
-            vectors, counts = open_vectors(path), dict(rows=0, pair_tasks=0, other_tasks=0)
-            used = torch.zeros(len(vectors), dtype=torch.bool)
-            for *_, row in read_rows(rows_path, data.tasks, len(vectors), dict(counts)):
-                used[row.embedding_file_idx] = True
+            vectors, counts = open_vectors(path), Counter()
             rows = read_rows(rows_path, data.tasks, len(vectors), counts)
-            rows = (row.model_dump(exclude_unset=True) for *_, row in rows)
-            write_split(new, split, vectors, used, rows)
-            print(f"{split}: {counts['rows']} of {sum(counts.values())} rows, {int(used.sum())} of "
-                  f"{len(vectors)} vectors")
+            rows = [row.model_dump(exclude_unset=True) for *_, row in rows]
+            used = write_split(new, split, vectors, rows)
+            print(f"{split}: {len(rows)} of {counts.total()} rows, {used} of {len(vectors)} "
+                  "vectors")
         os.replace(new.dir, folder)
 
 class EvalOptions(Config):
@@ -2299,8 +2240,7 @@ def evaluate(cfg: EvalOptions, beside: bool = False) -> dict:
     folder = run / f"eval_{final}_{name}" if beside else Path(cfg.output.dir)
     cfg = cfg.model_copy(update=dict(output=OutputConfig(dir=str(folder))))
     rt.on_first(lambda: check_new(folder / "metrics.jsonl", folder / "eval.json"))
-    num_soft = adapter.settings["tokens"]
-    split = open_inputs(cfg, [final], num_soft, rt, about.get("prompt"))[final]
+    split = open_inputs(cfg, [final], adapter.settings["tokens"], rt, about.get("prompt"))[final]
     check_vectors(split.vectors[:8192], adapter, f"data.dir: {final}")
     elm = ELM.load(path, cfg.model.llm, cfg.model.bf16, cfg.deepspeed)
     check_llm(elm, cfg.data.max_seq_length)
@@ -2311,7 +2251,7 @@ class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM
     adapter: PathStr
     embeddings: PathStr  # a .safetensors or .npy file of one table
     query: str
-    rows: Annotated[tuple[int, ...], FromList, Field(min_length=1)] | None = None  # none: all
+    rows: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = None  # none: all
     llm: PathStr | None = None  # the adapter's LLM at another place
     max_new_tokens: PositiveInt = 256
     seed: Seed = 42
@@ -2332,9 +2272,8 @@ def generate(o: GenerateOptions) -> None:
     UserError."""
     vectors, (adapter, _) = open_vectors(Path(o.embeddings)), Adapter.load(o.adapter)
     rows = range(len(vectors)) if o.rows is None else o.rows
-    for row in rows:
-        if row not in range(len(vectors)):
-            raise UserError(f"rows: no row {row} among {len(vectors)}")
+    if wrong := {*rows}.difference(range(len(vectors))):
+        raise UserError(f"rows: no row {min(wrong)} among {len(vectors)}")
     Prompt.parts(o.query)
     for first in range(0, len(rows), 1024):
         part = rows[first : first + 1024]
@@ -2361,7 +2300,7 @@ Query = Annotated[str, pydantic.AfterValidator(lambda query: Prompt.parts(query)
 Queries = Annotated[dict[str, list[Query]], pydantic.BeforeValidator(
     lambda path: {k: v for k, v in (QUERIES | read_toml(str(path), {})).items() if v})]
 Count = Annotated[PositiveInt, pydantic.BeforeValidator(lambda x: 2**31 if x == "all" else x)]
-Shares = Annotated[tuple[PositiveFloat, PositiveFloat, NonNegativeFloat], FromList]
+Shares = Annotated[tuple[PositiveFloat, PositiveFloat, NonNegativeFloat], Field(strict=False)]
 
 class SynthesizeOptions(Table):
     model: PathStr = "Qwen/Qwen3-4B-Instruct-2507"  # that answers: the LLM to be trained for
@@ -2526,9 +2465,8 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
         data = DataConfig(dir=str(new := work / "data"))
         shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
         for split in sizes:
-            used = torch.tensor([texts[text] == split for text in texts])
-            chosen = [row for row in rows if used[row["embedding_file_idx"]]]
-            write_split(data, split, open_vectors(table), used, chosen)
+            chosen = [row for row in rows if texts[row["text"]] == split]
+            write_split(data, split, open_vectors(table), chosen)
         settings = {
             "model.llm": o.model, "model.bf16": o.bf16, "model.tokens": 4,
             "model.template": o.template, "data.dir": str(out),
@@ -2608,8 +2546,7 @@ def load_sweep(path: str, overrides: list[str]) -> Sweep:
     return sweep
 
 def suggest(trial: Any, key: str, spec: dict | list) -> None:
-    section, _, name = key.partition(".")
-    default = getattr(getattr(Config(), section), name, None)
+    default = flat(Config().tables()).get(key)
     if isinstance(spec, list):
         trial.suggest_categorical(key, spec)
     elif float in map(type, (default, *spec.values())):

@@ -88,8 +88,8 @@ def make_split(num_rows: int, vocab: int, width: int, seed: int) -> MadeSplit:
         rest = rng.integers(10, 41) - len(shared)
         response = int(min(512, max(1, rng.lognormal(np.log(80), 0.8))))
         own = rng.integers(0, vocab, rest + response)
-        own[0] = 0  # the soft token's place
-        made.append(elm.Example(np.r_[shared, own], len(shared), response, False))
+        own[0] = -1  # the soft token's place
+        made.append(elm.Example(np.r_[shared, own], response, False))
     return MadeSplit(made, width, seed)
 
 
@@ -174,7 +174,7 @@ def contestants(llm, first, split, rows, batch_size, budget, recomputed):
     ours, naive, trainers = (copy.deepcopy(first).to(llm.device) for _ in range(3))
     model = elm.ELM(llm, ours).train()
     optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=1e-4, fused=True)
-    examples = token_rows(split, rows, 1)
+    examples = token_rows(split, rows)
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     adam = torch.optim.AdamW(naive.parameters(), lr=1e-4)
 
@@ -262,7 +262,7 @@ def main() -> None:
         llm = Qwen3ForCausalLM(config).to(torch.bfloat16 if bf16 else torch.float32).eval()
     llm.requires_grad_(False)
     split = make_split(a.rows, shape["vocab_size"], width, a.seed)
-    like = dict(mean=torch.zeros(width), norm=torch.ones(3))
+    like = dict(mean=torch.zeros(width), norms=torch.ones(3))
     first = elm.fresh_adapter(llm, like, False, hidden_dim=4096 * width // 2560)
     rows = np.arange(a.rows)
     lengths = np.array([len(example.ids) for example in split.made])

@@ -10,14 +10,10 @@ import torch.nn.functional as F
 import elm
 
 
-def token_rows(split, rows, num_soft: int | None = None):
+def token_rows(split, rows):
     """[(ids with -1 for soft tokens, number of response tokens, vector)] of the split's rows."""
-    out, num_soft = [], num_soft or split.num_soft
-    for i, example in zip(rows, split.examples(rows), strict=True):
-        ids = torch.from_numpy(example.ids).clone()
-        ids[example.placeholder : example.placeholder + num_soft] = -1
-        out.append((ids, example.num_labels, split.vectors[int(split.rows["vector"][i])]))
-    return out
+    return [(torch.from_numpy(e.ids), e.num_labels, split.vectors[int(split.rows["vector"][i])])
+            for i, e in zip(rows, split.examples(rows), strict=True)]
 
 
 def naive_batch(examples):

@@ -237,7 +237,7 @@ def test_a_table_is_written_without_being_held_in_memory(tmp_path, dtype):
             held.append(anonymous_memory())
             yield torch.full((1000 + i % 2, 1001), i, dtype=dtype)
 
-    elm.write_table(path, (100_050, 1001), dtype, chunks(), about="x")
+    elm.write_table(path, chunks(), about="x")
     table = elm.open_vectors(path)
     assert table.dtype == dtype and torch.equal(table[:, 0], table[:, 1000])
     assert torch.equal(table[:, 7].unique(), torch.arange(100).to(dtype))

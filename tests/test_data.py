@@ -40,7 +40,8 @@ def test_an_example_is_prompt_placeholder_response_end(data_dir, num_soft):
         before, after = (before, after) if slot else ("", "\n" + row["query"])
         before, answer = "<|im_start|>user\n" + before, row["response"] + "<|im_end|>"
         after += "<|im_end|>\n<|im_start|>assistant\n"
-        start, n = by_vector.placeholder, by_vector.num_labels
+        start, n = by_vector.ids.argmin(), by_vector.num_labels
+        assert (np.flatnonzero(by_vector.ids < 0) == start + np.arange(num_soft)).all()
         assert decode(by_vector.ids[:start]) == before
         assert decode(by_vector.ids[start + num_soft : -n]) == after
         assert decode(by_vector.ids[-n:]) == decode(alone.ids) == answer
@@ -60,7 +61,7 @@ def test_task_filter_and_removed_pair_tasks(data_dir):
     wanted = [r for r in rows if r["task_type"] in ("summary", "category")]
     found = split.read(range(len(split.rows)))
     assert [r.response for r in found] == [r["response"] for r in wanted]
-    assert [split.tasks[t] for t in split.rows["task"]] == [r["task_type"] for r in wanted]
+    assert [split.data.tasks[t] for t in split.rows["task"]] == [r["task_type"] for r in wanted]
     others = len(rows) - len(wanted)
     assert split.counts == dict(rows=len(wanted), pair_tasks=3, other_tasks=others, responses_cut=0)
 
@@ -71,13 +72,13 @@ def test_rows_without_text(data_dir, llm_dir, text):
     rows = read_jsonl(rows_path(data_dir))[:20]
     split = open_train(data_dir, PROMPT)
     model = build_elm(llm_dir, split)
-    wanted = elm.evaluate_nll(model, split, RT, "text")
+    wanted = elm.evaluate_nll(model, split, None, RT)
     for row in rows[::2]:
         row.update(text=text) if text is not ... else row.pop("text")
     write_rows(data_dir, "train", rows)
     split = open_train(data_dir, PROMPT)
     assert split.rows["text"].tolist() == [False, True] * 10
-    nll, num_labels = elm.evaluate_nll(model, split, RT, "text")
+    nll, num_labels = elm.evaluate_nll(model, split, None, RT)
     assert not nll[::2].any() and not num_labels[::2].any()
     np.testing.assert_allclose(nll[1::2], wanted[0][1:20:2], rtol=1e-5)
     assert (num_labels[1::2] == wanted[1][1:20:2]).all()
@@ -175,7 +176,7 @@ def test_statistics_are_of_the_vectors_that_rows_use(data_dir, dtype):
     used = vectors[:7].float()
     norms = used.norm(dim=1)
     norm = torch.stack([norms.min(), norms.square().mean().sqrt(), norms.max()])
-    wanted = dict(mean=used.mean(0), std=used.std(0, correction=0), norm=norm)
+    wanted = dict(mean=used.mean(0), std=used.std(0, correction=0), norms=norm)
     torch.testing.assert_close(split.statistics, wanted, rtol=1e-5, atol=1e-6)
     assert split.vectors.dtype == dtype
     torch.testing.assert_close(split.embeddings(np.array([3, 3, 1])), used[[3, 3, 1]])
@@ -216,7 +217,7 @@ def test_task_types_of_ones_own(settings, data_dir):
     result, _ = go(settings, 'data.tasks=["haiku", "summary"]')
     assert result["tasks"]["haiku"]["rows"] == 20
     split = open_train(data_dir, PROMPT, tasks=("haiku", "summary"))
-    assert {split.tasks[t] for t in split.rows["task"]} == {"haiku", "summary"}
+    assert {split.data.tasks[t] for t in split.rows["task"]} == {"haiku", "summary"}
     assert split.counts["rows"] + split.counts["other_tasks"] == 40
     with pytest.raises(elm.UserError, match="task_type 'haiku', did you mean haikus?"):
         open_train(data_dir, PROMPT, tasks=("haikus", "summary"))
@@ -331,10 +332,11 @@ def test_names_of_control_tokens_in_rows_are_text(data_dir, source):
     row = read_jsonl(rows_path(data_dir))[0] | dict(query=said, response=said, text=said)
     write_rows(data_dir, "train", [row])
     (example,) = open_train(data_dir, elm.Prompt(tokenizer)).examples([0], source)
-    control = [t for t in tokenizer.convert_ids_to_tokens(example.ids) if t[0] == "<" < t]
+    ids = example.ids.clip(0)
+    control = [t for t in tokenizer.convert_ids_to_tokens(ids) if t[0] == "<" < t]
     assert control == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"][
         3 * (source == "response") :]  # fmt: skip
-    assert decode(example.ids).count(said) == dict(embedding=2, text=3, response=1)[source]
+    assert decode(ids).count(said) == dict(embedding=2, text=3, response=1)[source]
 
 
 def test_arguments_of_the_template(capsys):

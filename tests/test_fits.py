@@ -43,7 +43,7 @@ def test_terms_and_their_gradient_are_the_naive_ones(parts):
     is a function and an entry."""
     model, split = parts
     rows, probe = np.arange(40), elm.Probe(torch.randn(32, 12), torch.randn(32), torch.randn(12))
-    llm, adapter, examples = model.llm, model.adapter, token_rows(split, rows, 3)
+    llm, adapter, examples = model.llm, model.adapter, token_rows(split, rows)
     terms = elm.loss_terms(elm.LossConfig(drift_weight=0.7, drift_target=-0.4), model, probe)
     terms["size"] = elm.Term(size, 0.3, "rows")
     terms["unused"] = elm.Term(None, 0.0, "rows")
@@ -76,7 +76,7 @@ def test_terms_and_their_gradient_are_the_naive_ones(parts):
 def states_alone(model, split) -> torch.Tensor:
     """[N, D]: the LLM's mean last hidden state over each response, read without a prompt."""
     states = []
-    for ids, n, _ in token_rows(split, range(len(split.rows)), split.num_soft):
+    for ids, n, _ in token_rows(split, range(len(split.rows))):
         with torch.no_grad():
             out = model.llm.base_model(input_ids=ids[None, -n:])
         states.append(out.last_hidden_state[0].mean(0))

@@ -36,7 +36,7 @@ def test_packed_rows_agree_with_the_naive_reference(tmp_path, kind, head_dim, re
     have sliding windows."""
     rows = np.arange(12)
     naive, split, folder = parts(tmp_path, kind, False, head_dim=head_dim)
-    loss, gradient = naive_step(naive.llm, naive.adapter, [token_rows(split, rows, 2)])
+    loss, gradient = naive_step(naive.llm, naive.adapter, [token_rows(split, rows)])
     for bf16, tolerance in ((False, 1e-4), (True, 5e-2)):
         model = build_elm(folder, split, "cuda", bf16)
         elm.check_llm(model)

@@ -46,11 +46,6 @@ def parts(request, tmp_path_factory):
     return model, split
 
 
-def batch_of(split, rows, source="embedding"):
-    soft = (split.embeddings(split.rows["vector"][rows]), split.num_soft)
-    return elm.collate(split.examples(rows, source), *soft * (source == "embedding"))
-
-
 def test_adapter_has_the_size_of_the_contract():
     with torch.device("meta"):
         adapter = elm.Adapter(2560, 4096, 2560)
@@ -66,7 +61,8 @@ def test_adapter_has_the_size_of_the_contract():
     "d_emb, d_llm, tokens", [(12, 12, 1), (12, 20, 1), (12, 20, 3), (12, 12, 3)]
 )
 def test_adapter_is_its_formula(d_emb, d_llm, tokens):
-    adapter = elm.Adapter(d_emb, 16, d_llm, tokens, residual_scale=0.5, scale=0.03).eval()
+    adapter = elm.Adapter(d_emb, 16, d_llm, tokens, residual_scale=0.5).eval()
+    adapter.scale *= 0.03
     adapter.mean += 1.0
     adapter.std *= 2.0
     adapter.norm.weight.data.uniform_(0.5, 1.5)
@@ -91,7 +87,7 @@ def test_loss_and_gradient_agree_with_the_naive_reference(parts, monkeypatch):
     """Every combination: one micro-batch or several, recomputed layers, whole logits or chunks."""
     naive, split = parts
     rows, vocab = np.arange(12), naive.llm.config.get_text_config().vocab_size
-    loss, gradient = naive_step(naive.llm, naive.adapter, [token_rows(split, rows, 2)])
+    loss, gradient = naive_step(naive.llm, naive.adapter, [token_rows(split, rows)])
     naive.llm.gradient_checkpointing_disable()
     naive.llm.eval()
     model, passes = build_elm(naive.llm.config._name_or_path, split), []
@@ -118,7 +114,7 @@ def test_loss_of_vectors_in_memory_is_the_naive_loss(parts):
     texts, vectors = split.read(rows), split.embeddings(split.rows["vector"][rows])
     queries, responses = ([getattr(row, key) for row in texts] for key in ("query", "response"))
     parameters = list(model.adapter.parameters())
-    naive = token_rows(split, rows, 2)
+    naive = token_rows(split, rows)
     wanted = naive_loss(model.llm, model.adapter, naive) / sum(n for _, n, _ in naive)
     for given in (vectors, vectors.double().numpy()):
         loss = model.loss(given, queries, responses)
@@ -196,7 +192,7 @@ def test_the_llm_never_drops_out(parts):
     naive, split = parts
     model = build_elm(naive.llm.config._name_or_path, split, dropout=0.5).train()
     assert model.adapter.training and not any(m.training for m in model.llm.modules())
-    batch = batch_of(split, [0])
+    batch = elm.collate(split.examples([0]), split.embeddings(split.rows["vector"][[0]]))
     assert not torch.equal(model.nll(batch), model.nll(batch))  # the adapter does
     model.eval()
     assert torch.equal(model.nll(batch), model.nll(batch))

@@ -113,7 +113,7 @@ def test_shuffled_vectors(vectors):
     """A permutation of the vectors that moves each one."""
     rows = np.zeros(len(vectors), elm.ROW)
     rows["vector"] = vectors
-    split = elm.Split(None, rows, None, {}, {}, PROMPT, elm.TASKS, 1, 256)
+    split = elm.Split(None, rows, None, {}, {}, PROMPT, 1, elm.DataConfig())
     other = elm.shuffled_vectors(split)
     assert (other != rows["vector"]).all()
     mapped = dict(zip(vectors, other.tolist(), strict=True))

@@ -387,9 +387,9 @@ def test_a_warm_up_longer_than_the_run_is_told(settings, capsys):
 def test_a_signal_ends_a_validation(llm_dir, data_dir):
     split = open_train(data_dir, PROMPT)
     model = build_elm(llm_dir, split)
-    assert len(elm.validation_losses(model, split, RT, [], first=True)) == 3
+    assert len(elm.validation_losses(model, split, RT, lambda: None, first=True)) == 3
     with pytest.raises(InterruptedError):
-        elm.validation_losses(model, split, RT, [15], first=True)
+        elm.validation_losses(model, split, RT, mock.Mock(side_effect=InterruptedError), True)
 
 
 def test_patience_ends_a_run_as_finished(settings, capsys):
