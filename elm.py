@@ -636,6 +636,7 @@ def parse_line(kind: type[BaseModel], line: bytes) -> Any:
 def parse_row(line: bytes, tasks: tuple[str, ...], num_vectors: int) -> Row | None:
     """A checked row of one line of JSON; None for a pair task. Raises: ValueError."""
     if (pair := PAIR_ROW.search(line)) and pair[1].decode() not in tasks:
+        parse_line(pydantic.RootModel[dict], line)  # broken JSON is refused here, too
         return None
     row = parse_line(Row, line)
     if row.task_type not in (known := (*tasks, *QUERIES)):
@@ -1246,16 +1247,11 @@ def ridge(x: Tensor, y: Tensor, heldout: Tensor) -> tuple[Tensor, Tensor, Tensor
         a, b = a[~out] - center, b[~out] - mean
         gram += a.T @ a
         cross += a.T @ b
-    x, y, best, least = x[heldout] - center, y[heldout] - mean, None, math.inf
-    diagonal, scale = gram.diagonal(), gram.diagonal().mean().clamp(min=1e-9).item()
-    for value in RIDGES:
-        diagonal += value * scale
-        weights = torch.cholesky_solve(cross, torch.linalg.cholesky(gram)).float()
-        diagonal -= value * scale
-        error = (y - x @ weights).square().sum().item()
-        if error < least:
-            best, least = weights, error
-    return best, center, mean
+    x, y = x[heldout] - center, y[heldout] - mean
+    scale = gram.diagonal().mean().clamp(min=1e-9).expand(len(gram)).diag()
+    fits = (torch.cholesky_solve(cross, torch.linalg.cholesky(gram + value * scale)).float()
+            for value in RIDGES)
+    return min(fits, key=lambda fit: (y - x @ fit).square().sum().item()), center, mean
 
 @torch.no_grad()
 def fit_probe(elm: ELM, split: Split, rt: Runtime, max_rows: int = 8192) -> Probe:
@@ -1780,8 +1776,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
                 numbers = torch.stack([*sums, norm / rt.world, stop.double()])
                 *sums, norm, stop = rt.sum(numbers).tolist()  # the step's one wait for the device
                 check_finite([*sums, norm], state.step + 1, source, step.rows)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_at(state.step, total, c)
+                optimizer.param_groups[0]["lr"] = lr_at(state.step, total, c)
                 optimizer.step()
                 state.advance(step, dict(zip(terms, sums, strict=True)))
                 log.tokens += step.counts["tokens"]
@@ -1827,20 +1822,17 @@ def evaluate_nll(elm: ELM, split: Split, vectors: np.ndarray | None, rt: Runtime
     micros = [rows[i : i + size] for i in range(0, len(rows), size)]
     result = np.zeros((2, len(split.rows)))
 
-    def load(first: int) -> tuple[np.ndarray, dict, list[bool]]:
+    def load(first: int) -> tuple[np.ndarray, dict, np.ndarray]:
         micro = micros[min(first + rt.rank, len(micros) - 1)]  # equally many on every process
         examples = split.examples(micro, source)
         embeddings = None if vectors is None else split.embeddings(vectors[micro])
-        fits = [vectors is not None or not e.truncated for e in examples]
-        return micro, collate(examples, embeddings), fits
+        fits = np.array([vectors is not None or not e.truncated for e in examples])
+        return micro, collate(examples, embeddings), fits & (first + rt.rank < len(micros))
 
-    firsts = range(0, len(micros), rt.world)
-    batches = read_ahead(load, firsts, threads=1)
-    for first, (micro, batch, fits) in zip(rt.progress(firsts, "losses"), batches, strict=True):
+    firsts = rt.progress(range(0, len(micros), rt.world), "losses")
+    for micro, batch, counted in read_ahead(load, firsts, threads=1):
         check()
-        nll = elm.nll(batch).tolist()
-        if first + rt.rank < len(micros):
-            result[:, micro] = np.array([nll, batch["num_labels"]]) * fits
+        result[:, micro] = np.array([elm.nll(batch).tolist(), batch["num_labels"]]) * counted
     return tuple(rt.sum(torch.from_numpy(result).to(rt.device)).cpu().numpy())
 
 def sample_rows(split: Split, n: int) -> np.ndarray:
@@ -2145,13 +2137,11 @@ class Source(BaseModel, frozen=True, strict=True):  # a line of a file of texts
 def read_texts(path: Path):
     """Yield the Source of each line of a .txt file, one text a line, or of a .jsonl; the line less
     one is the text's row in the table of vectors. Raises: UserError naming the line."""
-    number, suffix = 0, path.suffix.lower()
-    if suffix not in (".txt", ".jsonl"):
-        raise UserError(f"{path}: a file of texts is .txt, one a line, or .jsonl")
+    number = 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             with user_error(f"{path}:{number}: not a text, or an empty one", ValueError):
-                if suffix == ".txt":
+                if path.suffix.lower() == ".txt":
                     line = json.dumps({"text": line.decode("utf-8-sig").rstrip("\r\n")}).encode()
                 source = parse_line(Source, line)
             yield source

@@ -116,6 +116,8 @@ VECTORS = "train_embeddings.safetensors"
     "spoil, message",
     [
         (bad_row("{broken"), r"train_synthesis.jsonl:5: Invalid JSON"),
+        (bad_row('{"task_type": "compare", "a'), r"train_synthesis.jsonl:5: Invalid JSON"),
+        (bad_row('{"task_type": "compare", "a": ' + "[" * 99999), r":5: Invalid JSON"),
         (bad_row("[1]"), r":5: Input should be an object"),
         (bad_row("[" * 99999), r":5: Invalid JSON"),
         (bad_row(response="a \ud83d b"), r":5: Invalid JSON"),

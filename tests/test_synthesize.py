@@ -255,7 +255,7 @@ def test_bad_input(texts, tmp_path):
         (texts, "new", f"embedder={tmp_path / 'none'}", "embedder: cannot load"),
         (texts, "new", f"model={tmp_path / 'none'}", "model: cannot load"),
         (texts, "new", "max_new_tokens=1", "answers about .* too few; others: not fini"),
-        (tmp_path / "q.toml", "new", "q.toml: a file of texts is .txt"),
+        (tmp_path / "q.toml", "new", "q.toml:1: not a text"),
     ]  # fmt: skip
     for source, out, *more, message in cases:
         refused(message, "synthesize", source, tmp_path / out, *MODELS, *more)
