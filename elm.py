@@ -771,7 +771,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.settings = dict(d_emb=d_emb, hidden_dim=hidden_dim, d_llm=d_llm, tokens=tokens,
                              residual_scale=residual_scale)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.fc1 = nn.Linear(d_emb, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, tokens * d_llm)
         self.residual = nn.Identity() if d_emb == d_llm else nn.Linear(d_emb, d_llm, bias=False)
@@ -786,7 +786,7 @@ class Adapter(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         x = self.standardize(embeddings)
-        hidden = self.dropout(F.gelu(self.fc1(x)))
+        hidden = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
         out = self.fc2(hidden).unflatten(-1, (self.settings["tokens"], -1))
         residual = self.settings["residual_scale"] * self.residual(x)[..., None, :]
         return self.norm(out + residual) * self.scale
@@ -2330,14 +2330,15 @@ def split_texts(path: Path, shares: tuple[float, ...]) -> dict[str, str]:
     return texts
 
 def draw_rows(o: SynthesizeOptions, index: int, text: str) -> list[dict]:
-    """The rows of a text, their responses empty, but for reconstruct's: the first two sentences."""
+    """The rows of a text, without a fault yet, their responses empty, but for reconstruct's: the
+    first two sentences."""
     tasks = o.queries.keys() - {RECONSTRUCT}
     tasks = sorted(tasks, key=partial(draw, o.seed, text))[: o.tasks]
     tasks += o.queries.keys() & {RECONSTRUCT} if draw(o.seed, text) < o.reconstruct else []
     begin = " ".join(re.split(r"(?<=[.!?])\s+", text.strip())[:2])
     queries = {t: o.queries[t][int(draw(o.seed, t, text) * len(o.queries[t]))] for t in tasks}
     return [dict(task_type=task, embedding_file_idx=index, query=queries[task], text=text,
-                 response=begin * (task == RECONSTRUCT)) for task in sorted(tasks)]
+                 response=begin * (task == RECONSTRUCT), fault="") for task in sorted(tasks)]
 
 @torch.no_grad()
 def ask_llm(o: SynthesizeOptions, llm: Any, prompt: Prompt, rows: list, seed: int,
@@ -2392,11 +2393,10 @@ def fault(row: dict, answer: str, finished: bool) -> str:
               "repetitive": repetition(answer) > 0.3, "preamble": PREAMBLE.match(answer.strip())}
     return next((name for name, found in faults.items() if found), "")
 
-def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> list[str]:
-    """Set the empty responses. Rejected answers are asked for once more, with another seed and a
-    temperature above 0. Answers are appended to the file `path` as they come, so that a later call
-    asks for the missing ones only. Returns the fault of each row that is left without a response,
-    "" of the others. Raises: UserError."""
+def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> None:
+    """Set the empty responses, or why an answer is rejected as `fault`. Rejected answers are asked
+    for once more, with another seed and a temperature above 0. Answers are appended to the file
+    `path` as they come, so that a later call asks for the missing ones only. Raises: UserError."""
     ask, size, threads, engine = partial(ask_server, o), 1, o.concurrency, "server"
     if not o.endpoint:
         tokenizer = load_pretrained(transformers.AutoTokenizer, o.model, "model")
@@ -2404,8 +2404,7 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> list[str]:
         ask = partial(ask_llm, o, llm, Prompt(tokenizer, o.template))
         size, threads, engine = ANSWERS_AT_ONCE[llm.device.type], 1, (fingerprint(llm), o.bf16)
     options = engine, o.model, o.template, o.max_new_tokens, o.temperature, o.seed
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["text"]))
-    answers, faults = {}, [""] * len(rows)
+    rows, answers = sorted(rows, key=lambda row: -len(row["text"])), {}
     for line in path.read_text("utf-8").split("\n") if path.exists() else []:
         with suppress(ValueError):  # torn by a kill
             answers |= json.loads(line)
@@ -2418,18 +2417,17 @@ def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> list[str]:
         return len(keys)
 
     for attempt in range(2):
-        keys = {i: short_hash(repr((options, attempt, rows[i]["query"], rows[i]["text"])))
-                for i in order if not rows[i]["response"]}
-        requests = {key: rows[i] for i, key in keys.items() if key not in answers}
+        keyed = [(short_hash(repr((options, attempt, row["query"], row["text"]))), row)
+                 for row in rows if not row["response"]]
+        requests = {key: row for key, row in keyed if key not in answers}
         left = [*requests]
         blocks = [left[i : i + size] for i in range(0, len(left), size)]
         with tqdm(desc=f"answers, try {attempt + 1}", total=len(left), disable=not left) as bar:
             for number in read_ahead(partial(ask_block, attempt), blocks, threads):
                 bar.update(number)
-        for i, key in keys.items():
-            faults[i] = fault(rows[i], *answers[key])
-            rows[i]["response"] = "" if faults[i] else answers[key][0].strip()
-    return faults
+        for key, row in keyed:
+            row["fault"] = fault(row, *answers[key])
+            row["response"] = "" if row["fault"] else answers[key][0].strip()
 
 def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
     """A data set at `out`, whole or not at all, of the texts of a file: queries about each, the
@@ -2440,12 +2438,12 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
     pd = import_optional("pandas")
     embedder = load_embedder(o.embedder, o.bf16, "embedder")  # its errors come first
     with hidden_folder(out) as work:
-        faults = fill_rows(o, rows, work / "answers.jsonl")
-        outcomes = [why or texts[row["text"]] for row, why in zip(rows, faults, strict=True)]
+        fill_rows(o, rows, work / "answers.jsonl")
         tasks = pd.Series([row["task_type"] for row in rows], name="rows")
-        counts = pd.crosstab(tasks, pd.Series(outcomes, name="")).to_string()
-        rows = [row for row, why in zip(rows, faults, strict=True) if not why]
-        why = ", ".join(sorted({*faults} - {""}))
+        outcomes = pd.Series([row["fault"] or texts[row["text"]] for row in rows], name="")
+        counts = pd.crosstab(tasks, outcomes).to_string()
+        why = ", ".join(sorted({row["fault"] for row in rows} - {""}))
+        rows = [row for row in rows if not row.pop("fault")]
         answered = {row["text"] for row in rows if not why or row["task_type"] != RECONSTRUCT}
         sizes = {split: sum(texts[t] == split for t in answered) for split in {*texts.values()}}
         if min(sizes.values()) < 2:

@@ -194,6 +194,8 @@ def test_the_llm_never_drops_out(parts):
     assert model.adapter.training and not any(m.training for m in model.llm.modules())
     batch = elm.collate(split.examples([0]), split.embeddings(split.rows["vector"][[0]]))
     assert not torch.equal(model.nll(batch), model.nll(batch))  # the adapter does
+    prompts = [torch.cat(model.prompt_embeds(split.vectors[:3], "What?")) for _ in range(2)]
+    assert torch.equal(*prompts)  # but not in answers
     model.eval()
     assert torch.equal(model.nll(batch), model.nll(batch))
 
