@@ -485,6 +485,10 @@ class Prompt:
                 render = partial(tokenizer.apply_chat_template, tokenize=False, **(template or {}))
                 head, tail = render(chat, add_generation_prompt=True).split(PLACEHOLDER)
                 answered = render([*chat, {"role": "assistant", "content": "<ANSWER>"}])
+            before = answered.partition(PLACEHOLDER)[2].partition("<ANSWER>")[0]
+            if len(before.split()) > len(tail.split()) or tail.rstrip().endswith("<think>"):
+                warn(f"{name}: a prompt ends with {tail!r}, but an answer follows {before!r}; "
+                     "model.template.enable_thinking = false?")
             after = answered.rpartition("<ANSWER>")[2]  # up to and with its first control token
             control = [t.content for t in tokenizer.added_tokens_decoder.values()]
             ends = [after.index(t) + len(t) for t in control if t.strip() and t in after]
@@ -494,8 +498,6 @@ class Prompt:
         text = stored or text
         if not text["end"]:
             raise UserError(f"{name}: the tokenizer has no token that ends an answer")
-        if text["tail"].rstrip().endswith("<think>"):
-            warn(f"{name}: the prompt ends within <think>; model.template.enable_thinking = false?")
         self.tokenizer, self.text, self.template = tokenizer, text, template or {}
         self.head, self.tail, self.end = (
             tokenizer(text[part], add_special_tokens=False)["input_ids"]
@@ -575,7 +577,7 @@ def collate(examples: list[Example], embeddings: Tensor | None = None) -> dict:
     batch = {k: torch.from_numpy(v) for k, v in batch.items()}
     batch |= {} if embeddings is None else dict(embeddings=embeddings)
     if torch.cuda.is_available():  # so that the copy to the device does not wait
-        batch = {k: v.pin_memory() for k, v in batch.items()}
+        batch = {k: v if v.is_cuda else v.pin_memory() for k, v in batch.items()}
     return batch | dict(lengths=lengths, num_labels=num_labels)
 
 def open_vectors(path: Path) -> Tensor:
@@ -837,10 +839,12 @@ def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors",
     return vectors
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, lengths=None,
-                     cu_seqlens=None, sliding_window=None, softcap=None, **_):
+                     cu_seqlens=None, sliding_window=None, softcap=None, s_aux=None, **_):
     """Causal attention within each example of a packed row, `lengths` tokens each:
     [1, heads, T, d] -> [1, T, heads, d]. By torch.split: the backward pass of a slice would
-    allocate zeros of the whole row."""
+    allocate zeros of the whole row. Raises: ValueError at attention sinks, as of gpt-oss."""
+    if s_aux is not None:
+        raise ValueError("its attention has sinks")
     groups, d = query.shape[1] // key.shape[1], query.shape[-1]
     if (query.is_cuda and not torch.version.hip and query.dtype.itemsize == 2 and d % 8 == 0
             and d <= 256 and not softcap):
@@ -1010,7 +1014,8 @@ class ELM(nn.Module):
         tokenizer = load_pretrained(transformers.AutoTokenizer, llm, "llm")
         prompt, model = Prompt(tokenizer, template), load_llm(llm, device, bf16, "llm")
         adapter = fresh_adapter(model, statistics, hidden_dim=hidden_dim, **settings)
-        return ELM(model, adapter.to(device), prompt)
+        check_llm(elm := ELM(model, adapter.to(device), prompt))
+        return elm
 
     def save(self, path: str | Path, state: dict | None = None, **metadata: Any) -> None:
         """Write the adapter, or a `state` of it, as safetensors for `load`. Raises: UserError."""
@@ -1130,6 +1135,7 @@ def generate_batch(llm: Any, prompt: Prompt, prompts: list[Tensor], max_new_toke
     config = llm.generation_config if options["do_sample"] else transformers.GenerationConfig()
     mask = [torch.ones_like(p[:, 0], dtype=torch.long) for p in prompts]
     left = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    max_new_tokens = min(max_new_tokens, max_positions(llm) - longest)
     with temporarily_set(llm, "generation_config", config):
         out = llm.generate(inputs_embeds=left(prompts), attention_mask=left(mask),
                            max_new_tokens=max_new_tokens, **options).tolist()
@@ -1169,7 +1175,8 @@ def check_llm(elm: ELM, max_tokens: int = 0) -> None:
             for a, b, share in (*pair, 0.05), (*alone, 0.05), (pair[0], alone[0], 1.0):
                 if not math.isclose(a, b, rel_tol=share * rounding):  # some MoE sum in any order
                     raise ValueError(f"its attention is more than causal ({a}, not {b})")
-        generate_batch(elm.llm, elm.prompt, [embed(ids[:20].to(elm.device))], 1)
+        prompt = 1.5 * embed(ids[:20].to(elm.device))  # as soft tokens, it is not in the table
+        generate_batch(elm.llm, elm.prompt, [prompt], 1)
 
 def recompute_layers(llm: Any, count: int) -> None:
     """Recompute the last `count` layers in the backward pass instead of keeping their activations.
@@ -1314,6 +1321,7 @@ class TrainState:  # what the loop carries on, beside the adapter and its optimi
     epoch: int = 0
     position: int = 0  # rows of the epoch that are done
     validated: int = -1  # step of the last validation
+    val_rows: str = ""  # a hash of the rows that it was on
     best: float = math.inf  # lowest validation loss, of the adapter below
     best_step: int = 0
     since_best: int = 0  # validations
@@ -1699,7 +1707,8 @@ def train(cfg: Config, trial: Any = None) -> dict:
     names = [name for name in ("train", "val") if name != final] + [final]
     data = open_inputs(cfg, names, cfg.model.tokens, rt, saved and saved["prompt"])
     source, size = data["train"], c.batch_size * c.grad_accum * rt.world
-    total = c.epochs * math.ceil(len(source.rows) / size)
+    epochs, left = c.epochs - state.epoch - 1, max(0, len(source.rows) - state.position)
+    total = state.step + epochs * math.ceil(len(source.rows) / size) + math.ceil(left / size)
     total = total if c.max_steps is None else c.max_steps
     eval_steps = math.ceil(total / 4) if trial else c.eval_steps  # comparable at any batch size
     if trial:
@@ -1714,6 +1723,9 @@ def train(cfg: Config, trial: Any = None) -> dict:
     budget = plan_memory(cfg, elm, terms, rt)
     locks: list = []  # of output.dir, held until the end
     rt.on_first(lambda: locks.append(open_folder(cfg, state)))
+    rows = short_hash(data["val"].rows.tobytes())
+    if rows != state.val_rows:  # a loss of other rows says nothing about these
+        state.val_rows, state.best, state.validated = rows, math.inf, -1
     log = Log(cfg, state, total, rt)
     rt.log(f"resumed after step {state.step}" if saved else
            f"{total} steps of {size} rows, {c.warmup_steps} of warm-up")
@@ -1760,8 +1772,8 @@ def train(cfg: Config, trial: Any = None) -> dict:
     steps = read_ahead(partial(prepare_step, source, budget, rt), steps, cfg.data.num_workers)
     with log:
         with received_signals() as signals:
-            if due(eval_steps) and state.validated < state.step:
-                validate()  # step 0, or one whose validation a signal prevented
+            if state.validated < 0 or due(eval_steps) and state.validated < state.step:
+                validate()  # step 0, other rows, or a validation that a signal prevented
             for step in steps:
                 seed = np.random.SeedSequence([c.seed, state.step, rt.rank]).generate_state(1)
                 torch.manual_seed(int(seed[0]))  # 32 bits: the CPU's generator ignores more
@@ -2315,13 +2327,13 @@ def draw(*parts: Any) -> float:
 def split_texts(path: Path, shares: tuple[float, ...]) -> dict[str, str]:
     """{text: its split}, sorted, of a file; texts that differ in case and spaces alone are one. The
     split is the one given to the text or its group, or drawn by these. Raises: UserError."""
-    sources = sorted((s.text, str(s.text if s.group in (None, "") else s.group), str(s.split or ""))
-                     for s in read_texts(path))
-    unique = {draw(text): (text, group) for text, group, _ in reversed(sources)}  # first of copies
-    given = {group: split for _, group, split in sources if split}
+    sources = sorted((alone := s.group in (None, ""), s.text, draw(s.text if alone else s.group),
+                      str(s.split or "")) for s in read_texts(path))
+    given = {group: split for *_, group, split in sources if split}
+    unique = {draw(text): (text, group) for _, text, group, _ in reversed(sources)}
     texts, bounds = {}, np.cumsum(shares)
-    for text, group in sorted(unique.values()):
-        share = np.searchsorted(bounds, draw(group) * bounds[-1], side="right")
+    for text, group in sorted(unique.values()):  # the first of copies, in a group if one is
+        share = np.searchsorted(bounds, group * bounds[-1], side="right")
         texts[text] = given.get(group) or SPLITS[share]
     sizes = Counter(texts.values())
     if min(sizes["train"], sizes["val"]) < 2 or sizes["test"] == 1 or {*sizes} - {*SPLITS}:
@@ -2335,7 +2347,7 @@ def draw_rows(o: SynthesizeOptions, index: int, text: str) -> list[dict]:
     tasks = o.queries.keys() - {RECONSTRUCT}
     tasks = sorted(tasks, key=partial(draw, o.seed, text))[: o.tasks]
     tasks += o.queries.keys() & {RECONSTRUCT} if draw(o.seed, text) < o.reconstruct else []
-    begin = " ".join(re.split(r"(?<=[.!?])\s+", text.strip())[:2])
+    begin = " ".join(re.split(r"(?<=[.!?])\s+|(?<=[。！？])", text.strip())[:2])
     queries = {t: o.queries[t][int(draw(o.seed, t, text) * len(o.queries[t]))] for t in tasks}
     return [dict(task_type=task, embedding_file_idx=index, query=queries[task], text=text,
                  response=begin * (task == RECONSTRUCT), fault="") for task in sorted(tasks)]
@@ -2633,7 +2645,7 @@ def write_results(sweep: Sweep, study: Any) -> str:
     for t in trials:
         number, settings = t.user_attrs.get("repeats", (t.number, {}))
         reason = t.user_attrs.get("reason", "killed" if t.state.name == "FAIL" else None)
-        seconds = t.duration and t.duration.total_seconds()
+        seconds = None if t.duration is None else t.duration.total_seconds()
         rows.append(dict(number=t.number, state=t.state.name.lower(), value=t.value,
                          params=t.params | settings, seconds=seconds, reason=reason))
         if t.state.name == "COMPLETE":
@@ -2646,8 +2658,9 @@ def write_results(sweep: Sweep, study: Any) -> str:
         import_optional("matplotlib.pyplot").close(axes.figure)
     if not values:
         return f"{len(trials)} trials, none is complete yet"
-    best = max(best_trials(study, sweep.study.repeat_best or 1),
-               key=lambda t: np.mean(values[t.number]))
+    complete = best_trials(study, len(trials))
+    repeated = [t for t in complete if len(values[t.number]) > 1]
+    best = max(repeated or complete[:1], key=lambda t: np.mean(values[t.number]))
     cfg = sweep.config(best.params | {"train.eval_steps": best.user_attrs["eval_steps"]})
     head = f"# trial {best.number} of {study.study_name}: {best.value!r} on the validation split\n"
     write_text(folder / "best.toml", head + config_text(cfg))

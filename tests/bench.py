@@ -213,8 +213,7 @@ def contestants(llm, first, split, rows, batch_size, budget, recomputed):
                 folder, per_device_train_batch_size=batch_size, max_steps=1, report_to="none",
                 gradient_accumulation_steps=len(batches), remove_unused_columns=False,
                 save_strategy="no", use_cpu=llm.device.type == "cpu", disable_tqdm=True,
-                logging_strategy="no",
-            )  # fmt: skip
+                logging_strategy="no")  # fmt: skip
             data = dict(data_collator=collate, train_dataset=examples)
             trainer = InOrder(TrainerModel(llm, trainers), arguments, **data)
             trainer.add_callback(Clock(meter))
@@ -308,8 +307,7 @@ def main() -> None:
             tokens_per_second=tokens / median[n], over_naive=median["naive loop"] / median[n],
             over_trainer=median["HF Trainer"] / median[n], peak_mib=memory[n] / 2**20,
             of_naive=memory[n] / memory["naive loop"], of_trainer=memory[n] / memory["HF Trainer"],
-            of_bound=share, seconds=meters[n].seconds,
-        )  # fmt: skip
+            of_bound=share, seconds=meters[n].seconds)  # fmt: skip
         result["contestants"][n] = line
         print(f"{n:14}{line['tokens_per_second']:10,.0f}{line['over_naive']:12.2f}"
               f"{line['over_trainer']:14.2f}{line['peak_mib']:10,.0f}{line['of_naive']:10.2f}"

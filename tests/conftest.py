@@ -50,8 +50,7 @@ def byte_tokenizer(chat_template: str | None = CHAT, eos: str = "<|im_end|>"):
     tok.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     return PreTrainedTokenizerFast(
         tokenizer_object=tok, eos_token=eos, pad_token="<|endoftext|>",
-        chat_template=chat_template,
-    )  # fmt: skip
+        chat_template=chat_template)  # fmt: skip
 
 
 PROMPT = elm.Prompt(byte_tokenizer())
@@ -68,7 +67,7 @@ def make_llm(folder: Path, kind="qwen3", chat_template: str | None = CHAT, **sha
     if kind == "gpt2":
         common = {k: v for k, v in common.items() if k.endswith("_id") or k == "vocab_size"}
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](**common | ARCHITECTURES[kind] | shape)
+    config = CONFIG_MAPPING[kind](**common | ARCHITECTURES.get(kind, {}) | shape)
     llm = AutoModelForCausalLM.from_config(config)
     for p in llm.parameters():  # away from the flat start, so that differences show
         p.data += 0.1 * torch.randn_like(p)
@@ -86,16 +85,11 @@ def make_data(folder: Path, num_rows=40, num_vectors=10, width=12, scale=1.0) ->
     for seed, split in enumerate(("train", "val", "test")):
         vectors = torch.randn(num_vectors, width, generator=torch.Generator().manual_seed(seed))
         save_file({"embeddings": scale * vectors}, vectors_path(folder, split))
-        rows = [
-            dict(
-                task_type=elm.TASKS[i % 13],
-                embedding_file_idx=rng.randrange(num_vectors),
-                query=rng.choice(["What?", "Say it.", "Is <EMB> so, and how?"]),
-                response=" ".join(rng.choices(words, k=rng.randint(1, 12))),
-                text=" ".join(rng.choices(words, k=rng.randint(4, 9))),
-            )
-            for i in range(num_rows)
-        ]
+        rows = [dict(task_type=elm.TASKS[i % 13], embedding_file_idx=rng.randrange(num_vectors),
+                     query=rng.choice(["What?", "Say it.", "Is <EMB> so, and how?"]),
+                     response=" ".join(rng.choices(words, k=rng.randint(1, 12))),
+                     text=" ".join(rng.choices(words, k=rng.randint(4, 9))))
+                for i in range(num_rows)]
         write_rows(folder, split, rows)
     return folder
 
@@ -174,8 +168,7 @@ def run(*arguments: str, launcher: tuple[str, ...] = (), **environment: str):
     start = launcher or (sys.executable,)
     return subprocess.run(
         [*start, str(ROOT / "elm.py"), *map(str, arguments)], capture_output=True, text=True,
-        timeout=300, env={**os.environ, **environment},
-    )  # fmt: skip
+        timeout=300, env={**os.environ, **environment})  # fmt: skip
 
 
 def anonymous_memory() -> int:
@@ -230,8 +223,7 @@ def make_settings(llm: Path, data: Path, out: Path) -> list[str]:
         "train.grad_accum=1", "train.max_steps=6", "train.lr=1e-2", "train.warmup_steps=2",
         "train.eval_steps=3", "train.save_steps=2", "train.logging_steps=1", "eval.samples=6",
         "eval.max_new_tokens=5", f"eval.bertscore_model={ROOT / 'data/tiny/scorer'}",
-        f"output.dir={out}",
-    ]  # fmt: skip
+        f"output.dir={out}"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ def write(folder: Path, num_rows: int, num_vectors: int) -> None:
         sizes = [min(8192, vectors - start) for start in range(0, vectors, 8192)]
         chunks = (torch.randn(n, WIDTH).half() for n in sizes)
         table, path = elm.split_paths(elm.DataConfig(dir=str(folder)), split)
-        elm.write_table(table, (vectors, WIDTH), torch.float16, chunks)
+        elm.write_table(table, chunks)
         with open(path, "w") as f:
             for i in range(rows):
                 row = dict(task_type="summary", embedding_file_idx=i % vectors,

@@ -44,8 +44,7 @@ def trained(tmp_path_factory):
     settings = [
         f"model.llm={TINY / 'llm'}", f"data.dir={TINY}", "train.max_steps=3", f"output.dir={out}",
         f"eval.bertscore_model={TINY / 'scorer'}", "eval.samples=10", "eval.max_new_tokens=12",
-        f"eval.embedder={EMBEDDER}",
-    ]  # fmt: skip
+        f"eval.embedder={EMBEDDER}"]  # fmt: skip
     assert elm.main([str(ROOT / "train.toml"), *settings]) == 0
     return settings, out / "adapter_best.safetensors"
 
@@ -90,8 +89,7 @@ def test_the_llms_own_generation_config_does_not_make_greedy_answers_random(tmp_
     for more in (
         {},
         dict(do_sample=True, temperature=5.0, top_k=200, num_beams=3, no_repeat_ngram_size=1,
-             min_new_tokens=12, repetition_penalty=9.0),
-    ):  # fmt: skip
+             min_new_tokens=12, repetition_penalty=9.0)):  # fmt: skip
         (folder / "generation_config.json").write_text(json.dumps(more))
         torch.manual_seed(0)
         llm = elm.load_llm(str(folder), torch.device("cpu"), False)
@@ -128,8 +126,7 @@ def test_bad_input_of_generate(trained, tmp_path):
         (r"far.st: the vectors' norm was 1\b", f"embeddings={far}"),
         ("hash of the LLM's weights was", f"llm={EMBEDDER}"),
         ("a query has one <EMB> at most", "query=<EMB> or <EMB>?"),
-        ("generate: takes key=value …, .* given: file.toml", "file.toml"),
-    ):  # fmt: skip
+        ("generate: takes key=value …, .* given: file.toml", "file.toml")):  # fmt: skip
         refused(message, *start, "query=Q", "rows=[0]", *more)
 
 
@@ -171,8 +168,7 @@ TASK = "Given a question, find the answer"
     "kind, more",
     [("embedder", {}), ("embedder", dict(bf16=True)), ("embedder", dict(max_tokens=12)),
      ("embedder", dict(instruction=TASK)), ("dense", {}),
-     ("dense", dict(bf16=True, max_tokens=12, instruction=TASK, batch_size=7))],
-)  # fmt: skip
+     ("dense", dict(bf16=True, max_tokens=12, instruction=TASK, batch_size=7))])  # fmt: skip
 def test_embed_agrees_with_the_library_used_by_hand(texts, tmp_path, kind, more):
     """Also by a mean-pooled encoder with a dense layer, whose vectors are not of unit norm."""
     model = EMBEDDER
@@ -276,8 +272,7 @@ def test_bad_input_of_embed(texts, tmp_path):
         ("modle: unknown key, did you mean model", texts, new, "modle=x"),
         ("model: cannot load .*none", texts, new, f"model={tmp_path / 'none'}"),
         ("model: cannot load .*scorer: without modules.json, .* add this file and 1_Pooling",
-         texts, new, f"model={TINY / 'scorer'}"),
-    ):  # fmt: skip
+         texts, new, f"model={TINY / 'scorer'}")):  # fmt: skip
         refused(message, "embed", f"model={EMBEDDER}", *given)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
 

@@ -41,9 +41,7 @@ def test_files_load():
         ('output.dir="a\\u0000b"', ["output.dir = 'a\\x00b': must match pattern"]),
         ("train.lr", ["section.key=value"]),
         ("train.lr.x.y=1", ["train.lr"]),
-        ("train.lr=" + "[" * 9999, ["train.lr"]),
-    ],
-)
+        ("train.lr=" + "[" * 9999, ["train.lr"])])
 def test_each_mistake_is_named(override, words):
     with pytest.raises(elm.UserError) as e:
         elm.load_config(None, [override])

@@ -144,9 +144,7 @@ VECTORS = "train_embeddings.safetensors"
         (npy(np.ones((10, 12), np.int8)), r"embeddings.npy: holds torch.int8 \[10, 12\]"),
         (npy(np.array([[None]])), r"embeddings.npy: not a whole table"),
         (npy(np.ones((10, 12), np.float32), cut=40), r"embeddings.npy: not a whole table"),
-        (lambda f: vectors_path(f).unlink(), VECTORS + ": not a whole table: No such file"),
-    ],
-)
+        (lambda f: vectors_path(f).unlink(), VECTORS + ": not a whole table: No such file")])
 def test_bad_data_is_refused_with_its_place(data_dir, spoil, message):
     spoil(data_dir)
     with pytest.raises((elm.UserError, OSError), match=message) as e:
@@ -345,7 +343,10 @@ def test_arguments_of_the_template(capsys):
     think = "{% if add_generation_prompt %}<think>\n{% if not enable_thinking | default(true) %}"
     tokenizer = byte_tokenizer(CHAT + think + "\n</think>\n\n{% endif %}{% endif %}")
     assert elm.Prompt(tokenizer).text["tail"].endswith("assistant\n<think>\n")
-    assert "ends within <think>; model.template.enable_thinking" in capsys.readouterr().err
+    assert "<think>\\n', but an answer follows" in capsys.readouterr().err
+    block = "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content']"
+    elm.Prompt(byte_tokenizer(CHAT.replace("{{ m['content']", block)))
+    assert "but an answer follows '<|im_end|>" in capsys.readouterr().err  # as Qwen3's
     prompt = elm.Prompt(tokenizer, {"enable_thinking": False})
     assert prompt.text["tail"].endswith("<think>\n</think>\n\n")
     assert not capsys.readouterr().err

@@ -72,8 +72,7 @@ def test_the_trial_pass_needs_what_a_step_needs(tmp_path):
 
 @pytest.mark.parametrize("limit, setting, plan", [
     (8192, "auto", (8192, 0)), (4100, "auto", (4096, 0)), (2048, True, (2048, 2)),
-    (1000, "auto", None),
-])  # fmt: skip
+    (1000, "auto", None)])  # fmt: skip
 def test_the_plan_is_the_first_that_fits(tmp_path, monkeypatch, limit, setting, plan):
     model, _, _ = parts(tmp_path)
     overrides = ["data.max_seq_length=256", f"model.grad_checkpoint={elm.to_toml(setting)}"]

@@ -17,7 +17,6 @@ from conftest import (
     ROOT,
     RT,
     build_elm,
-    byte_tokenizer,
     command,
     go,
     limit_memory,
@@ -29,7 +28,7 @@ from conftest import (
 )
 from naive import elm_step, naive_loss, naive_step, token_rows
 from safetensors.torch import save_file
-from transformers import AttentionInterface, AutoTokenizer, BloomConfig, BloomForCausalLM
+from transformers import AttentionInterface, AutoTokenizer
 
 import elm
 
@@ -209,6 +208,7 @@ def test_generation_is_the_same_in_batches_and_from_prompt_embeds(parts):
     assert model.generate(vectors.numpy(), queries, 12, batch_size=2) == together
     if llm.config.model_type not in ("gpt2", "gemma"):  # at random these repeat one token
         assert len(set(together)) > 1
+    assert len(model.generate(vectors[0], 465 * "x", 99)) == 1  # of an LLM of 512 positions
     prompts = model.prompt_embeds(vectors.numpy(), queries)
     for vector, query, answer, embeds in zip(vectors, queries, together, prompts, strict=True):
         assert model.generate(vector, query, 12) == model.generate(vector.numpy(), [query], 12)
@@ -320,16 +320,13 @@ def test_the_prompt_is_part_of_the_adapter(settings, tmp_path, capsys):
     assert model.prompt.text["tail"].endswith("assistant\nbriefly: ")
 
 
-def test_an_llm_that_cannot_be_packed_is_refused(tmp_path):
-    """Bloom's own attention takes no packed rows, so one row would leak into the next."""
-    tok = byte_tokenizer()
-    config = BloomConfig(vocab_size=len(tok), hidden_size=32, n_layer=2, n_head=4)
-    llm = BloomForCausalLM(config).eval()
-    for p in llm.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    model = elm.ELM(llm, elm.Adapter(12, 8, 32), elm.Prompt(tok))
-    with pytest.raises(elm.UserError, match="BloomForCausalLM cannot be used"):
-        elm.check_llm(model)
+@pytest.mark.parametrize("kind, shape", [
+    ("bloom", {}), ("gpt_oss", dict(head_dim=8, num_local_experts=2, num_experts_per_tok=1))])
+def test_llms_that_cannot_be_packed_are_refused(tmp_path, kind, shape):
+    """Bloom's own attention takes no packed rows, that of gpt-oss has sinks."""
+    llm, vectors = make_llm(tmp_path, kind, **shape), torch.randn(4, 12)
+    with pytest.raises(elm.UserError, match="ForCausalLM cannot be used"):
+        elm.ELM.create(str(llm), vectors, bf16=kind == "gpt_oss")
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -27,8 +27,7 @@ def sweep_file(settings, tmp_path):
     tables = dict(
         study=dict(name="small", trials=4, repeat_best=2), space=space,
         base=dict(map(elm.read_override, settings[:-1])) | {"config": NO_TABLES},
-        output=dict(dir=str(tmp_path / "out")),
-    )  # fmt: skip
+        output=dict(dir=str(tmp_path / "out")))  # fmt: skip
     path = tmp_path / "sweep.toml"
     path.write_text("".join(f"{key} = {elm.to_toml(table)}\n" for key, table in tables.items()))
     return path
@@ -94,6 +93,17 @@ def test_what_a_sweep_leaves_and_going_on(sweep_file, out, capsys, monkeypatch):
     assert elm.main(["sweep", str(sweep_file), "study.trials=6"]) == 0
     more = read_jsonl(out / "trials.jsonl")
     assert more[:8] == rows and sum("train.seed" not in r["params"] for r in more) == 6
+
+
+def test_the_winner_is_the_best_of_those_that_are_repeated(sweep_file, out):
+    study = elm.open_study(sweep := elm.load_sweep(str(sweep_file), []))
+    repeats = ((0, 43, 0.6), (0, 44, 0.6), (1, 43, 0.76), (1, 44, 0.77))
+    repeats = [(value, dict(repeats=[n, {"train.seed": seed}])) for n, seed, value in repeats]
+    for value, attrs in [(0.8, {}), (0.75, {}), *repeats, (0.79, {})]:
+        attrs["eval_steps"] = 2
+        study.add_trial(optuna.trial.create_trial(value=value, user_attrs=attrs))
+    assert elm.write_results(sweep, study).endswith("the best is trial 1: 0.7500, 0.7600, 0.7700")
+    assert (out / "best.toml").read_text().startswith("# trial 1 of small: 0.75 on")
 
 
 @pytest.mark.slow
@@ -222,8 +232,7 @@ def test_bad_input_of_sweep(sweep_file, tmp_path, monkeypatch):
         ("open 127.0.0.1:1/x", "study.storage=postgresql+psycopg://u:secret@127.0.0.1:1/x"),
         ("cannot open .*h:1/x", "study.storage=postgresql://h:1/x?password=secret"),
         ("study.storage: cannot open h/x", "study.storage=mysql://u:sec/secret@h/x"),
-        ("cannot open /nowhere/study.log", "study.storage=/nowhere/study.log"),
-    ):  # fmt: skip
+        ("cannot open /nowhere/study.log", "study.storage=/nowhere/study.log")):  # fmt: skip
         assert "secret" not in refused(message, "sweep", sweep_file, *more)
     several = ["space.train.lrr=[1]", "space.model.dropout=[2.0]"]
     code, said = command("sweep", sweep_file, *several)

@@ -118,6 +118,10 @@ def test_splits_are_stable_and_follow_groups(tmp_path):
     assert all(len({split[t] for t in TEXTS[i : i + 8]}) == 1 for i in range(0, 800, 8))
     same = write_texts(tmp_path / "d.jsonl", ["A  b", "a B", *"cdefghij"])
     assert list(elm.split_texts(same, (0.5, 0.5, 0))) == ["A  b", *"cdefghij"]
+    same = [dict(text="b A", split="test"), "B  a", "C", dict(text="c", group=0), *"de"]
+    same += [dict(text=t, group=0, split="test") for t in "fg"] + [*"hijkl"]
+    split = elm.split_texts(write_texts(tmp_path / "e.jsonl", same), (0.5, 0.5, 0))
+    assert split["B  a"] == split["c"] == "test"
 
 
 @pytest.mark.parametrize("answer, finished, why", [
@@ -255,8 +259,7 @@ def test_bad_input(texts, tmp_path):
         (texts, "new", f"embedder={tmp_path / 'none'}", "embedder: cannot load"),
         (texts, "new", f"model={tmp_path / 'none'}", "model: cannot load"),
         (texts, "new", "max_new_tokens=1", "answers about .* too few; others: not fini"),
-        (tmp_path / "q.toml", "new", "q.toml:1: not a text"),
-    ]  # fmt: skip
+        (tmp_path / "q.toml", "new", "q.toml:1: not a text")]  # fmt: skip
     for source, out, *more, message in cases:
         refused(message, "synthesize", source, tmp_path / out, *MODELS, *more)
     assert not new.exists()

@@ -72,8 +72,7 @@ def test_the_readme_run_shows_that_the_vector_is_read(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("more, least", [
     (["train.max_steps=0"], 0.38), (["train.max_steps=100"], 0.88),
-    (["train.lr=1e-4", "train.warmup_steps=100"], 0.65),
-])  # fmt: skip
+    (["train.lr=1e-4", "train.warmup_steps=100"], 0.65)])  # fmt: skip
 def test_the_warm_start_is_worth_most_of_the_steps(tmp_path, more, least):
     more = [*more, "eval.samples=0", "train.eval_steps=300", f"output.dir={tmp_path}"]
     result = elm.train(elm.load_config(str(ROOT / "train.toml"), more))

@@ -203,6 +203,18 @@ def test_resume_by_path_into_another_folder(settings, tmp_path):
     assert {p.stem for p in one.glob("*.old")} >= {"checkpoint_step_6.pt", "checkpoint_final.pt"}
 
 
+def test_a_resume_by_other_batches_on_other_rows(settings, data_dir, tmp_path):
+    """It does what is left of the epochs, and finds its best adapter on the new rows alone."""
+    more = ["train.max_steps=none", "train.epochs=3"]  # of 40 rows
+    result, one = go(settings, *more)
+    write_rows(data_dir, "val", read_jsonl(rows_path(data_dir, "val"))[1:])
+    more += [f"train.resume={one / 'checkpoint_step_4.pt'}", f"output.dir={tmp_path / 'two'}"]
+    again, two = go(settings, *more, "train.batch_size=8")
+    assert result["step"] == 9 and again["step"] == 4 + 3 + 5
+    found = {m["step"]: m["val_loss"] for m in read_jsonl(two / "metrics.jsonl") if "val_loss" in m}
+    assert [*found] == [4, 6, 9, 12] and again["adapter_step"] == min(found, key=found.get)
+
+
 @pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over(settings, capsys):
     """The newest is the one of most steps. Where none is whole, nothing is begun anew."""
