@@ -977,7 +977,7 @@ class ELM(nn.Module):
     def __init__(self, llm: Any, adapter: Adapter, prompt: Prompt | None = None):
         super().__init__()
         self.llm, self.adapter, self.prompt = llm, adapter, prompt
-        self.identity = fingerprint(llm) | adapter.settings
+        self.identity = fingerprint(llm) | adapter.settings  # what `load` and resumes compare
         # Under ZeRO 3 all processes must run equally many passes through the LLM.
         partitioned = hasattr(llm.get_input_embeddings().weight, "ds_id")
         self.lockstep = partitioned and torch.distributed.get_world_size() > 1
@@ -1723,9 +1723,9 @@ def train(cfg: Config, trial: Any = None) -> dict:
     budget = plan_memory(cfg, elm, terms, rt)
     locks: list = []  # of output.dir, held until the end
     rt.on_first(lambda: locks.append(open_folder(cfg, state)))
-    rows = short_hash(data["val"].rows.tobytes())
-    if rows != state.val_rows:  # a loss of other rows says nothing about these
-        state.val_rows, state.best, state.validated = rows, math.inf, -1
+    val_rows = short_hash(data["val"].rows.tobytes())
+    if val_rows != state.val_rows:  # a loss of other rows says nothing about these
+        state.val_rows, state.best, state.validated = val_rows, math.inf, -1
     log = Log(cfg, state, total, rt)
     rt.log(f"resumed after step {state.step}" if saved else
            f"{total} steps of {size} rows, {c.warmup_steps} of warm-up")
@@ -1808,7 +1808,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
                 raise RuntimeError(f"{cfg.model.llm} is frozen, yet its weights have changed")
             if not trial:
                 save(f"step_{state.step}")
-                save("final")
+                save("final")  # the same, by the name of a run's last checkpoint
             leave_if_signalled()  # since the last step
         elm.eval().adapter.load_state_dict(state.best_adapter)
         if trial:
