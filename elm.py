@@ -2199,15 +2199,15 @@ def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> No
     print(f"{num} vectors of width {open_vectors(out).shape[1]}; texts are cut after "
           f"{model.max_seq_length} tokens")
 
-def write_split(data: DataConfig, split: str, vectors: Tensor, rows: list[dict]) -> int:
-    """Write rows, and those of the vectors [N, E] that they use, in the same order, whose number is
-    returned; embedding_file_idx becomes the index among these. Raises: UserError."""
+def write_split(data: DataConfig, split: str, vectors: Tensor, used: np.ndarray,
+                rows: list[dict]) -> None:
+    """Write those of the vectors [N, E] at the sorted indices `used`, and rows, whose
+    embedding_file_idx becomes the index among these. Raises: UserError."""
     table, path = split_paths(data, split)
-    used, index = np.unique([row["embedding_file_idx"] for row in rows], return_inverse=True)
+    index = np.searchsorted(used, [row["embedding_file_idx"] for row in rows])
     write_table(table, (vectors[ids] for ids in torch.from_numpy(used).split(8192)))
     rows = [row | dict(embedding_file_idx=int(i)) for row, i in zip(rows, index, strict=True)]
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return len(used)
 
 def filter_tasks(cfg: Config, folder: Path) -> None:
     """A data set of data.tasks alone at `folder`, whole or not at all: their rows as they are, but
@@ -2224,8 +2224,9 @@ def filter_tasks(cfg: Config, folder: Path) -> None:
             vectors, counts = open_vectors(path), Counter()
             rows = read_rows(rows_path, data.tasks, len(vectors), counts)
             rows = [row.model_dump(exclude_unset=True) for *_, row in rows]
-            used = write_split(new, split, vectors, rows)
-            print(f"{split}: {len(rows)} of {counts.total()} rows, {used} of {len(vectors)} "
+            used = np.unique([row["embedding_file_idx"] for row in rows])
+            write_split(new, split, vectors, used, rows)
+            print(f"{split}: {len(rows)} of {counts.total()} rows, {len(used)} of {len(vectors)} "
                   "vectors")
         os.replace(new.dir, folder)
 
@@ -2465,8 +2466,9 @@ def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
         data = DataConfig(dir=str(new := work / "data"))
         shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
         for split in sizes:
+            used = np.flatnonzero([texts[text] == split for text in texts])
             chosen = [row for row in rows if texts[row["text"]] == split]
-            write_split(data, split, open_vectors(table), chosen)
+            write_split(data, split, open_vectors(table), used, chosen)
         settings = {
             "model.llm": o.model, "model.bf16": o.bf16, "model.tokens": 4,
             "model.template": o.template, "data.dir": str(out),

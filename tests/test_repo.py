@@ -9,7 +9,7 @@ from conftest import ROOT
 import elm
 
 SOURCE = (ROOT / "elm.py").read_text()
-MAX_LINES = 2763  # of elm.py
+MAX_LINES = 2765  # of elm.py
 README = (ROOT / "README.md").read_text()
 
 
