@@ -1345,12 +1345,13 @@ class TrainState:  # what the loop carries on, beside the adapter and its optimi
         for key, value in {**sums, "labels": step.counts["labels"], "rows": len(step.rows)}.items():
             self.sums[key] = self.sums.get(key, 0.0) + value
 
-def save_checkpoint(path: Path, **parts: Any) -> None:
-    """Write a checkpoint and its SHA-256. Raises: UserError if the disk is full."""
+def save_checkpoint(paths: list[Path], **parts: Any) -> None:
+    """Write a checkpoint and its SHA-256 to each path. Raises: UserError if the disk is full."""
     torch.save(parts, content := io.BytesIO())  # of a full disk it raises nothing itself
-    with atomic_write(path) as temporary, open(temporary, "wb") as f:
-        f.write(content.getbuffer())
-        f.write(hashlib.sha256(content.getbuffer()).digest())
+    checksum = hashlib.sha256(content.getbuffer()).digest()
+    for path in paths:
+        with atomic_write(path) as temporary, open(temporary, "wb") as f:
+            f.writelines([content.getbuffer(), checksum])
 
 def load_checkpoint(path: Path) -> dict:
     """Runs no code from the file. Raises: UserError if it is not a whole checkpoint."""
@@ -1736,13 +1737,13 @@ def train(cfg: Config, trial: Any = None) -> dict:
         rt.on_first(lambda: elm.save(folder / name, weights, step=step))
         log.wandb(lambda run: run.log_artifact(str(folder / name), type="adapter"))
 
-    def save(name: str) -> None:  # no RNG state: a step's rows and dropout follow from its number
+    def save(*names: str) -> None:  # no RNG state: rows and dropout follow from a step's number
         weights = elm.adapter.state_dict()
         save_adapter(f"adapter_step_{state.step}.safetensors", weights, state.step)
         rt.on_first(lambda: save_checkpoint(
-            folder / f"checkpoint_{name}.pt", state=vars(state), adapter=weights,
-            optimizer=optimizer.state_dict(), probe=probe and tuple(probe), identity=elm.identity,
-            config=cfg.tables(), prompt=source.prompt.text))
+            [folder / f"checkpoint_{name}.pt" for name in names], state=vars(state),
+            adapter=weights, optimizer=optimizer.state_dict(), probe=probe and tuple(probe),
+            identity=elm.identity, config=cfg.tables(), prompt=source.prompt.text))
 
     def validate() -> None:
         losses = validation_losses(elm, data["val"], rt, leave_if_signalled, state.validated < 0)
@@ -1807,8 +1808,7 @@ def train(cfg: Config, trial: Any = None) -> dict:
             if not fingerprint(llm).items() <= elm.identity.items():
                 raise RuntimeError(f"{cfg.model.llm} is frozen, yet its weights have changed")
             if not trial:
-                save(f"step_{state.step}")
-                save("final")  # the same, by the name of a run's last checkpoint
+                save(f"step_{state.step}", "final")
             leave_if_signalled()  # since the last step
         elm.eval().adapter.load_state_dict(state.best_adapter)
         if trial:
@@ -2206,7 +2206,7 @@ def write_split(data: DataConfig, split: str, vectors: Tensor, used: np.ndarray,
     table, path = split_paths(data, split)
     index = np.searchsorted(used, [row["embedding_file_idx"] for row in rows])
     write_table(table, (vectors[ids] for ids in torch.from_numpy(used).split(8192)))
-    rows = [row | dict(embedding_file_idx=int(i)) for row, i in zip(rows, index, strict=True)]
+    rows = (row | dict(embedding_file_idx=int(i)) for row, i in zip(rows, index, strict=True))
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 def filter_tasks(cfg: Config, folder: Path) -> None:
@@ -2275,7 +2275,7 @@ def generate(o: GenerateOptions) -> None:
     UserError."""
     vectors, (adapter, _) = open_vectors(Path(o.embeddings)), Adapter.load(o.adapter)
     rows = range(len(vectors)) if o.rows is None else o.rows
-    if wrong := {*rows}.difference(range(len(vectors))):
+    if wrong := {*(o.rows or ())}.difference(range(len(vectors))):
         raise UserError(f"rows: no row {min(wrong)} among {len(vectors)}")
     Prompt.parts(o.query)
     for first in range(0, len(rows), 1024):
