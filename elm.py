@@ -1,38 +1,66 @@
 """elm: teach a frozen language model to read text embeddings.
 
 An adapter, a small MLP, maps a text embedding into the token-embedding space of a language model
-that stays frozen. There it stands in for one token of the prompt, and the model answers about a
+(LLM) that stays frozen. There it stands in for one token of the prompt, and the LLM answers about a
 text that it sees only as a vector. The adapter is all that is trained.
+
+All that the adapter needs of the frozen LLM is the gradient of the loss at the soft tokens, the
+adapter's outputs. So a step has three parts: the adapter turns the step's embeddings into soft
+tokens; the LLM, one micro-batch after the other, gives the gradient at them (soft_gradient); one
+backward pass takes it from there through the adapter.
 
     deepspeed elm.py train.toml                       train, on every GPU there is (or the CPU)
     deepspeed elm.py train.toml train.resume=auto     go on where a stopped run was last saved
-    python elm.py train.toml train.lr=2e-4            in one process, with an override
-    python elm.py eval train.toml adapter=PATH output.dir=NEW           a report on any adapter
+    python elm.py train.toml train.lr=2e-4            train in one process, with an override
+    python elm.py eval train.toml adapter=PATH        report on any adapter
     python elm.py generate adapter=PATH embeddings=FILE query="…"       answers about vectors
-    python elm.py embed texts.jsonl out.safetensors   vectors of texts
-    python elm.py synthesize texts.jsonl data/mine    rows, vectors and splits, ready for train
-    python elm.py filter train.toml OUT 'data.tasks=["summary"]'        a data set of some tasks
-    python elm.py sweep sweep.toml                    Optuna; again or elsewhere, one more worker
+    python elm.py sweep sweep.toml                    search settings by Optuna; start it again,
+                                                      here or on another host, to add a worker
 
---help after a command or a TOML file lists its options.
+--help after a command explains its settings. data/prepare.py makes data sets.
 
-As a module it needs torch, transformers, safetensors and pydantic; others are imported where used.
-Shapes: n examples, N rows of a split, T packed tokens, R response tokens, E embedding width, D
-width of the LLM's token embeddings, K soft tokens per embedding. A step is one update of the
-optimizer, a micro-batch one forward and backward pass.
+As a module it needs torch, transformers, safetensors, pydantic and filelock; all else is imported
+where it is used. Shapes: n examples, N rows of a split, T packed tokens, R response tokens,
+E embedding width, D width of the LLM's token embeddings, K soft tokens per embedding, V vocabulary.
+A step is one update of the optimizer, a micro-batch one forward and backward pass of the LLM.
+
+Contents
+
+    Config                one pydantic model per TOML table, overrides, error messages
+    Runtime               processes, the log, files
+    Prompts and batches   chat template, token ids, packing without padding
+    Data set              vectors, rows, splits, the rows of each step
+    Adapter               the MLP and its file
+    LLM                   loading, ZeRO 3, packed attention, recomputation
+    ELM                   the LLM with soft tokens: losses, generation, load and save
+    Losses                chunked cross-entropy, drift, the gradient at the soft tokens
+    Closed-form fits      ridge regression: the drift loss's probe, the adapter's warm start
+    Checkpoint            one file with the whole state of a run
+    Training              metrics, the plan of memory, the Trainer
+    Evaluation            losses by vector, shuffled vector and text; scores; the report
+    Answers               engines that answer queries about texts, and a log of their answers
+    Sweep                 Optuna over the settings of a training
+    Commands              eval and generate
+    Command line          arguments, help, exit codes
 """
 
 from __future__ import annotations
 
+import argparse
 import codecs
-import copy
+import contextlib
+import dataclasses
 import difflib
-import fcntl
+import functools
+import gc
 import hashlib
 import importlib
+import importlib.metadata
 import inspect
 import io
+import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -42,163 +70,193 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import unicodedata
-import urllib.request
 import warnings
+import zipfile
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache, partial
-from importlib.metadata import distributions
-from itertools import count, islice, takewhile
 from pathlib import Path
 from textwrap import shorten
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
-import huggingface_hub
 import numpy as np
 import pydantic
+import pydantic_core
 import torch
 import torch.nn.functional as F
-import transformers
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:  # imported where they are used: --help must not wait for them
+    import optuna
+    import pandas as pd
+    from bert_score import BERTScorer
+    from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __version__ = "0.1.0"
-START = time.perf_counter()  # of the process, for the report
-tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+T = TypeVar("T")
+
 
 class UserError(ValueError):
     """An error the user can correct: each line says what, where and what to do. Exit code 2."""
 
-# -----------------------------------------------------------------------------
-# Config: one frozen pydantic model per TOML table; None means unset
 
-PHRASINGS = dict(  # of task types: "phrasing|…; length of the answer", by default two sentences
-    keywords="List its keywords|Name its key terms|Give its main terms; five at most",
-    category="Name its category|Say which field it is from|Say what it is; in a few words",
-    questions="Ask questions that it answers|Ask about it|List what it asks; five at most",
-    summary="Summarize it|Give its main points|Say what matters in it",
-    describe="Describe it|Say what it is about|Describe what it treats",
-    explain_beginner="Explain it to a beginner|Explain it simply|Explain it to a child",
-    explain_expert="Explain it to an expert|Give the technical account|Explain it technically",
-    related_topics="Name related topics|List topics close to it|Suggest more to read; five at most",
-    characteristics_pos="Name its strengths|Say what is good about it|Name its merits",
-    characteristics_neg="Name its weaknesses|Say what is bad about it|Name its flaws",
-    style_academic="Rewrite it in academic style|Say it formally|Put it as a scholar would",
-    style_casual="Rewrite it in casual style|Say it casually|Put it as you would to a friend",
-    counterfactual="Retell it as if about cooking|Make it about sailing|Make it about law",
-    reconstruct="Repeat its beginning|Give its first two sentences; word for word")
-QUERIES = {task: [f"{query}, {length or 'in two sentences'}." for query in queries.split("|")]
-           for task, text in PHRASINGS.items() for queries, _, length in [text.partition("; ")]}
-TASKS, RECONSTRUCT = tuple(QUERIES)[:-1], "reconstruct"  # this one where data.tasks names it
-# Rows of two pair tasks of older data sets, which have other fields: skipped and counted.
-PAIR_ROW = re.compile(rb'"task_type"\s*:\s*"(compare|hypothetical)"')
-RESERVED_KEYS = (  # of DeepSpeed's config
+# -----------------------------------------------------------------------------
+# Config
+#
+# One frozen pydantic model per TOML table. --help prints their fields: the comments beside them
+# are the manual.
+
+TASKS = (
+    "keywords", "category", "questions",
+    "summary", "describe", "explain_beginner", "explain_expert", "related_topics",
+    "characteristics_pos", "characteristics_neg", "style_academic", "style_casual",
+    "counterfactual")  # fmt: skip
+RECONSTRUCT = "reconstruct"  # a further task type, trained only where data.tasks names it
+
+# Keys of DeepSpeed's own config that elm sets from [train] and [model].
+KEYS_SET_BY_ELM = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-    "gradient_clipping", "optimizer", "scheduler", "bf16", "fp16", "activation_checkpointing")
+    "gradient_clipping", "optimizer", "scheduler", "bf16", "fp16",
+    "activation_checkpointing")  # fmt: skip
+
 
 def expand_path(path: str) -> str:
     return os.path.expanduser(os.path.expandvars(path))
 
-PathStr = Annotated[str, Field(pattern=r"^[^\x00]*$"), pydantic.AfterValidator(expand_path)]
+
+def drop_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
+
+
+PathStr = Annotated[str, pydantic.AfterValidator(expand_path)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Unique = pydantic.AfterValidator(lambda x: tuple(dict.fromkeys(x)))
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
+TaskNames = Annotated[
+    tuple[str, ...], Field(strict=False, min_length=1), pydantic.AfterValidator(drop_repeats)]
+
 
 class Table(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=False):
-    """Strict: an integer is accepted for a float, no other type is converted."""
+    """A TOML table. Types are strict: lr = 1 is a float, lr = "1" is an error."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def restore_defaults(cls, values: Any) -> Any:  # of keys that an override has set to none
+    def restore_defaults(cls, values: Any) -> Any:
+        """None, which `key=none` on the command line gives, means the default again."""
         if not isinstance(values, dict):
             return values
         return {k: v for k, v in values.items() if v is not None or k not in cls.model_fields}
 
-    def tables(self) -> dict[str, Any]:  # as TOML has them
+    def to_dict(self) -> dict[str, Any]:
+        """The tables as TOML can hold them: without None."""
         return self.model_dump(mode="json", exclude_none=True)
 
+
+ConfigClass = TypeVar("ConfigClass", bound=Table)
+
+
 class ModelConfig(Table):
-    llm: PathStr = "Qwen/Qwen3-4B-Instruct-2507"  # hub name or folder
-    hidden_dim: PositiveInt = 4096  # width of the adapter
+    llm: PathStr = "Qwen/Qwen3-4B-Instruct-2507"  # the frozen LLM: hub name or folder
+    hidden_dim: PositiveInt = 4096  # width of the adapter's hidden layer
     tokens: PositiveInt = 1  # soft tokens per embedding
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    residual_scale: NonNegativeFloat = 1.0
-    standardize: bool = True  # the embeddings, by mean and deviation of the training split
-    bf16: bool = True  # the LLM; the adapter and its optimizer stay fp32
-    grad_checkpoint: Literal[True, False, "auto"] = "auto"  # recompute all, no or some layers
-    template: dict[str, Any] = {}  # keyword arguments of the chat template
+    dropout: Probability = 0.0  # in the adapter's hidden layer
+    residual_scale: NonNegativeFloat = 1.0  # factor of the adapter's residual; 0: none
+    standardize: bool = True  # embeddings, by the training split's mean and deviation
+    bf16: bool = True  # of the LLM; the adapter and its optimizer are always fp32
+    grad_checkpoint: Literal[True, False, "auto"] = "auto"  # recompute the LLM's layers in the
+    #   backward pass to save memory: all, none, or as many as the GPU's memory makes necessary
+    template: dict[str, Any] = {}  # arguments of the chat template: { enable_thinking = false }
+
 
 class DataConfig(Table):
-    dir: PathStr = "data"  # holds embeddings/ and synthesis/
-    tasks: Annotated[tuple[str, ...], Field(strict=False, min_length=1), Unique] = TASKS  # or own
-    max_seq_length: PositiveInt = 2048  # tokens of prompt and response
-    num_workers: NonNegativeInt = 4  # threads that read ahead
+    dir: PathStr = "data"  # a folder with embeddings/ and synthesis/, see data/README.md
+    tasks: TaskNames = TASKS  # task types to train and report on, also of your own
+    max_seq_length: PositiveInt = 2048  # tokens of prompt and response; longer responses are cut
+    num_workers: NonNegativeInt = 4  # threads that prepare the next steps
+
 
 class TrainConfig(Table):
-    batch_size: PositiveInt = 16  # examples; a step has batch_size * grad_accum * processes
-    grad_accum: PositiveInt = 2
+    batch_size: PositiveInt = 16  # rows; a step has batch_size * grad_accum * processes of them
+    grad_accum: PositiveInt = 2  # how the rows are cut into micro-batches is decided by memory
     epochs: PositiveInt = 3
-    max_steps: NonNegativeInt | None = None  # overrides epochs
-    lr: PositiveFloat = 1e-4
-    warmup_steps: NonNegativeInt = 1000  # of linear warm-up, before a linear decay to 0
-    weight_decay: NonNegativeFloat = 0.01
-    max_grad_norm: PositiveFloat = 1.0
-    eval_steps: PositiveInt = 500  # between evaluations
-    save_steps: PositiveInt = 1000
-    logging_steps: PositiveInt = 50
-    warm_start: bool = True  # begin at a closed-form solution
-    patience: PositiveInt | None = None  # evaluations without a better validation loss
-    seed: Seed = 42
-    resume: PathStr | None = None  # a checkpoint, or "auto": the newest in output.dir
+    max_steps: NonNegativeInt | None = None  # none: by epochs; 0: the closed-form adapter alone
+    lr: PositiveFloat = 1e-4  # after warm-up, from where it falls linearly to 0
+    warmup_steps: NonNegativeInt = 1000  # of linear warm-up
+    weight_decay: NonNegativeFloat = 0.01  # of AdamW
+    max_grad_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
+    eval_steps: PositiveInt = 500  # between two validations; a checkpoint is saved before each
+    save_steps: PositiveInt = 1000  # between two checkpoints
+    logging_steps: PositiveInt = 50  # between two lines of metrics.jsonl
+    warm_start: bool = True  # begin at the closed-form solution
+    patience: PositiveInt | None = None  # validations without a lower loss before the run ends;
+    #   none: no end before the last step
+    seed: Seed = 42  # of the adapter's weights, the order of rows, dropout
+    resume: PathStr | None = None  # a checkpoint; "auto": the newest of output.dir, if any;
+    #   none: a new run
+
 
 class LossConfig(Table):
-    drift_weight: NonNegativeFloat = 0.0
-    drift_target: Annotated[float, Field(ge=-1, le=1)] = 1.0
+    drift_weight: NonNegativeFloat = 0.0  # of the drift loss; 0: it is not computed
+    drift_target: Cosine = 1.0  # cosine of answer and embedding from which on there is no drift
+
 
 class EvalConfig(Table):
-    samples: NonNegativeInt = 100  # rows that are generated; losses use the whole split
-    max_new_tokens: PositiveInt = 256
-    embedder: PathStr | None = None  # the model that made the embeddings
-    split: Literal["train", "val", "test"] | None = None  # of the report; none: test, else val
-    bertscore_model: PathStr = "microsoft/deberta-xlarge-mnli"
-    bertscore_layers: PositiveInt | None = None
+    samples: NonNegativeInt = 100  # rows that are answered and scored; losses use the whole split
+    max_new_tokens: PositiveInt = 256  # of an answer
+    embedder: PathStr | None = None  # the model that made the vectors: hub name or folder of
+    #   sentence-transformers; it embeds the answers again. none: no consistency, MRR and top-1
+    split: Literal["train", "val", "test"] | None = None  # to report on; none: test where its files
+    #   exist, else val
+    bertscore_model: PathStr = "microsoft/deberta-xlarge-mnli"  # hub name or folder
+    bertscore_layers: PositiveInt | None = None  # layer of its hidden states; none: bert-score's
+    #   choice for the model, the last one of a folder
 
-class DeepSpeedConfig(Table, extra="allow"):  # other keys: DeepSpeed's own, at stage 3
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0  # 0 to 3
-    zero_optimization: dict[str, Any] | None = None
+
+class DeepSpeedConfig(Table, extra="allow"):
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0  # 3 shares the frozen LLM out among the
+    #   processes; 1 and 2 act as 0, as it has neither gradients nor optimizer state
+    zero_optimization: dict[str, Any] | None = None  # as in DeepSpeed's config, like all other
+    #   keys of this table: for stage 3
 
     @pydantic.model_validator(mode="after")
     def check_keys(self) -> DeepSpeedConfig:
-        """Refuse keys that elm sets, misspelled ones, and those that nothing reads."""
+        """Refuse keys that elm sets, misspelled ones, and those that nothing would read."""
         for key in sorted(self.model_fields_set - {"zero_stage"}):
-            if key in RESERVED_KEYS or key == "zero_optimization" and "stage" in getattr(self, key):
-                raise ValueError(f"{key}: is set by elm, from [train], [model] and zero_stage")
-            if key in self.model_extra and (hint := did_you_mean(key, type(self).model_fields)):
+            sets_stage = key == "zero_optimization" and "stage" in (self.zero_optimization or {})
+            if key in KEYS_SET_BY_ELM or sets_stage:
+                raise ValueError(f"{key} is set by elm, from [train], [model] and zero_stage")
+            hint = did_you_mean(key, type(self).model_fields)
+            if key in self.model_extra and hint:
                 raise ValueError(f"{key}: unknown key{hint}")
             if self.zero_stage < 3:
-                raise ValueError(f"{key}: has no effect unless deepspeed.zero_stage = 3")
+                raise ValueError(f"{key} has no effect unless deepspeed.zero_stage = 3")
         return self
 
+
 class WandbConfig(Table):
-    enabled: bool = False
+    enabled: bool = False  # log to Weights & Biases, too
     project: str = "elm-training"
-    run_name: str | None = None
-    mode: Literal["online", "offline", "disabled"] = "online"
+    run_name: str | None = None  # none: W&B invents one
+    mode: Literal["online", "offline", "disabled"] = "online"  # offline where there is no login
+
 
 class OutputConfig(Table):
-    dir: PathStr = "data/checkpoints"
-    log_file: PathStr | None = None
+    dir: PathStr = "data/checkpoints"  # what a run leaves; a folder that holds a run is refused
+    log_file: PathStr | None = None  # the console's lines, with their times; none: no file
+
 
 class Config(Table):
     model: ModelConfig = ModelConfig()
@@ -210,569 +268,1011 @@ class Config(Table):
     wandb: WandbConfig = WandbConfig()
     output: OutputConfig = OutputConfig()
 
-MESSAGES = {"model_type": "must be a table", "dict_type": "must be a table",
-            "tuple_type": "must be a list, in quotes on the command line"}
-COMMON_NAMES = {  # of other programs
-    "train.lr": "learning_rate", "train.epochs": "num_epochs max_epochs num_train_epochs",
-    "train.batch_size": "per_device_train_batch_size", "train.patience": "early_stopping_patience",
-    "train.grad_accum": "gradient_accumulation_steps", "train.warmup_steps": "warmup",
-    "data.max_seq_length": "max_length max_seq_len", "train.resume": "resume_from_checkpoint",
-    "model.grad_checkpoint": "gradient_checkpointing", "model.llm": "model_name_or_path"}
 
-def list_options(kind: type[Table], prefix: str = "") -> dict[str, str]:
-    """The fields of a model and its tables: type, default and comment by dotted name."""
-    options, source = {}, Path(__file__).read_text("utf-8")
-    source = re.search(rf"^class {kind.__name__}\(.*?^$", source, re.MULTILINE | re.DOTALL)[0]
-    for name, info in kind.model_fields.items():
-        if line := re.search(rf"^    {name}: (.*)$", source, re.MULTILINE):
-            options[prefix + name] = line[1]
+def dotted_keys(config_class: type[Table], prefix: str = "") -> list[str]:
+    """The keys of a config by their dotted names, and those of its tables."""
+    keys = []
+    for name, info in config_class.model_fields.items():
+        keys.append(prefix + name)
         if isinstance(info.default, Table):
-            options |= list_options(type(info.default), f"{prefix}{name}.")
-    return options
+            keys += dotted_keys(type(info.default), f"{prefix}{name}.")
+    return keys
+
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    last = name.rpartition(".")[2]
-    matches = [n for n in names if last in (n.rpartition(".")[2], *COMMON_NAMES.get(n, "").split())]
-    matches = matches or difflib.get_close_matches(name, names, 1, cutoff=0.75)
-    return f", did you mean {' or '.join(matches)}?" if matches else ""
+    """A hint at the names that have the same last part, else at the most similar one, or ""."""
+    last_part = name.rpartition(".")[2]
+    matches = [n for n in names if n.rpartition(".")[2] == last_part]
+    if not matches:
+        matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.75)
+    if not matches:
+        return ""
+    return f", did you mean {' or '.join(matches)}?"
 
-def build(kind: type[Table], tables: dict, prefix: str = "") -> Any:
-    """Nested dicts as a model. Raises: UserError with one line for each error, all at once, after
-    `prefix`."""
+
+def format_error(error: dict[str, Any], config_class: type[Table]) -> str:
+    """One line for an error of pydantic, in its words, after the dotted key."""
+    key = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        known = [k for k in dotted_keys(config_class) if k.count(".") >= key.count(".")]
+        return f"{key}: unknown key{did_you_mean(key, known)}"
+    if error["type"] == "missing":
+        return f"{key}: is missing"
+    if error["type"] == "value_error":  # of a validator of this file
+        return f"{key}: {message}" if key else message
+    return f"{key} = {error['input']!r}: {message}"
+
+
+def parse_config(
+    tables: dict[str, Any], config_class: type[ConfigClass] = Config, source: str = ""
+) -> ConfigClass:
+    """Nested dicts as a config. Raises: UserError with one line per mistake, all at once, each
+    after the name of the file, `source`."""
     try:
-        return kind.model_validate(tables)
+        return config_class.model_validate(tables)
     except pydantic.ValidationError as e:
-        errors, lines = e.errors(), []
-    for error in errors:
-        key, message = ".".join(map(str, error["loc"])), error["msg"].replace("True, F", "true, f")
-        message = MESSAGES.get(error["type"]) or re.sub("^\\w+ should", "must", message)
-        message = message.removeprefix("Value error, ")
-        joined = f"{key}.{message}" if re.match("\\w+:", message) else f"{key}: {message}"
-        known = [n for n in list_options(kind) if n.count(".") >= key.count(".")]
-        line = {"missing": f"{key}: is missing",
-                "extra_forbidden": f"{key}: unknown key{did_you_mean(key, known)}",
-                "value_error": joined.lstrip(".: "),
-                }.get(error["type"], f"{key} = {error['input']!r}: {message}")
-        lines.append(f"{prefix}{line}")
-    raise UserError("\n".join(lines))
+        lines = [format_error(error, config_class) for error in e.errors()]
+    prefix = f"{source}: " if source else ""
+    raise UserError("\n".join(prefix + line for line in lines))
 
-def read_override(text: str) -> tuple[str, Any]:
-    """`name=value` as (name, value), the value as TOML has it; a bare word is a string, `none` or
-    nothing is None."""
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`section.key=value` -> (section.key, value). The value is read as TOML, a bare word as a
+    string; `none` is None, which stands for the default. Raises: UserError."""
     name, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"{text}: an override has the form section.key=value")
-    if value.strip() in ("", "none"):
-        return name.strip(), None
-    with suppress(ValueError, RecursionError):
-        return name.strip(), tomllib.loads(f"x = {value}")["x"]
-    return name.strip(), value.strip()
+    name = name.strip().replace('"', "")
+    value = value.strip()
+    if value in ("", "none"):
+        return name, None
+    try:
+        return name, tomllib.loads(f"x = {value}")["x"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return name, value
 
-def read_toml(path: str | None, over: dict[str, Any]) -> dict[str, dict]:
-    """The tables of a TOML file (none: empty ones) under values by dotted name."""
-    data = Path(expand_path(path)).read_bytes() if path else b""
-    with user_error(f"{path}: not valid TOML"):
-        tables = tomllib.loads(data.decode("utf-8-sig"))
-    for name, value in over.items():
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """Values by dotted name; of equal names the last counts."""
+    return dict(parse_override(text) for text in texts)
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """Raises: OSError; UserError if it is no TOML."""
+    data = Path(expand_path(path)).read_bytes()
+    with user_error(f"{path}: not valid TOML", ValueError, RecursionError):
+        return tomllib.loads(data.decode("utf-8-sig"))
+
+
+def apply_overrides(tables: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Set values by dotted name in nested tables, in place. Raises: UserError."""
+    for name, value in overrides.items():
         *parents, key = name.split(".")
-        node = tables
+        table = tables
         for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
                 raise UserError(f"{name}: {parent} is not a table")
-        node[key] = value
+        table[key] = value
     return tables
 
-def load_config(path: str | None = None, overrides: Iterable[str] = (),
-                kind: type[Table] = Config) -> Any:
-    """A TOML file (none: the defaults) under `section.key=value` overrides, see read_override.
-    Raises: UserError with one line for each error."""
-    tables = read_toml(path, dict(map(read_override, overrides)))
-    return build(kind, tables, f"{path}: " if path else "")
 
-def flat(tables: dict, name: str = "") -> dict[str, Any]:
-    """Nested tables by dotted name; {low, high} tables are left nested."""
-    out = {}
+def load_config(
+    path: str | None = None, overrides: Iterable[str] = (),
+    config_class: type[ConfigClass] = Config,
+) -> ConfigClass:
+    """A TOML file (None: the defaults) under overrides of the form `section.key=value`.
+    Raises: OSError; UserError with one line per mistake."""
+    tables = read_toml(path) if path else {}
+    apply_overrides(tables, parse_overrides(overrides))
+    return parse_config(tables, config_class, path or "")
+
+
+def flatten(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as values by dotted name. {low, high} tables, ranges of a sweep, stay whole."""
+    values = {}
     for key, value in tables.items():
-        nested = isinstance(value, dict) and not {"low", "high"} & set(value)
-        out |= flat(value, f"{name}{key}.") if nested else {name + key: value}
-    return out
+        is_table = isinstance(value, dict) and not {"low", "high"} & set(value)
+        if is_table:
+            values |= flatten(value, f"{prefix}{key}.")
+        else:
+            values[prefix + key] = value
+    return values
 
-def to_toml(value: Any) -> str:
+
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it. JSON strings are TOML strings, but for one control character."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{to_toml(k)} = {to_toml(v)}" for k, v in value.items()) + "}"
+        pairs = [f"{toml_value(k)} = {toml_value(v)}" for k, v in value.items()]
+        return "{" + ", ".join(pairs) + "}"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
+
+def config_text(cfg: Config) -> str:
+    """The resolved config as TOML, under package versions and the git commit as comments."""
+    lines = []
+    for package in ("torch", "transformers", "deepspeed", "safetensors"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            lines.append(f"# {package} {importlib.metadata.version(package)}")
+    if shutil.which("git"):
+        words = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()
+        lines.append(f"# commit {commit}")
+    for section, values in cfg.to_dict().items():
+        lines += ["", f"[{section}]"]
+        lines += [f"{key} = {toml_value(value)}" for key, value in values.items()]
+    return "\n".join(lines) + "\n"
+
+
 # -----------------------------------------------------------------------------
-# Runtime: processes, device, messages, files
+# Runtime
+#
+# Processes, the log, files. In one process every collective operation is an identity.
 
-class Runtime(NamedTuple):  # this process among all processes of the run
-    rank: int = 0
-    world: int = 1
-    device: torch.device = torch.device("cpu")
-    untimed: Any = None  # a process group whose waits have no time limit
-    log_file: str | None = None
-    quiet: bool = False
+# Process 0 may load and run models alone for long while the others wait for it.
+LONGEST_WAIT = timedelta(days=1)
 
-    def log(self, message: str) -> None:
-        """Print on process 0, above the progress bar, and append to the log file."""
-        if self.rank == 0:
-            if not self.quiet:
-                tqdm.write(message)
-                sys.stdout.flush()
-            if self.log_file:
-                append(Path(self.log_file), f"{time.strftime('%F %T')} {message}\n")
+log = logging.getLogger("elm")
 
-    def progress(self, items: Any, label: str, **options: Any) -> Any:
-        """Iterate over `items` with a bar on process 0's terminal."""
-        return tqdm(items, label, leave=False, disable=self.rank > 0 or self.quiet or None,
-                    **options)
 
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum `x` over all processes, in place: a collective operation."""
-        if self.world > 1:
-            torch.distributed.all_reduce(x)
-        return x
+class ConsoleHandler(logging.Handler):
+    """Writes messages above progress bars: warnings to stderr, all else to stdout."""
 
-    def on_first(self, compute: Any) -> Any:
-        """Return compute() of process 0 on every process, however long it takes, or raise its
-        UserError on every process: a collective operation."""
-        values = [None, None]
-        if self.rank == 0:
-            try:
-                values[0] = compute()
-            except UserError as e:
-                values[1] = e
-        if self.world > 1:
-            torch.distributed.broadcast_object_list(values, group=self.untimed)
-        if values[1]:
-            raise values[1]
-        return values[0]
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
 
-def warn(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(f"elm: warning: {message}", sys.stderr)
+        message = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            tqdm.write(f"elm: warning: {message}", sys.stderr)
+        else:
+            tqdm.write(message, sys.stdout)
+            sys.stdout.flush()
 
-@contextmanager
-def user_error(message: str, kinds: Any = Exception):
-    """Raises: UserError, the message and the reason in one line, at an error of `kinds`, but a lack
-    of memory: what libraries raise at a user's file or setting is of many kinds."""
+
+log.setLevel(logging.INFO)
+log.propagate = False
+log.handlers = [ConsoleHandler()]
+log.filters = [lambda record: rank() == 0]  # process 0 speaks for all
+
+
+@contextlib.contextmanager
+def log_to_file(path: str | None) -> Iterator[None]:
+    """Append messages to a file, too, each with its time. Raises: OSError."""
+    if path is None or rank() > 0:
+        yield
+        return
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.addHandler(handler)
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError):
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def progress(items: Iterable[T] | None, label: str, **options: Any) -> Any:
+    """tqdm over `items`, or by hand, on process 0's terminal; none while the log is quiet."""
+    from tqdm import tqdm
+
+    quiet = rank() > 0 or not log.isEnabledFor(logging.INFO)
+    return tqdm(items, label, leave=False, disable=True if quiet else None, **options)
+
+
+@contextlib.contextmanager
+def user_error(message: str, *exception_types: type[Exception]) -> Iterator[None]:
+    """Raise UserError, `message` and the reason in one line, in place of `exception_types`: what a
+    library raises at the user's file or setting. Lack of memory stays what it is."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
-    except kinds as e:
-        raise UserError(f"{message}: {shorten(str(e) or repr(e), 300)}") from None
+    except exception_types as e:
+        raise UserError(f"{message}: {shorten(str(e) or repr(e), 300)}") from e
+
 
 def import_optional(package: str) -> Any:
+    """A module. Raises: UserError that says what to install."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as e:
         raise UserError(f"{e.name} is not installed: pip install {e.name}") from None
 
+
+# Processes
+
+
+def rank() -> int:
+    """The number of this process; before start_distributed, what the launcher says."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
+
+
 def find_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU of this process, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Some launchers show each process its own GPU alone.
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+    return torch.device("cuda", local_rank)
 
-def start_runtime(cfg: Config) -> Runtime:
-    """Join the process group that the launcher's environment describes, or be one process alone.
-    Raises: UserError if it cannot be formed."""
-    # The sizes of tensors vary with every step, which fragments fixed segments.
+
+def start_distributed() -> torch.device:
+    """Join the processes that the launcher's environment describes, or be one alone, and return
+    this process's device. Raises: UserError if the processes cannot connect."""
+    # Shapes vary from step to step, which fragments the caching allocator's fixed segments.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    device, dist, world = find_device(), torch.distributed, int(os.environ.get("WORLD_SIZE", 1))
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        raise UserError("srun started several tasks without RANK, each of which would be a run of "
-                        "its own; start them by torchrun: srun --ntasks-per-node 1 torchrun …")
-    if device.type == "cuda":  # a launcher can show each process its own GPU alone
-        local_rank = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-        torch.cuda.set_device(device := torch.device("cuda", local_rank))
-    elif world > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    if not dist.is_initialized():
-        alone = dict(store=dist.HashStore(), rank=0, world_size=1)  # needs no port
-        with user_error("the processes cannot connect (is the launcher's --master_port in use?)"):
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                    **(alone if world == 1 else {}))
-    untimed = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world > 1 else None
-    return Runtime(dist.get_rank(), dist.get_world_size(), device, untimed, cfg.output.log_file)
+    device = find_device()
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif num_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
+    if torch.distributed.is_initialized():
+        return device
 
-def writing(path: Path) -> Any:
+    # Objects and CPU tensors go by gloo, CUDA tensors by NCCL.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    options: dict[str, Any] = {"timeout": LONGEST_WAIT}
+    if num_processes == 1:
+        store = torch.distributed.HashStore()  # a store without a TCP port
+        options |= {"store": store, "rank": 0, "world_size": 1}
+    message = "the processes cannot connect (is the launcher's --master_port in use?)"
+    with user_error(message, RuntimeError, ValueError):
+        torch.distributed.init_process_group(backend, **options)
+    return device
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum x over all processes, in place. All processes take part."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def broadcast_from_rank0(x: Tensor) -> Tensor:
+    """Return process 0's x. All processes take part."""
+    if world_size() == 1:
+        return x
+    x = x.detach().clone(memory_format=torch.contiguous_format)
+    torch.distributed.broadcast(x, src=0)
+    return x
+
+
+def run_on_rank0(function: Callable[[], T]) -> T:
+    """Return function() of process 0 on every process, or raise its UserError on every process.
+    All processes take part."""
+    result = None
+    error = None
+    if rank() == 0:
+        try:
+            result = function()
+        except UserError as e:
+            error = e
+    if world_size() > 1:
+        outcome = [result, error]
+        torch.distributed.broadcast_object_list(outcome)
+        result, error = outcome
+    if error:
+        raise error
+    return result
+
+
+def prefetch(function: Callable[[Any], T], items: Iterable[Any], num_threads: int) -> Iterator[T]:
+    """Yield function(item) for each item, in order, computed by threads that are up to 2 *
+    num_threads items ahead; by one thread, one item ahead, if num_threads is 0."""
+    items = iter(items)
+    pool = ThreadPoolExecutor(max(1, num_threads))
+    pending = deque()
+    for item in itertools.islice(items, 2 * num_threads + 1):
+        pending.append(pool.submit(function, item))
+    try:
+        while pending:
+            yield pending.popleft().result()
+            for item in itertools.islice(items, 1):
+                pending.append(pool.submit(function, item))
+    finally:
+        # Cancel what is queued, wait for what runs; but not after Ctrl-C.
+        interrupted = sys.exc_info()[0] is KeyboardInterrupt
+        pool.shutdown(wait=not interrupted, cancel_futures=True)
+
+
+def in_blocks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of up to `size` items."""
+    items = iter(items)
+    while block := list(itertools.islice(items, size)):
+        yield block
+
+
+# Files
+
+
+@contextlib.contextmanager
+def report_write_errors(path: Path) -> Iterator[None]:
+    """Raises: UserError that names the path, if it cannot be written."""
     message = f"{path}: cannot be written (what was there is unharmed)"
-    return user_error(message, (OSError, SafetensorError))
+    with user_error(message, OSError, SafetensorError):
+        yield
 
-@contextmanager
-def atomic_write(path: Path):
-    """A temporary path that replaces `path` when complete and on disk. Raises: UserError."""
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path, which replaces `path` once it is complete and on disk. Raises:
+    UserError."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
+    with report_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.touch()
-            mode = temporary.stat().st_mode  # by the user's umask; safetensors makes files private
             yield temporary
-            temporary.chmod(mode)
             with open(temporary, "rb+") as f:
                 os.fsync(f.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
-def write_text(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
-def append(path: Path, text: str) -> None:
-    with writing(path), open(path, "a", encoding="utf-8") as f:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def append_text(path: Path, text: str) -> None:
+    with report_write_errors(path), open(path, "a", encoding="utf-8") as f:
         f.write(text)
 
-def lock(path: Path, wait: bool = False) -> Any:
-    """Open `path` exclusively locked until the file is closed or the process ends. Raises:
-    UserError if another process holds the lock, unless `wait`."""
-    file = open(path, "ab")
+
+def jsonl(entries: Iterable[dict[str, Any]]) -> str:
+    """One line of JSON per entry."""
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a file, which a dead process loses. Raises: UserError if another process
+    holds it, unless `wait`."""
+    from filelock import FileLock, Timeout
+
+    file_lock = FileLock(path)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except (BlockingIOError, PermissionError):
+        file_lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
         raise UserError(f"{path}: another process holds it") from None
-    return file
+    try:
+        yield
+    finally:
+        file_lock.release()
+
 
 def check_new(*paths: Path) -> None:
     """Raises: UserError if a path exists."""
     for path in paths:
         if path.exists():
-            raise UserError(f"{path}: exists already; choose another place or delete it")
+            raise UserError(f"{path}: exists already; choose another place")
 
-def short_hash(data: str | bytes) -> str:
-    data = data.encode(errors="surrogatepass") if isinstance(data, str) else data
+
+def sha256_short(data: str | bytes) -> str:
+    """16 hex digits."""
+    if isinstance(data, str):
+        data = data.encode(errors="surrogatepass")
     return hashlib.sha256(data).hexdigest()[:16]
 
-def read_ahead(make: Any, keys: Any, threads: int):
-    """Yield make(key) for each key, in order, computed in threads up to 2 * threads keys ahead."""
-    pool, keys = ThreadPoolExecutor(max(1, threads)), iter(keys)
-    pending = deque(pool.submit(make, k) for k in islice(keys, 2 * threads + 1))
-    try:
-        while pending:
-            yield pending.popleft().result()
-            pending.extend(pool.submit(make, k) for k in islice(keys, 1))
-    finally:  # what has not begun is dropped, the rest awaited, but not after Ctrl-C
-        wait = sys.exc_info()[0] is not KeyboardInterrupt
-        pool.shutdown(wait=wait, cancel_futures=True)
 
 # -----------------------------------------------------------------------------
-# Data: rows of text beside a table of vectors
+# Prompts and batches
+#
+# From queries and responses to token ids, and from there to micro-batches without padding.
 
-MICRO_TOKENS = dict(cpu=1024, cuda=8192)  # of a micro-batch; see plan_memory
-EVAL_ROWS, EVAL_TOKENS = 16, 32768  # the most of a micro-batch in evaluation
-ANSWERS_AT_ONCE = dict(cpu=16, cuda=64)
-SPLITS = ("train", "val", "test")
-PLACEHOLDER = "<EMB>"  # where the vector goes in a query; without it, on a line before the query
-ROW = np.dtype([("byte", "i8"), ("line", "i4"), ("vector", "i4"), ("task", "i2"), ("text", "?")])
+PLACEHOLDER = "<EMB>"  # where the vector goes in a query; without it, on a line of its own, first
+ANSWER = "<ANSWER>"  # stands for the assistant's turn while a chat template is taken apart
+SOFT_TOKEN = -1  # the id that marks a soft token in Example.ids
+
+# A micro-batch holds at most this many tokens, or one example. On a GPU it is the first of the
+# sizes that plan_memory tries; on a CPU small ones are as fast.
+MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, template: dict[str, Any]) -> dict[str, str]:
+    """What the chat template puts around a user turn, as texts: {"prefix", "suffix", "end"}.
+
+    `end` ends an assistant's turn, up to its first control token. Without a chat template: what the
+    tokenizer puts before any text (a BOS token, say), a line break, the EOS token.
+    Raises: UserError if the template fails, or does not contain the user's turn exactly once.
+    """
+    from jinja2 import TemplateError
+
+    name = tokenizer.name_or_path
+    if not tokenizer.chat_template:
+        with_special_tokens = tokenizer("a")["input_ids"]
+        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+        num_before = with_special_tokens.index(plain[0])
+        prefix = tokenizer.decode(with_special_tokens[:num_before])
+        return {"prefix": prefix, "suffix": "\n", "end": tokenizer.eos_token}
+
+    user = {"role": "user", "content": PLACEHOLDER}
+    assistant = {"role": "assistant", "content": ANSWER}
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **template)
+    with user_error(f"{name}: its chat template fails", TemplateError, ValueError, TypeError):
+        prefix, suffix = render([user], add_generation_prompt=True).split(PLACEHOLDER)
+        conversation = render([user, assistant])
+
+    # A reasoning model may begin its answers with a block that the generation prompt leaves open.
+    before_answer = conversation.partition(PLACEHOLDER)[2].partition(ANSWER)[0]
+    is_longer = len(before_answer.split()) > len(suffix.split())
+    if is_longer or suffix.rstrip().endswith("<think>"):
+        log.warning(f"{name}: a prompt ends with {suffix!r}, but an answer follows "
+                    f"{before_answer!r}; model.template.enable_thinking = false?")
+
+    after_answer = conversation.rpartition(ANSWER)[2]
+    end_positions = []
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.content.strip() and token.content in after_answer:
+            end_positions.append(after_answer.index(token.content) + len(token.content))
+    end = after_answer[: min(end_positions)] if end_positions else tokenizer.eos_token
+    return {"prefix": prefix, "suffix": suffix, "end": end}
+
 
 class Prompt:
-    """The LLM's chat template around one user turn: token ids `head` and `tail`, and `end`, which
-    ends an answer. Only these parts can hold control tokens; what rows say is split into text."""
+    """Turns queries and responses into token ids, within the LLM's chat template.
 
-    def __init__(self, tokenizer: Any, template: dict[str, Any] | None = None,
-                 stored: dict[str, str] | None = None):
-        """Render the chat template with keyword arguments `template`; parts that are stored with an
-        adapter come before it. Without a chat template: what the tokenizer puts before a text,
-        such as a BOS token, and a line break after the query. Raises: UserError if the template
-        fails or does not contain the turn once."""
-        ids, plain = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (True, False))
-        name, head = tokenizer.name_or_path, tokenizer.decode(ids[: ids.index(plain[0])])
-        text = dict(head=head, tail="\n", end=tokenizer.eos_token)
-        if tokenizer.chat_template:
-            chat = [{"role": "user", "content": PLACEHOLDER}]
-            with user_error(f"{name}: its chat template fails"):
-                render = partial(tokenizer.apply_chat_template, tokenize=False, **(template or {}))
-                head, tail = render(chat, add_generation_prompt=True).split(PLACEHOLDER)
-                answered = render([*chat, {"role": "assistant", "content": "<ANSWER>"}])
-            before = answered.partition(PLACEHOLDER)[2].partition("<ANSWER>")[0]
-            if len(before.split()) > len(tail.split()) or tail.rstrip().endswith("<think>"):
-                warn(f"{name}: a prompt ends with {tail!r}, but an answer follows {before!r}; "
-                     "model.template.enable_thinking = false?")
-            after = answered.rpartition("<ANSWER>")[2]  # up to and with its first control token
-            control = [t.content for t in tokenizer.added_tokens_decoder.values()]
-            ends = [after.index(t) + len(t) for t in control if t.strip() and t in after]
-            text |= dict(head=head, tail=tail, end=after[: min(ends)] if ends else text["end"])
-        if stored and stored != text:
-            warn(f"{name}: its chat template differs from training; the adapter's prompt is used")
-        text = stored or text
-        if not text["end"]:
-            raise UserError(f"{name}: the tokenizer has no token that ends an answer")
-        self.tokenizer, self.text, self.template = tokenizer, text, template or {}
-        self.head, self.tail, self.end = (
-            tokenizer(text[part], add_special_tokens=False)["input_ids"]
-            for part in ("head", "tail", "end"))
-        # For what rows say: here names such as Qwen3's <think> are special, and so split, too.
-        self.plain, added = copy.deepcopy(tokenizer), tokenizer.added_tokens_decoder.values()
-        names = [t for t in added if re.fullmatch(r"<.+>|\[.+\]", t.content)]
-        self.plain.add_tokens(names, special_tokens=True)
-        self.ids([""])  # a fast tokenizer keeps this mode: threads that share it never switch it
+    Only the template's own parts can hold control tokens. Text of rows is encoded as plain text,
+    even where it spells a special token's name.
+    """
+
+    prefix_ids: list[int]  # before the query
+    suffix_ids: list[int]  # between query and response
+    end_ids: list[int]  # after the response
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: dict[str, Any] | None = None,
+                 stored_parts: dict[str, str] | None = None):
+        """`template` are arguments of the chat template. `stored_parts` are those that an adapter
+        was trained with; they win over what the template renders now. Raises: UserError."""
+        self.tokenizer = tokenizer
+        self.template = template or {}
+        rendered = render_prompt(tokenizer, self.template)
+        if stored_parts and stored_parts != rendered:
+            log.warning(f"{tokenizer.name_or_path}: its chat template differs from training; the "
+                        "adapter's prompt is used")
+        self.parts = stored_parts or rendered
+        if not self.parts["end"]:
+            raise UserError(
+                f"{tokenizer.name_or_path}: the tokenizer has no token that ends an answer")
+
+        self.prefix_ids = self._encode_part("prefix")
+        self.suffix_ids = self._encode_part("suffix")
+        self.end_ids = self._encode_part("end")
+        # A fast tokenizer keeps the mode of its last call. From here on it is that of plain text:
+        # reader threads share the tokenizer, and must never switch it.
+        self.encode([""])
+
+    def _encode_part(self, name: str) -> list[int]:
+        return self.tokenizer(self.parts[name], add_special_tokens=False)["input_ids"]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of plain texts."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
+        return encoded["input_ids"]
 
     @staticmethod
-    def parts(query: str) -> list[str]:
-        """[text before, text after] the vector. Raises: UserError at several placeholders."""
+    def split_query(query: str) -> tuple[str, str]:
+        """The texts before and after the vector. Raises: UserError at several placeholders."""
         if query.count(PLACEHOLDER) > 1:
             raise UserError(f"{query!r}: a query has one {PLACEHOLDER} at most")
-        before, placeholder, after = query.strip().partition(PLACEHOLDER)
-        return [before, after] if placeholder else ["", f"\n{before}"]
+        query = query.strip()
+        if PLACEHOLDER not in query:
+            return "", f"\n{query}"
+        before, _, after = query.partition(PLACEHOLDER)
+        return before, after
 
-    def ids(self, texts: list[str]) -> list[list[int]]:
-        options = dict(add_special_tokens=False, split_special_tokens=True)
-        return self.plain(texts, **options)["input_ids"] if texts else []
 
 class Example(NamedTuple):
-    ids: np.ndarray  # int64, -1 where soft tokens go
-    num_labels: int  # response tokens, the end token included: the last of ids
-    truncated: bool  # the response, or the text
+    ids: np.ndarray  # [length] int64, SOFT_TOKEN where the soft tokens go
+    num_labels: int  # the last num_labels ids are the response and its end
+    truncated: bool  # whether the response, or the text, had to be cut
 
-def tokenize(prompt: Prompt, rows: list[tuple[str, Row]], num_soft: int, max_tokens: int,
-             source: Literal["embedding", "text", "response"] = "embedding") -> list[Example]:
-    """(name for messages, row) pairs as examples: by "embedding" [before, num_soft times -1,
-    after, response, end]; by "text" the text in place of these; "response" alone. Raises: UserError
-    if a prompt leaves no room for a response."""
-    texts = [part for _, row in rows for part in (
-        *prompt.parts(row.query), row.response, (row.text or "") * (source == "text"))]
-    tokens, examples = iter(prompt.ids(texts)), []
-    for name, _ in rows:
-        before, after, response, text = islice(tokens, 4)
-        before, after = prompt.head + before, after + prompt.tail
-        room = max_tokens - len(before) - len(after) - num_soft
+
+Layout = Literal["embedding", "text", "response"]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns rows into examples of at most max_tokens tokens. By layout:
+
+    embedding   prefix, before, soft tokens,    after, suffix, response, end
+    text        prefix, before, the row's text, after, suffix, response, end
+    response                                                   response, end
+
+    The end of the response, and that of the text, is cut.
+    """
+
+    prompt: Prompt
+    num_soft_tokens: int
+    max_tokens: int
+
+    def encode(self, rows: Sequence[Row], names: Sequence[str],
+               layout: Layout = "embedding") -> list[Example]:
+        """Examples of rows, whose `names` stand in messages. Raises: UserError if a prompt leaves
+        no room for a response."""
+        prompt = self.prompt
+        queries = [prompt.split_query(row.query) for row in rows]
+        texts = [row.text or "" if layout == "text" else "" for row in rows]
+        ids_of_rows = zip(
+            names,
+            prompt.encode([before for before, _ in queries]),
+            prompt.encode([after for _, after in queries]),
+            prompt.encode([row.response for row in rows]),
+            prompt.encode(texts),
+            strict=True)
+        return [self._assemble(layout, *parts) for parts in ids_of_rows]
+
+    def _assemble(self, layout: Layout, name: str, before: list[int], after: list[int],
+                  response: list[int], text: list[int]) -> Example:
+        before = self.prompt.prefix_ids + before
+        after = after + self.prompt.suffix_ids
+        response = response + self.prompt.end_ids
+        room = self.max_tokens - len(before) - self.num_soft_tokens - len(after)
         if room < 1:
-            raise UserError(f"{name}: the prompt takes all of data.max_seq_length = {max_tokens} "
-                            f"tokens, {1 - room} more are needed")
-        answer = (response + prompt.end)[:room]
-        left = room + num_soft - len(answer)
-        middle = text[:left] if source == "text" else [-1] * num_soft
-        ids = answer if source == "response" else before + middle + after + answer
-        truncated = len(response + prompt.end) > room or len(text) > left
-        examples.append(Example(np.array(ids, np.int64), len(answer), truncated))
-    return examples
+            raise UserError(f"{name}: the prompt takes all of data.max_seq_length = "
+                            f"{self.max_tokens} tokens, {1 - room} more are needed")
+        answer = response[:room]
+        text_room = self.max_tokens - len(before) - len(after) - len(answer)
+        if layout == "response":
+            ids = answer
+        elif layout == "text":
+            ids = before + text[:text_room] + after + answer
+        else:
+            ids = before + [SOFT_TOKEN] * self.num_soft_tokens + after + answer
+        truncated = len(answer) < len(response) or len(text) > text_room
+        return Example(np.array(ids, np.int64), len(answer), truncated)
 
-def make_micro_batches(lengths: Any, num_processes: int, budget: int) -> list[list[int]]:
-    """Distribute examples of `lengths` tokens by longest-processing-time bin packing over the
-    fewest micro-batches, a multiple of num_processes, so that none of several examples exceeds
-    `budget` tokens. Some may be empty."""
+
+@dataclass(frozen=True)
+class Batch:
+    """n examples packed end to end into one row of T tokens, without padding."""
+
+    input_ids: Tensor  # [T] int64, any id where soft tokens go
+    position_ids: Tensor  # [T] int64, from 0 in each example
+    cu_seqlens: Tensor  # [n + 1] int32, the bounds of the examples
+    placeholder_positions: Tensor  # [n * K] int64, where the soft tokens go
+    labels: Tensor  # [R] int64, all response tokens
+    logit_positions: Tensor  # [R] int64, the positions that predict them
+    lengths: list[int]  # tokens of each example
+    num_labels: list[int]  # response tokens of each example
+    embeddings: Tensor | None = None  # [n, E] fp32
+    weight: float = 1.0  # 0 for a batch that only keeps a process in step with the others
+
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        changed = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                changed[item.name] = function(value)
+        return dataclasses.replace(self, **changed)
+
+    def to(self, device: torch.device) -> Batch:
+        return self._map_tensors(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """So that the copy to a GPU does not wait."""
+        return self._map_tensors(lambda t: t if t.is_cuda else t.pin_memory())
+
+
+def collate(examples: list[Example], embeddings: Tensor | None = None,
+            weight: float = 1.0) -> Batch:
+    lengths = [len(example.ids) for example in examples]
+    num_labels = [example.num_labels for example in examples]
+    ids = np.concatenate([example.ids for example in examples])
+    position_ids = np.concatenate([np.arange(length) for length in lengths])
+    ends = np.cumsum(lengths)
+    bounds = np.concatenate([[0], ends]).astype(np.int32)
+    label_positions = np.concatenate(
+        [np.arange(end - n, end) for end, n in zip(ends, num_labels, strict=True)])
+    batch = Batch(
+        input_ids=torch.from_numpy(ids.clip(min=0)),
+        position_ids=torch.from_numpy(position_ids),
+        cu_seqlens=torch.from_numpy(bounds),
+        placeholder_positions=torch.from_numpy(np.flatnonzero(ids == SOFT_TOKEN)),
+        labels=torch.from_numpy(ids[label_positions]),
+        logit_positions=torch.from_numpy(label_positions - 1),
+        lengths=lengths,
+        num_labels=num_labels,
+        embeddings=embeddings,
+        weight=weight)
+    return batch.pin_memory() if torch.cuda.is_available() else batch
+
+
+def pack_micro_batches(
+    lengths: Sequence[int], num_processes: int, budget: int
+) -> list[list[int]]:
+    """Distribute examples of `lengths` tokens over the fewest micro-batches, a multiple of
+    num_processes, that hold at most `budget` tokens each, or one example. Some may be empty.
+
+    Longest-processing-time bin packing: the longest example first, into the emptiest micro-batch.
+    """
     lengths = np.asarray(lengths)
-    fewest = max(1, math.ceil(int(lengths.sum()) / (num_processes * budget)))
-    for num_bins in count(fewest * num_processes, num_processes):
-        load, micros = np.zeros(num_bins, np.int64), [[] for _ in range(num_bins)]
-        for i in np.argsort(-lengths, kind="stable"):
-            micros[load.argmin()].append(int(i))
-            load[load.argmin()] += lengths[i]
-        if all(len(m) < 2 or total <= budget for m, total in zip(micros, load, strict=True)):
-            return [sorted(m) for m in micros]
+    longest_first = np.argsort(-lengths, kind="stable")
+    fewest_per_process = max(1, math.ceil(lengths.sum() / (num_processes * budget)))
+    for per_process in itertools.count(fewest_per_process):
+        num_bins = per_process * num_processes
+        bins: list[list[int]] = [[] for _ in range(num_bins)]
+        tokens = np.zeros(num_bins, np.int64)
+        for i in longest_first:
+            emptiest = tokens.argmin()
+            bins[emptiest].append(int(i))
+            tokens[emptiest] += lengths[i]
+        fits = [len(b) == 1 or n <= budget for b, n in zip(bins, tokens, strict=True)]
+        if all(fits):
+            return [sorted(b) for b in bins]
+    raise AssertionError("one example per bin always fits")
 
-def collate(examples: list[Example], embeddings: Tensor | None = None) -> dict:
-    """Pack n examples end to end, T tokens, without padding. int64 unless said otherwise:
-        input_ids, position_ids [T]; cu_seqlens [n + 1] int32; placeholder_positions [n * K]
-        labels [R]; logit_positions [R], which predict them
-        lengths, num_labels: n ints each; embeddings [n, E] if given"""
-    lengths, num_labels = [len(e.ids) for e in examples], [e.num_labels for e in examples]
-    ids, ends = np.concatenate([e.ids for e in examples]), np.cumsum(lengths)
-    answers = [np.arange(end - k, end) for end, k in zip(ends, num_labels, strict=True)]
-    answers = np.concatenate(answers)  # positions in ids
-    batch = dict(input_ids=ids.clip(0), position_ids=np.concatenate([*map(np.arange, lengths)]),
-                 cu_seqlens=np.r_[0, ends].astype(np.int32), labels=ids[answers],
-                 logit_positions=answers - 1, placeholder_positions=np.flatnonzero(ids < 0))
-    batch = {k: torch.from_numpy(v) for k, v in batch.items()}
-    batch |= {} if embeddings is None else dict(embeddings=embeddings)
-    if torch.cuda.is_available():  # so that the copy to the device does not wait
-        batch = {k: v if v.is_cuda else v.pin_memory() for k, v in batch.items()}
-    return batch | dict(lengths=lengths, num_labels=num_labels)
+
+# -----------------------------------------------------------------------------
+# Data set
+#
+# The table of vectors, the rows of text beside it, and which rows each step takes.
+
+SPLITS = ("train", "val", "test")
+PAIR_TASKS = ("compare", "hypothetical")  # of older data sets, with other fields: skipped
+FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+# The table of vectors
+
 
 def open_vectors(path: Path) -> Tensor:
-    """The one table [N, E] of floats of a safetensors or .npy file, mapped. Raises: UserError."""
-    with user_error(f"{path}: not a whole table"):
+    """The one table [N, E] of floats in a safetensors or .npy file, memory-mapped. Raises:
+    UserError."""
+    message = f"{path}: not a whole table"
+    with user_error(message, OSError, SafetensorError, ValueError, TypeError, EOFError):
         if path.suffix == ".npy":
-            tensors = [torch.from_numpy(np.load(path, mmap_mode="c"))]  # torch warns of read-only
+            array = np.load(path, mmap_mode="c")  # torch warns of the read-only mode "r"
+            tensors = [torch.from_numpy(array)]
         else:
             with safe_open(path, framework="pt") as f:
-                tensors = [f.get_tensor(k) for k in f.keys()]
-    floats = torch.float32, torch.float16, torch.bfloat16, torch.float64
-    if [t.ndim * (t.numel() > 0) * (t.dtype in floats) for t in tensors] != [2]:
-        found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors[:3])
-        raise UserError(f"{path}: holds {found or 'nothing'}, not one table [N, E] of floats")
-    return tensors[0]
+                tensors = [f.get_tensor(key) for key in f.keys()]  # noqa: SIM118
+    if len(tensors) == 1:
+        (table,) = tensors
+        if table.ndim == 2 and table.numel() and table.dtype in FLOAT_TYPES:
+            return table
+    found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors[:3])
+    raise UserError(f"{path}: holds {found or 'nothing'}, not one table [N, E] of floats")
 
-def scan_vectors(vectors: Tensor, used: Tensor, path: Path) -> tuple[dict, np.ndarray]:
-    """(mean, std [E] and norms [3] fp32 of the `used` vectors, [N] bool: least, root mean square,
-    greatest; for each vector the index of its first copy [N]). A dimension without spread, below
-    1 % of the typical deviation, gets that. Raises: UserError at a NaN, infinite or zero vector."""
-    total, norms = torch.zeros(2, vectors.shape[1], dtype=torch.float64), []
-    first, copies = {}, []
-    for chunk, mask in zip(vectors.split(2048), used.split(2048), strict=True):
-        square = chunk.double().square()
-        norm = square.sum(1).sqrt()
-        if len(invalid := (~norm.isfinite() | (norm == 0)).nonzero()):
-            i = len(copies) + int(invalid[0])
-            raise UserError(f"{path}: vector {i} is zero, NaN or infinite; embed its text again")
+
+def scan_vectors(
+    vectors: Tensor, is_used: Tensor, where: Path | str
+) -> tuple[dict[str, Tensor], np.ndarray]:
+    """Statistics of the vectors [N, E] that are used, by a mask [N] bool; and the index of each
+    vector's first copy [N].
+
+    Statistics, fp32: mean [E], std [E], and norms [3]: least, root mean square, greatest. A std
+    below 1 % of the typical one is replaced by it: such a dimension carries no information, and
+    standardising it would blow up rounding. Raises: UserError at a NaN, infinite or zero vector.
+    """
+    total = torch.zeros(vectors.shape[1], dtype=torch.float64)
+    total_square = torch.zeros_like(total)
+    norms = []
+    first_copy = []
+    index_of_hash: dict[int, int] = {}
+    for chunk, chunk_is_used in zip(vectors.split(2048), is_used.split(2048), strict=True):
+        chunk64 = chunk.double()
+        norm = chunk64.square().sum(1).sqrt()
+        invalid = (~norm.isfinite() | (norm == 0)).nonzero()
+        if len(invalid):
+            i = len(first_copy) + int(invalid[0])
+            raise UserError(f"{where}: vector {i} is zero, NaN or infinite; embed its text again")
         for row in chunk.contiguous().view(torch.uint8).numpy():
-            copies.append(first.setdefault(hash(row.tobytes()), len(copies)))
-        total += torch.stack([chunk[mask].double().sum(0), square[mask].sum(0)])
-        norms += norm[mask].tolist()
-    mean, square = total / max(1, int(used.sum()))
-    std = (square - mean.square()).clamp(min=0).sqrt().float()
-    typical = std.square().mean().sqrt()
-    std[std < 0.01 * typical] = typical
-    norms = torch.tensor([min(norms), square.sum().sqrt(), max(norms)]).float()
-    return {"mean": mean.float(), "std": std, "norms": norms}, np.array(copies)
+            index = len(first_copy)
+            first_copy.append(index_of_hash.setdefault(hash(row.tobytes()), index))
+        used64 = chunk64[chunk_is_used]
+        total += used64.sum(0)
+        total_square += used64.square().sum(0)
+        norms += norm[chunk_is_used].tolist()
+
+    num_used = max(1, int(is_used.sum()))
+    mean = total / num_used
+    mean_square = total_square / num_used
+    std = (mean_square - mean.square()).clamp(min=0).sqrt().float()
+    typical_std = std.square().mean().sqrt()
+    std[std < 0.01 * typical_std] = typical_std
+    rms_norm = mean_square.sum().sqrt()
+    statistics = {
+        "mean": mean.float(),
+        "std": std,
+        "norms": torch.tensor([min(norms), rms_norm, max(norms)]).float()}
+    return statistics, np.array(first_copy)
+
+
+# Rows
+
 
 class Row(BaseModel, frozen=True, strict=True, extra="allow"):
     task_type: str
-    embedding_file_idx: Annotated[NonNegativeInt, pydantic.BeforeValidator(
-        lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)]  # 3.0, as of pandas
+    embedding_file_idx: NonNegativeInt  # of the table of vectors
     query: str
     response: Annotated[str, Field(pattern=r"\S")]  # not empty
     text: str | None = None  # what was embedded
 
-def parse_line(kind: type[BaseModel], line: bytes) -> Any:
-    """A model from a line of JSON. Raises: ValueError, which names the field."""
+
+RowClass = TypeVar("RowClass", bound=BaseModel)
+
+
+def parse_line(line: bytes, row_class: type[RowClass]) -> RowClass:
+    """A model from a line of JSON. Raises: ValueError that names the field."""
+    return validate_row(parse_json(line), row_class)
+
+
+def parse_json(line: bytes) -> Any:
+    """Raises: ValueError, also where JSON is nested too deeply."""
+    return pydantic_core.from_json(line.removeprefix(codecs.BOM_UTF8))
+
+
+def validate_row(fields: Any, row_class: type[RowClass]) -> RowClass:
+    """Raises: ValueError that names the field."""
     try:
-        return kind.model_validate_json(line.removeprefix(codecs.BOM_UTF8))
+        return row_class.model_validate(fields)
     except pydantic.ValidationError as e:
         error = e.errors()[0]
-        name = f"field {error['loc'][0]!r}: " if error["loc"] else ""
-        message = "is empty" if error["type"] == "string_pattern_mismatch" else error["msg"]
-        raise ValueError(name + message) from None
+    name = f"field {error['loc'][0]!r}: " if error["loc"] else ""
+    is_empty = error["type"] == "string_pattern_mismatch"
+    raise ValueError(name + ("is empty" if is_empty else error["msg"]))
 
-def parse_row(line: bytes, tasks: tuple[str, ...], num_vectors: int) -> Row | None:
-    """A checked row of one line of JSON; None for a pair task. Raises: ValueError."""
-    if (pair := PAIR_ROW.search(line)) and pair[1].decode() not in tasks:
-        parse_line(pydantic.RootModel[dict], line)  # broken JSON is refused here, too
+
+def parse_row(line: bytes, tasks: Sequence[str], num_vectors: int) -> Row | None:
+    """The checked row of a line of JSON; None for a row of PAIR_TASKS that is not among `tasks`.
+    Raises: ValueError."""
+    fields = parse_json(line)
+    task = fields.get("task_type") if isinstance(fields, dict) else None
+    if task in PAIR_TASKS and task not in tasks:
         return None
-    row = parse_line(Row, line)
-    if row.task_type not in (known := (*tasks, *QUERIES)):
+    row = validate_row(fields, Row)
+    known = (*tasks, *TASKS, RECONSTRUCT)
+    if row.task_type not in known:
         raise ValueError(f"unknown task_type {row.task_type!r}{did_you_mean(row.task_type, known)}")
     if row.embedding_file_idx >= num_vectors:
         raise ValueError(f"embedding_file_idx {row.embedding_file_idx} of {num_vectors} vectors")
-    Prompt.parts(row.query)
+    Prompt.split_query(row.query)
     return row
 
-def read_rows(path: Path, tasks: tuple[str, ...], num_vectors: int, counts: Counter):
-    """Yield (line, byte, row) for each row of `tasks`; count all rows. Raises: UserError that
-    names the line."""
-    byte = 0
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = parse_row(line, tasks, num_vectors) if line.strip() else None
-            except ValueError as e:
-                raise UserError(f"{path}:{number}: {e}") from None
-            if row and row.task_type in tasks:
-                counts["rows"] += 1
-                yield number, byte, row
-            elif line.strip():
-                counts["other_tasks" if row else "pair_tasks"] += 1
-            byte += len(line)
-    if not counts["rows"]:
-        hint = "".join(did_you_mean(task, TASKS) for task in tasks if task not in TASKS)
-        raise UserError(f"{path}: no row of data.tasks = {list(tasks)}{hint}")
+
+class Line(NamedTuple):
+    number: int  # from 1
+    offset: int  # in bytes
+    row: Row | None  # None: of a pair task
+
+
+def read_lines(path: Path, tasks: Sequence[str], num_vectors: int) -> Iterator[Line]:
+    """Yield each line that is not blank, its row checked. Raises: UserError that names the line."""
+    offset = 0
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, start=1):
+            if line.strip():
+                try:
+                    row = parse_row(line, tasks, num_vectors)
+                except ValueError as e:
+                    raise UserError(f"{path}:{number}: {e}") from None
+                yield Line(number, offset, row)
+            offset += len(line)
+
+
+def count_row(counts: Counter[str], row: Row | None, tasks: Sequence[str]) -> bool:
+    """Count a row by its kind. Returns whether it is of `tasks`."""
+    if row is None:
+        kind = "pair_tasks"
+    elif row.task_type in tasks:
+        kind = "rows"
+    else:
+        kind = "other_tasks"
+    counts[kind] += 1
+    return kind == "rows"
+
+
+def check_any_rows(counts: Counter[str], path: Path, tasks: Sequence[str]) -> None:
+    """Raises: UserError if no row was of `tasks`."""
+    if counts["rows"]:
+        return
+    hints = [did_you_mean(task, TASKS) for task in tasks if task not in TASKS]
+    raise UserError(f"{path}: no row of data.tasks = {list(tasks)}{''.join(hints)}")
+
+
+# Splits
+
+# What is kept in memory of a row; the rest is read from its line when it is needed.
+ROW_INDEX = np.dtype([
+    ("offset", "i8"), ("line", "i4"), ("vector_id", "i4"), ("task_id", "i2"), ("has_text", "?")])
+
 
 @dataclass(frozen=True, eq=False)
-class Split:  # of a data set, opened
-    path: Path  # of its rows
-    rows: np.ndarray  # [N] of ROW: where each row stands, its vector and task
+class Split:
+    """The rows of one split of a data set, its table of vectors, and how rows become examples."""
+
+    path: Path  # of the rows
+    index: np.ndarray  # [N] of ROW_INDEX
     vectors: Tensor  # [number of vectors, E], memory-mapped
-    statistics: dict[str, Tensor]  # mean and std [E], and norms, of the vectors that rows use
-    counts: dict[str, int]
-    prompt: Prompt
-    num_soft: int
-    data: DataConfig  # whose tasks `task` of ROW counts
+    statistics: dict[str, Tensor]  # see scan_vectors
+    counts: Counter[str]  # of rows, by kind
+    tasks: tuple[str, ...]  # index["task_id"] counts these
+    encoder: Encoder
 
-    def read(self, indices: Any) -> list[Row]:
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, row_ids: Iterable[int]) -> list[Row]:
+        rows = []
         with open(self.path, "rb") as f:
-            return [parse_row(f.readline(), self.data.tasks, len(self.vectors)) for i in indices
-                    if f.seek(int(self.rows["byte"][i])) >= 0]
+            for i in row_ids:
+                f.seek(int(self.index["offset"][i]))
+                rows.append(parse_row(f.readline(), self.tasks, len(self.vectors)))
+        return rows
 
-    def examples(self, indices: Any, source: str = "embedding") -> list[Example]:
-        rows = [(self.path, row) for row in self.read(indices)]  # whose prompts fit
-        return tokenize(self.prompt, rows, self.num_soft, self.data.max_seq_length, source)
+    def examples(self, row_ids: Sequence[int], layout: Layout = "embedding") -> list[Example]:
+        names = [f"{self.path}:{self.index['line'][i]}" for i in row_ids]
+        return self.encoder.encode(self.read(row_ids), names, layout)
 
     def embeddings(self, vector_ids: np.ndarray) -> Tensor:
         """[n] indices into the table -> [n, E] fp32."""
         return self.vectors[torch.from_numpy(vector_ids.astype(np.int64))].float()
 
-def max_bytes(text: str) -> int:  # of the text, or of what a tokenizer's NFC or NFKC makes of it
-    return max(len(t.encode()) for t in (text, unicodedata.normalize("NFKD", text)))
 
-def split_paths(data: DataConfig, split: str) -> list[Path]:  # of the vectors, of the rows
-    table = Path(data.dir, "embeddings", f"{split}_embeddings.safetensors")
-    table = table if table.exists() or not (npy := table.with_suffix(".npy")).exists() else npy
-    return [table, Path(data.dir, "synthesis", f"{split}_synthesis.jsonl")]
+def vectors_path(data_dir: str, split_name: str) -> Path:
+    path = Path(data_dir, "embeddings", f"{split_name}_embeddings.safetensors")
+    numpy_path = path.with_suffix(".npy")
+    if numpy_path.exists() and not path.exists():
+        return numpy_path
+    return path
 
-def open_split(data: DataConfig, split: str, prompt: Prompt, num_soft: int, rt: Runtime) -> Split:
-    """Parse and check every row and vector. Only prompts and responses that could exceed
-    max_seq_length, a token being at least a byte, are tokenised. Raises: UserError."""
-    vectors_path, path = split_paths(data, split)
-    vectors, counts, chunks = open_vectors(vectors_path), Counter(), []
-    room = data.max_seq_length - num_soft - len(prompt.head + prompt.tail + prompt.end) - 8
-    rows = read_rows(path, data.tasks, len(vectors), counts)
-    rows = iter(rt.progress(rows, f"reading {split}", unit=" rows"))
-    while chunk := list(islice(rows, 8192)):
-        chunks.append(np.array([(byte, line, row.embedding_file_idx,
-                                 data.tasks.index(row.task_type), bool(row.text))
-                                for line, byte, row in chunk], ROW))
-        long = [(f"{path}:{line}", row) for line, _, row in chunk
-                if max_bytes(row.query + row.response) > room]  # 8: a space before each part
-        examples = tokenize(prompt, long, num_soft, data.max_seq_length)
-        counts["responses_cut"] += sum(e.truncated for e in examples)
-    table, used = np.concatenate(chunks), np.zeros(len(vectors), bool)
-    used[table["vector"]] = True
-    statistics, copies = scan_vectors(vectors, torch.from_numpy(used), vectors_path)
-    table["vector"] = copies[table["vector"]]  # rows of equal vectors are rows of one
-    return Split(path, table, vectors, statistics, dict(counts), prompt, num_soft, data)
+
+def rows_path(data_dir: str, split_name: str) -> Path:
+    return Path(data_dir, "synthesis", f"{split_name}_synthesis.jsonl")
+
+
+def max_num_tokens(text: str) -> int:
+    """An upper bound, without tokenising: a token has at least a byte of the text, which the
+    tokenizers of some LLMs normalise first."""
+    normalised = unicodedata.normalize("NFKD", text)
+    return max(len(text.encode()), len(normalised.encode()))
+
+
+def open_split(data_dir: str, name: str, tasks: tuple[str, ...], encoder: Encoder) -> Split:
+    """Parse and check every row and every vector. Raises: UserError, OSError.
+
+    Only rows that could exceed the encoder's limit are tokenised, to refuse prompts that do not fit
+    and to count responses that will be cut.
+    """
+    table_path = vectors_path(data_dir, name)
+    path = rows_path(data_dir, name)
+    vectors = open_vectors(table_path)
+    prompt = encoder.prompt
+    template_tokens = len(prompt.prefix_ids + prompt.suffix_ids + prompt.end_ids)
+    # 8: tokenizers of some LLMs put a space before each of the parts.
+    surely_fits = encoder.max_tokens - encoder.num_soft_tokens - template_tokens - 8
+    task_ids = {task: i for i, task in enumerate(tasks)}
+
+    counts: Counter[str] = Counter()
+    index_blocks = [np.empty(0, ROW_INDEX)]
+    lines = progress(read_lines(path, tasks, len(vectors)), f"reading {name}", unit=" rows")
+    for block in in_blocks(lines, 8192):
+        entries = []
+        long_rows = []
+        names_of_long_rows = []
+        for number, offset, row in block:
+            if not count_row(counts, row, tasks):
+                continue
+            vector_id = row.embedding_file_idx
+            task_id = task_ids[row.task_type]
+            entries.append((offset, number, vector_id, task_id, bool(row.text)))
+            if max_num_tokens(row.query + row.response) > surely_fits:
+                long_rows.append(row)
+                names_of_long_rows.append(f"{path}:{number}")
+        index_blocks.append(np.array(entries, ROW_INDEX))
+        for example in encoder.encode(long_rows, names_of_long_rows):
+            counts["responses_cut"] += example.truncated
+    check_any_rows(counts, path, tasks)
+
+    index = np.concatenate(index_blocks)
+    is_used = np.zeros(len(vectors), bool)
+    is_used[index["vector_id"]] = True
+    statistics, first_copy = scan_vectors(vectors, torch.from_numpy(is_used), table_path)
+    index["vector_id"] = first_copy[index["vector_id"]]  # duplicates share one vector id
+    return Split(path, index, vectors, statistics, counts, tasks, encoder)
+
 
 def shuffled_vectors(split: Split) -> np.ndarray:
-    """[N] for each row a vector that is not its own, the same for rows of one vector."""
-    used, inverse = np.unique(split.rows["vector"], return_inverse=True)
-    order = np.random.default_rng(0).permutation(len(used))
-    other = np.empty_like(used)
-    other[order] = used[np.roll(order, 1)]
+    """[N]: for each row a vector that is not its own, the same for all rows of a vector."""
+    vector_ids, inverse = np.unique(split.index["vector_id"], return_inverse=True)
+    order = np.random.default_rng(0).permutation(len(vector_ids))
+    other = np.empty_like(vector_ids)
+    other[order] = vector_ids[np.roll(order, 1)]
     return other[inverse]
 
-def step_rows(num_rows: int, seed: int, size: int, epoch: int, position: int):
-    """Yield without end (epoch, position after the step, row indices) of the steps from `position`
-    rows into `epoch` on, a function of these numbers alone."""
-    while True:
-        order = np.random.default_rng([seed, epoch]).permutation(num_rows)
-        for start in range(position, num_rows, size):
-            yield epoch, min(start + size, num_rows), order[start : start + size]
-        epoch, position = epoch + 1, 0
 
-class Step(NamedTuple):
+# Steps
+
+
+class RowsOfStep(NamedTuple):
     epoch: int
     position: int  # rows of the epoch that are done after the step
-    rows: np.ndarray  # indices, over all processes
-    counts: dict[str, int]  # of rows, labels and tokens, over all processes
-    micros: list[tuple[float, dict]]  # this process's (weight, batch)
+    row_ids: np.ndarray  # over all processes
 
-def prepare_step(split: Split, budget: int, rt: Runtime, step: tuple) -> Step:
-    """Tokenise and pack a step of step_rows. A process without rows repeats one at weight 0:
-    ZeRO 3 needs equally many passes on every process."""
-    epoch, position, rows = step
-    examples = split.examples(rows)
-    lengths = [len(e.ids) for e in examples]
-    micros = make_micro_batches(lengths, rt.world, budget)[rt.rank :: rt.world]
-    counts = dict(rows=len(rows), labels=sum(e.num_labels for e in examples), tokens=sum(lengths))
-    batches = [(float(bool(m)), collate([examples[i] for i in m or [0]],
-                                        split.embeddings(split.rows["vector"][rows[m or [0]]])))
-               for m in micros]
-    return Step(epoch, position, rows, counts, batches)
+
+def step_rows(
+    num_rows: int, seed: int, rows_per_step: int, epoch: int, position: int
+) -> Iterator[RowsOfStep]:
+    """Yield without end the rows of the steps from row `position` of `epoch` on. It is a function
+    of its arguments alone: this is what makes a resume exact."""
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(num_rows)
+        for start in range(position, num_rows, rows_per_step):
+            end = min(start + rows_per_step, num_rows)
+            yield RowsOfStep(epoch, end, order[start:end])
+        epoch += 1
+        position = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step's batches on this process, and its size over all processes."""
+
+    rows: RowsOfStep
+    batches: list[Batch]
+    num_labels: int  # response tokens, over all processes
+    num_tokens: int  # over all processes
+
+
+def prepare_step(split: Split, micro_batch_tokens: int, rows: RowsOfStep) -> Step:
+    """Tokenise and pack the rows of a step. Runs in reader threads.
+
+    Every process prepares the whole step and takes its share, so that none has to tell the others.
+    A process without rows repeats one at weight 0: ZeRO 3 needs equally many passes on each.
+    """
+    examples = split.examples(rows.row_ids)
+    lengths = [len(example.ids) for example in examples]
+    vector_ids = split.index["vector_id"][rows.row_ids]
+    micro_batches = pack_micro_batches(lengths, world_size(), micro_batch_tokens)
+    batches = []
+    for members in micro_batches[rank() :: world_size()]:
+        weight = 1.0
+        if not members:
+            members = [0]
+            weight = 0.0
+        embeddings = split.embeddings(vector_ids[members])
+        batches.append(collate([examples[i] for i in members], embeddings, weight))
+    num_labels = sum(example.num_labels for example in examples)
+    return Step(rows, batches, num_labels, sum(lengths))
+
 
 # -----------------------------------------------------------------------------
-# Model: the adapter, and the frozen LLM with the vector spliced in
+# Adapter
+
 
 class Adapter(nn.Module):
     """norm(W2 gelu(W1 x + b1) + b2 + residual), x the standardised embedding: [n, E] -> [n, K, D].
-    The residual, times residual_scale, is x itself where E = D and else a linear map of it without
+
+    The residual, times residual_scale, is x itself where E = D, else a linear map of it without
     bias. The norm is an RMSNorm times `scale`, the root mean square of the LLM's token embeddings,
-    so that a fresh adapter's output has their scale. Buffers are saved, not trained."""
+    so that a fresh adapter's output has their scale. Buffers are saved, not trained.
+    """
 
     def __init__(self, d_emb: int, hidden_dim: int, d_llm: int, tokens: int = 1,
                  dropout: float = 0.0, residual_scale: float = 1.0):
         super().__init__()
-        self.settings = dict(d_emb=d_emb, hidden_dim=hidden_dim, d_llm=d_llm, tokens=tokens,
-                             residual_scale=residual_scale)
+        self.settings = {
+            "d_emb": d_emb, "hidden_dim": hidden_dim, "d_llm": d_llm, "tokens": tokens,
+            "residual_scale": residual_scale}
+        self.tokens = tokens
+        self.residual_scale = residual_scale
         self.dropout = dropout
         self.fc1 = nn.Linear(d_emb, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, tokens * d_llm)
@@ -789,133 +1289,175 @@ class Adapter(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         x = self.standardize(embeddings)
         hidden = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
-        out = self.fc2(hidden).unflatten(-1, (self.settings["tokens"], -1))
-        residual = self.settings["residual_scale"] * self.residual(x)[..., None, :]
+        out = self.fc2(hidden).unflatten(-1, (self.tokens, -1))
+        residual = self.residual_scale * self.residual(x)[..., None, :]
         return self.norm(out + residual) * self.scale
 
     @staticmethod
     def load(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
         """The adapter of a file, of the folder of a run, or of a repository on the hub, in eval
         mode on the CPU, and its metadata. Raises: UserError."""
-        if Path(path).is_dir():  # of a run
-            path = Path(path, "adapter_best.safetensors")
-        elif Path(path).suffix != ".safetensors" and not Path(path).exists():  # on the hub
-            with user_error(f"adapter: there is no {path} here, nor can it be loaded from the hub"):
-                path = huggingface_hub.hf_hub_download(str(path), "adapter_best.safetensors")
-        with user_error(f"{path}: not a whole elm adapter"):
+        path = find_adapter(path)
+        kinds = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError,
+                 RuntimeError)
+        with user_error(f"{path}: not a whole elm adapter", *kinds):
             with safe_open(path, framework="pt") as f:
                 metadata = json.loads((f.metadata() or {}).get("elm", "{}"))
-                state = {k: f.get_tensor(k) for k in f.keys()}
+                state = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
             adapter = Adapter(**metadata["adapter"])
             adapter.load_state_dict(state)
         return adapter.eval(), metadata
 
-def check_identity(trained: dict[str, Any], current: dict[str, Any], where: Any) -> None:
-    """Raises: UserError that names the first property in `current` that differs from training."""
-    for key, value in current.items():
-        if value != trained.get(key):
-            raise UserError(f"{where}: {key} was {trained.get(key)} in training and is {value} "
+
+def find_adapter(path: str | Path) -> Path:
+    """The file of an adapter: itself, of a run's folder, or downloaded from the hub. Raises:
+    UserError."""
+    path = Path(path)
+    if path.is_dir():
+        return path / "adapter_best.safetensors"
+    if path.suffix == ".safetensors" or path.exists():
+        return path
+    import huggingface_hub
+
+    message = f"adapter: there is no {path} here, nor can it be loaded from the hub"
+    with user_error(message, OSError, ValueError):
+        return Path(huggingface_hub.hf_hub_download(str(path), "adapter_best.safetensors"))
+
+
+@torch.no_grad()
+def fresh_adapter(llm: PreTrainedModel, statistics: dict[str, Tensor], standardize: bool = True,
+                  **settings: Any) -> Adapter:
+    """An untrained adapter for vectors of these statistics (see scan_vectors); the LLM's token
+    embeddings give its output's width and scale. `settings` are arguments of Adapter."""
+    embed = llm.get_input_embeddings()
+    sample = torch.linspace(0, embed.num_embeddings - 1, 4096, device=embed.weight.device).long()
+    token_embeddings = embed(sample).float()
+    adapter = Adapter(len(statistics["mean"]), d_llm=token_embeddings.shape[1], **settings)
+    buffers = {"scale": token_embeddings.square().mean().sqrt(), "norms": statistics["norms"]}
+    if standardize:
+        buffers |= {"mean": statistics["mean"], "std": statistics["std"]}
+    adapter.load_state_dict(buffers, strict=False)
+    return adapter
+
+
+def check_trained_for(trained_for: dict[str, Any], found: dict[str, Any], where: Any) -> None:
+    """Raises: UserError that names the first property in `found` that differs from training."""
+    for key, value in found.items():
+        if value != trained_for.get(key):
+            raise UserError(f"{where}: {key} was {trained_for.get(key)} in training and is {value} "
                             "here; give it what it was trained with")
 
-def check_norm(trained: Tensor, norm: float, where: Any) -> None:
-    """Raises: UserError if a root mean square norm is far from the `trained` norms: least, root
-    mean square and greatest, or NaN if they are unknown."""
-    low, mean, high = trained.tolist()
-    if norm < low / 1.5 or norm > high * 1.5:  # of no vectors it is NaN
+
+def check_norm(trained_norms: Tensor, norm: float, where: Any) -> None:
+    """Raises: UserError if a root mean square norm is far from the norms in training: least, root
+    mean square, greatest. NaN, an unknown norm on either side, passes."""
+    least, rms, greatest = trained_norms.tolist()
+    if norm < least / 1.5 or norm > greatest * 1.5:
         name = "the vectors' norm"
-        check_identity({name: f"{mean:.4g}"}, {name: f"{norm:.4g}"}, where)
+        check_trained_for({name: f"{rms:.4g}"}, {name: f"{norm:.4g}"}, where)
+
 
 def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors",
-                  rows: Iterable[int] | None = None) -> Tensor:
-    """[n, E] or [E], numpy or torch -> [n, E] fp32. Raises: UserError at another width, a row that
-    is zero, NaN or infinite, or a norm far from those of training."""
-    vectors, width = torch.atleast_2d(torch.as_tensor(embeddings)).float(), len(adapter.mean)
+                  row_ids: Sequence[int] | None = None) -> Tensor:
+    """[n, E] or [E], numpy or torch -> [n, E] fp32. Messages name rows by row_ids, if given.
+    Raises: UserError at another width, a vector that is zero, NaN or infinite, or a norm far from
+    those of training."""
+    vectors = torch.atleast_2d(torch.as_tensor(embeddings)).float()
+    width = len(adapter.mean)
     if vectors.ndim != 2 or vectors.shape[1] != width:
         raise UserError(f"{where}: {list(vectors.shape)}, but the adapter reads [n, {width}]")
-    if len(invalid := (~vectors.isfinite().all(1) | ~vectors.any(1)).nonzero()):
-        row = list(rows or range(len(vectors)))[int(invalid[0])]
+    invalid = (~vectors.isfinite().all(1) | ~vectors.any(1)).nonzero()
+    if len(invalid):
+        row = int(invalid[0])
+        if row_ids is not None:
+            row = row_ids[row]
         raise UserError(f"{where}: row {row} is zero, NaN or infinite; embed its text again")
-    check_norm(adapter.norms, vectors.square().sum(1).mean().sqrt().item(), where)
+    rms_norm = vectors.square().sum(1).mean().sqrt().item()
+    check_norm(adapter.norms, rms_norm, where)
     return vectors
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, lengths=None,
-                     cu_seqlens=None, sliding_window=None, softcap=None, s_aux=None, **_):
-    """Causal attention within each example of a packed row, `lengths` tokens each:
-    [1, heads, T, d] -> [1, T, heads, d]. By torch.split: the backward pass of a slice would
-    allocate zeros of the whole row. Raises: ValueError at attention sinks, as of gpt-oss."""
-    if s_aux is not None:
-        raise ValueError("its attention has sinks")
-    groups, d = query.shape[1] // key.shape[1], query.shape[-1]
-    if (query.is_cuda and not torch.version.hip and query.dtype.itemsize == 2 and d % 8 == 0
-            and d <= 256 and not softcap):
-        from torch.nn.attention.varlen import varlen_attn
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11: implied
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max(lengths), max(lengths),
-                           scale=scaling, window_size=((sliding_window or 0) - 1, 0),
-                           **(dict(enable_gqa=groups > 1) if grouped else {}))[None], None
-    key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
-    outs = []
-    for q, k, v in zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True):
-        t = q.shape[2]
-        window = sliding_window or t
-        if t <= window and not softcap:
-            outs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=True))
-            continue
-        visible = torch.ones(t, t, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        scores = q.float() @ k.float().mT * (d**-0.5 if scaling is None else scaling)
-        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-        outs.append(scores.masked_fill(~visible, -math.inf).softmax(-1).to(v.dtype) @ v)
-    return torch.cat(outs, dim=2).transpose(1, 2), None
 
-# transformers makes no mask for a name that it has no mask function for, so no O(T^2) one either.
-transformers.AttentionInterface.register("elm_packed", packed_attention)
+# -----------------------------------------------------------------------------
+# LLM
+#
+# Any causal LM of transformers that takes embeddings and has attention of transformers' interface.
 
-@contextmanager
-def temporarily_set(owner: Any, name: str, value: Any):
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
+PACKED = "elm_packed"  # the name of packed_attention in transformers
 
-def packing(llm: Any) -> Any:
-    return temporarily_set(llm.config, "_attn_implementation", "elm_packed")
 
-@contextmanager
-def loading(name: str, key: str):
-    """Announce a download. Raises: UserError that names the config key if loading `name` fails."""
-    logging, bar = transformers.logging, key.endswith("llm")  # one bar: the LLM's
-    (logging.enable_progress_bar if bar else logging.disable_progress_bar)()
-    logging.set_verbosity_error()  # no table of what a headless model leaves out
-    with user_error(f"{key}: cannot load {name}"):
-        here = Path(name).is_dir() or huggingface_hub.try_to_load_from_cache(name, "config.json")
-        if not here and not huggingface_hub.is_offline_mode():
-            warn(f"{key}: {name} is not on this machine yet; it is downloaded from the hub")
+# Loading
+
+
+@contextlib.contextmanager
+def report_load_errors(name: str, key: str) -> Iterator[None]:
+    """Announce a download. Raises: UserError that names the config key, if loading `name` fails."""
+    import huggingface_hub
+    from transformers import logging as transformers_logging
+
+    if key.endswith("llm"):  # of several progress bars, the LLM's is shown
+        transformers_logging.enable_progress_bar()
+    else:
+        transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # silence the load report
+    # Of a broken folder libraries raise any kind, tokenizers even bare Exceptions. Nothing of
+    # this file runs in here.
+    with user_error(f"{key}: cannot load {name}", Exception):
+        is_here = Path(name).is_dir() or huggingface_hub.try_to_load_from_cache(name, "config.json")
+        if not is_here and not huggingface_hub.is_offline_mode():
+            log.warning(f"{key}: {name} is not on this machine yet; it is downloaded from the hub")
         yield
 
-def load_pretrained(auto: Any, name: str, key: str, **options: Any) -> Any:
-    with loading(name, key):
-        return auto.from_pretrained(name, trust_remote_code=False, **options)
+
+def load_pretrained(auto_class: Any, name: str, key: str, **options: Any) -> Any:
+    """auto_class.from_pretrained(name), of a hub name or a folder. Raises: UserError."""
+    with report_load_errors(name, key):
+        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+
+
+def load_tokenizer(name: str, key: str = "model.llm") -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return load_pretrained(AutoTokenizer, name, key)
+
 
 def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm",
-             options: DeepSpeedConfig | None = None) -> Any:
-    """The frozen LLM in eval mode. At ZeRO stage 3 its parameters are shared out among the
-    processes as they are created, so that none ever holds the whole LLM. Raises: UserError."""
-    dtype, cuda = torch.bfloat16 if bf16 else torch.float32, device.type == "cuda"
-    if cuda and bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"model.bf16: not on {torch.cuda.get_device_name()}, set model.bf16=false")
+             deepspeed: DeepSpeedConfig | None = None) -> PreTrainedModel:
+    """The frozen LLM in eval mode. `key` names it in messages. Raises: UserError."""
+    is_gpu = device.type == "cuda"
+    if bf16 and is_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        gpu = torch.cuda.get_device_name()
+        raise UserError(f"model.bf16: not on {gpu}, set model.bf16=false")
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        return load_llm_zero3(name, device, bf16, key, deepspeed)
+    return load_frozen(name, bf16, key).to(device)
 
-    def load() -> Any:
-        llm, info = load_pretrained(transformers.AutoModelForCausalLM, name, key, dtype=dtype,
-                                    output_loading_info=True)
-        if info["missing_keys"]:  # transformers would draw them at random
-            raise UserError(f"{key}: {name} lacks the weights {sorted(info['missing_keys'])[:3]}")
-        return llm.eval().requires_grad_(False)
 
-    if not options or options.zero_stage < 3:
-        return load().to(device)
+def load_frozen(name: str, bf16: bool, key: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    llm, info = load_pretrained(AutoModelForCausalLM, name, key, dtype=dtype,
+                                output_loading_info=True)
+    if info["missing_keys"]:  # transformers initialises them randomly
+        raise UserError(f"{key}: {name} lacks the weights {sorted(info['missing_keys'])[:3]}")
+    return llm.eval().requires_grad_(False)
+
+
+class Zero3Flag:
+    """What transformers asks in order to build a model in parts: accelerate's HfDeepSpeedConfig,
+    without accelerate. transformers holds it by a weak reference."""
+
+    def __init__(self, config: dict[str, Any]):
+        self.config = config
+
+    def is_zero3(self) -> bool:
+        return True
+
+
+def load_llm_zero3(name: str, device: torch.device, bf16: bool, key: str,
+                   cfg: DeepSpeedConfig) -> PreTrainedModel:
+    """The frozen LLM, its parameters shared out among the processes as they are created, so that
+    none ever holds the whole LLM. All processes take part. Raises: UserError."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed = import_optional("deepspeed")
@@ -923,1843 +1465,2912 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
     # and a lock that hangs every later run if the build is killed. gloo is enough.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    config = {
+        **cfg.model_extra,
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {**(cfg.zero_optimization or {}), "stage": 3}}
+
     from transformers.integrations import deepspeed as integration
-    zero = {**options.model_extra, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": bf16},
-            "zero_optimization": {**(options.zero_optimization or {}), "stage": 3}}
-    # What transformers reads of accelerate's HfDeepSpeedConfig, by a weak reference.
-    shared = type("Zero3", (), dict(config=zero, is_zero3=lambda _: True))()
-    integration.set_hf_deepspeed_config(shared)
+
+    flag = Zero3Flag(config)
+    integration.set_hf_deepspeed_config(flag)
     try:
-        llm = load()
+        llm = load_frozen(name, bf16, key)
     finally:
         integration.unset_hf_deepspeed_config()
-    # Not the LLM itself: DeepSpeed takes each forward pass of its top module for a new step, which
-    # fails where processes generate answers of different lengths. This one's is never called.
-    deepspeed.initialize(model=nn.ModuleDict({"llm": llm}), config=zero)
+    # DeepSpeed takes each forward pass of its top module for a new step, which fails where
+    # processes generate answers of different lengths. So its top module is one that is never
+    # called.
+    deepspeed.initialize(model=nn.ModuleDict({"llm": llm}), config=config)
     for module in (llm.get_input_embeddings(), llm.get_output_embeddings()):
         module.weight.is_external_param = True  # stays gathered over the chunks of the logits
     return llm
 
-def release(llm: Any) -> None:
-    """Free the LLM's memory for the models that score its answers."""
-    for p in llm.parameters():
-        for tensor in (p, getattr(p, "ds_tensor", p)):  # of ZeRO 3
-            tensor.data = tensor.data.new_empty(0)
-    torch.cuda.empty_cache()
+
+def is_partitioned(llm: PreTrainedModel) -> bool:
+    """Whether ZeRO 3 shares the LLM out."""
+    return hasattr(llm.get_input_embeddings().weight, "ds_id")
+
+
+def max_positions(llm: PreTrainedModel) -> int:
+    """The number of tokens that the LLM reads."""
+    limit = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
+    return limit or 2**31
+
 
 @torch.no_grad()
-def fingerprint(llm: Any) -> dict[str, str]:
-    """A hash, under its name, over 16 to 31 numbers spread over every parameter, in bf16, so that
-    it is the same for any dtype. A collective operation under ZeRO 3."""
-    sample = []
-    for p in llm.parameters():
-        zero = import_optional("deepspeed").zero if hasattr(p, "ds_id") else None
-        with zero.GatheredParameters(p) if zero else nullcontext():
-            sample.append(p.flatten()[:: max(1, p.numel() // 16)].bfloat16().float())  # no view
-    return {"hash of the LLM's weights": short_hash(torch.cat(sample).cpu().numpy().tobytes())}
+def weights_hash(llm: PreTrainedModel) -> str:
+    """A hash of 16 to 31 values of each parameter, in bf16, so that it is the same for any dtype.
+    Under ZeRO 3 all processes take part."""
+    samples = []
+    for parameter in llm.parameters():
+        gathered = contextlib.nullcontext()
+        if is_partitioned(llm):
+            gathered = import_optional("deepspeed").zero.GatheredParameters(parameter)
+        with gathered:
+            stride = max(1, parameter.numel() // 16)
+            samples.append(parameter.flatten()[::stride].bfloat16().float())  # a copy, no view
+    return sha256_short(torch.cat(samples).cpu().numpy().tobytes())
 
-@torch.no_grad()
-def fresh_adapter(llm: Any, statistics: dict[str, Tensor], standardize: bool = True,
-                  **settings: Any) -> Adapter:
-    """An untrained adapter from vectors of these statistics to the LLM's token embeddings, which
-    give its output's width and root mean square."""
-    embed = llm.get_input_embeddings()
-    ids = torch.linspace(0, embed.num_embeddings - 1, 4096, device=embed.weight.device).long()
-    rows = embed(ids).float()
-    adapter = Adapter(len(statistics["mean"]), d_llm=rows.shape[1], **settings)
-    buffers = statistics if standardize else {"norms": statistics["norms"]}
-    adapter.load_state_dict(buffers | {"scale": rows.square().mean().sqrt()}, strict=False)
-    return adapter
+
+# Packed attention
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
+    scaling: float | None = None, lengths: list[int] | None = None,
+    cu_seqlens: Tensor | None = None, sliding_window: int | None = None,
+    softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each example of a packed row, as transformers calls it: query
+    [1, heads, T, d], key and value with as many heads or fewer -> [1, T, heads, d].
+
+    `lengths` [n] and `cu_seqlens` [n + 1] come from ELM.forward_hidden; the model's own code passes
+    them down. Raises: ValueError at attention sinks, as gpt-oss has them.
+    """
+    if s_aux is not None:
+        raise ValueError("its attention has sinks")
+    if can_use_varlen(query, softcap):
+        out = varlen_attention(query, key, value, scaling, lengths, cu_seqlens, sliding_window)
+        return out, None
+    group_size = query.shape[1] // key.shape[1]
+    if group_size > 1:
+        key = key.repeat_interleave(group_size, dim=1)
+        value = value.repeat_interleave(group_size, dim=1)
+    # By torch.split: the backward pass of a slice would allocate zeros of the whole row.
+    examples = zip(
+        query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    outs = [causal_attention(q, k, v, scaling, sliding_window, softcap) for q, k, v in examples]
+    return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float | None,
+                     sliding_window: int | None, softcap: float | None) -> Tensor:
+    """Attention of one example: [1, heads, t, d] -> the same."""
+    t, d = q.shape[2:]
+    window = sliding_window or t
+    if t <= window and not softcap:
+        return F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=True)
+    visible = torch.ones(t, t, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    scores = q.float() @ k.float().mT * (d**-0.5 if scaling is None else scaling)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~visible, -math.inf).softmax(-1).to(v.dtype) @ v
+
+
+def can_use_varlen(query: Tensor, softcap: float | None) -> bool:
+    """Flash attention's limits: NVIDIA, half precision, head size a multiple of 8 up to 256, no
+    soft-cap."""
+    d = query.shape[-1]
+    if not query.is_cuda or torch.version.hip:
+        return False
+    return query.dtype.itemsize == 2 and d % 8 == 0 and d <= 256 and not softcap
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None,
+                     lengths: list[int], cu_seqlens: Tensor, sliding_window: int | None) -> Tensor:
+    """All examples of a packed row by one kernel: [1, heads, T, d] -> [1, T, heads, d]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    window = ((sliding_window or 0) - 1, 0)  # tokens to the left and right; -1: all of them
+    options = {}
+    if varlen_names_gqa():
+        options["enable_gqa"] = query.shape[1] > key.shape[1]
+    longest = max(lengths)
+    # squeeze, not [0]: the backward pass of a select would fill zeros.
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling,
+                      window_size=window, **options)
+    return out[None]
+
+
+@functools.cache
+def varlen_names_gqa() -> bool:
+    """torch 2.11 infers grouped queries from the shapes, later ones have to be told."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+@contextlib.contextmanager
+def temporarily_set(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def packed_attention_enabled(llm: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+    """Within it the LLM's layers use packed_attention. transformers has no argument for that: each
+    attention layer reads the name from the config, in every forward pass. No mask function is
+    registered under the name, so transformers builds no O(T²) mask."""
+    return temporarily_set(llm.config, "_attn_implementation", PACKED)
+
+
+def register_packed_attention() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED, packed_attention)
+
+
+def recompute_layers(llm: PreTrainedModel, count: int) -> None:
+    """Recompute the last `count` layers in the backward pass instead of keeping their activations.
+
+    By replacing each layer's `forward`: transformers' own switch works in train mode alone, in
+    which layers of some LLMs drop out. The backward pass runs where packed attention is no longer
+    enabled, so the recomputation enables it again. """
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in llm.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
+        vars(layer).pop("forward", None)  # of an earlier call
+    for layer in layers[len(layers) - count :]:
+        layer.forward = functools.partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False,
+            context_fn=lambda: (contextlib.nullcontext(), packed_attention_enabled(llm)))
+
+
+class BackboneOutput(dict):
+    """Hidden states as a backbone returns them; every other field is None."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__(last_hidden_state=hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__("last_hidden_state" if key == 0 else key)
+
+
+# Generation
+
+
+class Answer(NamedTuple):
+    text: str
+    finished: bool  # whether the LLM ended it, not the limit of tokens
+
+
+def generate_batch(llm: PreTrainedModel, prompt: Prompt, prompt_embeds: list[Tensor],
+                   max_new_tokens: int, **options: Any) -> list[Answer]:
+    """n prompts [T, D] of any lengths -> n answers; greedy, unless `options` of the LLM's own
+    `generate` say otherwise, as a temperature does. Raises: UserError if a prompt leaves no room
+    for an answer."""
+    from transformers import GenerationConfig
+
+    longest = max(len(embeds) for embeds in prompt_embeds)
+    limit = max_positions(llm)
+    if longest >= limit:
+        raise UserError(f"a prompt has {longest} tokens: the LLM reads {limit}")
+
+    end = prompt.end_ids[-1]
+    own_ends = llm.generation_config.eos_token_id  # None, one or several
+    if not isinstance(own_ends, list):
+        own_ends = [own_ends]
+    ends = {end, *own_ends} - {None}
+    sampling = {"temperature", "top_p", "top_k"} & set(options)
+    options = {
+        "eos_token_id": sorted(ends),
+        "pad_token_id": end,
+        "tokenizer": prompt.tokenizer,  # for stop_strings
+        "do_sample": bool(sampling),
+        "max_new_tokens": min(max_new_tokens, limit - longest),
+        **options}
+    # Greedy is greedy whatever the LLM's generation_config.json says; sampling is as that says.
+    # transformers fills gaps of a config it is given from the LLM's own, so that one is replaced.
+    config = llm.generation_config if options["do_sample"] else GenerationConfig()
+    masks = [torch.ones_like(embeds[:, 0], dtype=torch.long) for embeds in prompt_embeds]
+    pad_left = functools.partial(
+        nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    with temporarily_set(llm, "generation_config", config):
+        out = llm.generate(inputs_embeds=pad_left(prompt_embeds), attention_mask=pad_left(masks),
+                           **options)
+
+    ids_of_answers = []
+    finished = []
+    for ids in out.tolist():
+        end_positions = [i for i, token in enumerate(ids) if token in ends]
+        finished.append(bool(end_positions))
+        ids_of_answers.append(ids[: end_positions[0]] if end_positions else ids)
+    texts = prompt.tokenizer.batch_decode(ids_of_answers, skip_special_tokens=True)
+    return [Answer(text, done) for text, done in zip(texts, finished, strict=True)]
+
+
+# -----------------------------------------------------------------------------
+# ELM
+
+# Answers that are generated at once.
+GENERATION_BATCH = {"cpu": 16, "cuda": 64}
+
 
 class ELM(nn.Module):
-    """A frozen LLM and the adapter that lets it read vectors."""
+    """A frozen LLM and the adapter that lets it read vectors.
 
-    def __init__(self, llm: Any, adapter: Adapter, prompt: Prompt | None = None):
+    Attributes: llm, adapter, prompt; trained_for, a dict of what an adapter belongs to; lockstep,
+    whether all processes must run equally many passes through the LLM, because ZeRO 3 shares it
+    out. """
+
+    def __init__(self, llm: PreTrainedModel, adapter: Adapter, prompt: Prompt):
         super().__init__()
-        self.llm, self.adapter, self.prompt = llm, adapter, prompt
-        self.identity = fingerprint(llm) | adapter.settings  # what `load` and resumes compare
-        # Under ZeRO 3 all processes must run equally many passes through the LLM.
-        partitioned = hasattr(llm.get_input_embeddings().weight, "ds_id")
-        self.lockstep = partitioned and torch.distributed.get_world_size() > 1
-        llm.train = lambda mode=True: llm  # frozen: it stays in eval mode, without dropout
+        register_packed_attention()
+        self.llm = llm
+        self.adapter = adapter
+        self.prompt = prompt
+        self.trained_for = {"hash of the LLM's weights": weights_hash(llm), **adapter.settings}
+        self.lockstep = is_partitioned(llm) and world_size() > 1
 
-    @staticmethod
-    def load(path: str | Path, llm: str | None = None, bf16: bool | None = None,
-             options: DeepSpeedConfig | None = None) -> ELM:
-        """The adapter of a file with the LLM that it names, or the same one at `llm`.
-        Raises: UserError if that is not the LLM it was trained for."""
+    # Making and keeping one
+
+    @classmethod
+    def load(cls, path: str | Path, llm: str | None = None, bf16: bool | None = None,
+             deepspeed: DeepSpeedConfig | None = None) -> ELM:
+        """The adapter of a file, a run's folder or a hub repository, with the LLM it was trained
+        for: where its file says, or at `llm`. Raises: UserError, also if that is another LLM."""
         adapter, metadata = Adapter.load(path)
-        with user_error(f"{path}: does not say which LLM it was trained for"):
-            origin, stored, identity = (metadata[k] for k in ("llm", "prompt", "identity"))
-            name, bf16 = llm or origin["name"], origin["bf16"] if bf16 is None else bf16
-        tokenizer = load_pretrained(transformers.AutoTokenizer, name, "llm")
-        model = load_llm(name, device := find_device(), bf16, "llm", options)
-        elm = ELM(model, adapter.to(device)).eval()
-        check_identity(identity, elm.identity, f"{path}: {name}")
-        with user_error(f"{path}: its prompt cannot be used"):
-            elm.prompt = Prompt(tokenizer, origin["template"], stored)
+        return cls.from_adapter(adapter, metadata, path, llm, bf16, deepspeed)
+
+    @classmethod
+    def from_adapter(cls, adapter: Adapter, metadata: dict[str, Any], path: str | Path,
+                     llm: str | None = None, bf16: bool | None = None,
+                     deepspeed: DeepSpeedConfig | None = None) -> ELM:
+        """As `load`, of what Adapter.load returns for `path`."""
+        message = f"{path}: does not say which LLM it was trained for"
+        with user_error(message, LookupError, TypeError):
+            name = metadata["llm"]["name"]
+            trained_in_bf16 = metadata["llm"]["bf16"]
+            template = metadata["llm"]["template"]
+            parts = metadata["prompt"]
+            trained_for = metadata["trained_for"]
+        name = llm or name
+        device = find_device()
+        tokenizer = load_tokenizer(name, "llm")
+        kinds = (ValueError, LookupError, TypeError)
+        with user_error(f"{path}: its prompt cannot be used", *kinds):
+            prompt = Prompt(tokenizer, template, parts)
+        if bf16 is None:
+            bf16 = trained_in_bf16
+        frozen = load_llm(name, device, bf16, "llm", deepspeed)
+        elm = cls(frozen, adapter.to(device), prompt).eval()
+        check_trained_for(trained_for, elm.trained_for, f"{path}: {name}")
         return elm
 
-    @staticmethod
-    def create(llm: str, embeddings: Any, bf16: bool = True, hidden_dim: int = 4096,
+    @classmethod
+    def create(cls, llm: str, embeddings: Any, bf16: bool = True, hidden_dim: int = 4096,
                template: dict[str, Any] | None = None, **settings: Any) -> ELM:
-        """A fresh adapter, with further `settings` of Adapter, for vectors like `embeddings`
-        [n, E], numpy or torch, which it standardises by their mean and deviation; the chat
-        template takes the keyword arguments `template`."""
+        """A fresh adapter for vectors like `embeddings` [n, E], numpy or torch, which it
+        standardises by their mean and deviation. `template` are arguments of the chat template,
+        `settings` further ones of Adapter. Raises: UserError."""
         vectors = torch.as_tensor(embeddings).float()
         if vectors.ndim != 2 or not len(vectors):
             raise UserError(f"embeddings: {list(vectors.shape)}, not vectors [n, E]")
-        used, device = torch.ones(len(vectors), dtype=torch.bool), find_device()
-        statistics, _ = scan_vectors(vectors, used, "embeddings")
-        tokenizer = load_pretrained(transformers.AutoTokenizer, llm, "llm")
-        prompt, model = Prompt(tokenizer, template), load_llm(llm, device, bf16, "llm")
-        adapter = fresh_adapter(model, statistics, hidden_dim=hidden_dim, **settings)
-        check_llm(elm := ELM(model, adapter.to(device), prompt))
+        is_used = torch.ones(len(vectors), dtype=torch.bool)
+        statistics, _ = scan_vectors(vectors, is_used, "embeddings")
+        device = find_device()
+        prompt = Prompt(load_tokenizer(llm, "llm"), template)
+        frozen = load_llm(llm, device, bf16, "llm")
+        adapter = fresh_adapter(frozen, statistics, hidden_dim=hidden_dim, **settings)
+        elm = cls(frozen, adapter.to(device), prompt)
+        check_llm(elm)
         return elm
 
-    def save(self, path: str | Path, state: dict | None = None, **metadata: Any) -> None:
-        """Write the adapter, or a `state` of it, as safetensors for `load`. Raises: UserError."""
-        state = state or self.adapter.state_dict()
-        tensors = {k: v.detach().float().cpu() for k, v in state.items()}
-        origin = dict(name=self.llm.name_or_path, bf16=self.llm.dtype == torch.bfloat16,
-                      template=self.prompt.template)
-        about = dict(adapter=self.adapter.settings, llm=origin, prompt=self.prompt.text,
-                     identity=self.identity) | metadata
-        with atomic_write(Path(path)) as temporary:  # safetensors keeps no order of several entries
-            save_file(tensors, temporary, {"elm": json.dumps(about)})
+    def save(self, path: str | Path, weights: dict[str, Tensor] | None = None,
+             **metadata: Any) -> None:
+        """Write the adapter, or other `weights` of it, as safetensors for `load`. Raises:
+        UserError."""
+        import safetensors.torch
+
+        weights = weights or self.adapter.state_dict()
+        tensors = {name: t.detach().float().cpu() for name, t in weights.items()}
+        header = {
+            "adapter": self.adapter.settings,
+            "llm": {
+                "name": self.llm.name_or_path,
+                "bf16": self.llm.dtype == torch.bfloat16,
+                "template": self.prompt.template},
+            "prompt": self.prompt.parts,
+            "trained_for": self.trained_for,
+            **metadata}
+        # One entry: safetensors keeps no order of several.
+        data = safetensors.torch.save(tensors, {"elm": json.dumps(header)})
+        write_bytes(Path(path), data)
+
+    # Modes and devices
+
+    def train(self, mode: bool = True) -> ELM:
+        super().train(mode)
+        self.llm.eval()  # frozen: it never drops out
+        return self
 
     @property
     def device(self) -> torch.device:
         return self.adapter.scale.device
 
+    # Losses
+
     def forward(self, embeddings: Tensor) -> Tensor:
         """[n, E] -> soft tokens [n, K, D] fp32."""
         return self.adapter(embeddings.to(self.device, non_blocking=True))
 
+    def forward_hidden(self, batch: Batch, soft_tokens: Tensor | None = None) -> Tensor:
+        """A batch on this device, and soft tokens [n, K, D] if it has places for them -> the LLM's
+        last hidden states [T, D]."""
+        with torch.no_grad():
+            embeds = self.llm.get_input_embeddings()(batch.input_ids)
+        if soft_tokens is not None:
+            # Out of place, so that the gradient reaches the soft tokens.
+            flat = soft_tokens.flatten(0, 1).to(embeds.dtype)
+            embeds = embeds.index_copy(0, batch.placeholder_positions, flat)
+        with packed_attention_enabled(self.llm):
+            out = self.llm.base_model(
+                inputs_embeds=embeds[None], position_ids=batch.position_ids[None],
+                lengths=batch.lengths, cu_seqlens=batch.cu_seqlens,
+                use_cache=False)  # a cache would disable transformers' detection of packed rows
+        return out.last_hidden_state[0]
+
     def lm_head(self, hidden: Tensor) -> Tensor:
-        """[R, D] -> logits [R, V] as this LLM computes them, with its caps and scales: its own
-        forward pass, in which `hidden` stands in for the output of the backbone."""
+        """[R, D] -> logits [R, V], with the caps and scales that this LLM has.
+
+        By the LLM's own forward pass, in which `hidden` stands in for the backbone's output: some
+        LLMs (Cohere, Granite, Gemma) scale or cap their logits there, each in its own way, and
+        transformers has no method for the head alone.
+        """
         backbone = self.llm.base_model
-        backbone.forward = lambda *_, **__: self.output(last_hidden_state=hidden[None])
+        backbone.forward = lambda *args, **kwargs: BackboneOutput(hidden[None])
         try:
             return self.llm(inputs_embeds=hidden[None], use_cache=False).logits[0]
         finally:
-            del backbone.forward
+            del backbone.forward  # the class's own is seen again
 
-    def forward_hidden(self, batch: dict, soft: Tensor | None = None) -> tuple[Tensor, dict]:
-        """A batch of collate, and soft tokens [n, K, D] if it has placeholders -> the LLM's last
-        hidden states [T, D], and the batch on the device."""
-        batch = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v
-                 for k, v in batch.items()}
-        with torch.no_grad():
-            embeds = self.llm.get_input_embeddings()(batch["input_ids"])
-        if soft is not None:  # out of place: any id stands there, and its embedding is replaced
-            soft = soft.flatten(0, 1).to(embeds.dtype)
-            embeds = embeds.index_copy(0, batch["placeholder_positions"], soft)
-        with packing(self.llm):  # with a cache, transformers would not see that the row is packed
-            out = self.llm.base_model(
-                inputs_embeds=embeds[None], position_ids=batch["position_ids"][None],
-                lengths=batch["lengths"], cu_seqlens=batch["cu_seqlens"], use_cache=False)
-        self.output = type(out)
-        return out.last_hidden_state[0], batch
+    def sequence_nll(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Hidden states of forward_hidden -> the summed token cross-entropy of each response [n]
+        fp32."""
+        hidden = hidden.index_select(0, batch.logit_positions)
+        vocab_size = self.llm.config.get_text_config().vocab_size
+        num_chunks = math.ceil(len(hidden) * vocab_size / MAX_LOGITS_AT_ONCE[hidden.device.type])
+        if self.lockstep:  # ZeRO 3 gathers the head for each chunk: equally often on every process
+            most = torch.tensor(num_chunks)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            num_chunks = int(most)
+        losses = ChunkedCrossEntropy.apply(hidden, batch.labels, self.lm_head, num_chunks)
+        return torch.stack([x.sum() for x in losses.split(batch.num_labels)])
 
-    def sequence_nll(self, hidden: Tensor, batch: dict) -> Tensor:
-        """What forward_hidden returns -> each response's summed token cross-entropy [n] fp32."""
-        hidden = hidden.index_select(0, batch["logit_positions"])
-        num_logits = len(hidden) * self.llm.config.get_text_config().vocab_size
-        chunks = torch.tensor(math.ceil(num_logits / CHUNK_LOGITS[hidden.device.type]))
-        if self.lockstep:  # ZeRO 3 gathers the head for each chunk: as often on every process
-            torch.distributed.all_reduce(chunks, torch.distributed.ReduceOp.MAX)
-        losses = ChunkedCrossEntropy.apply(hidden, batch["labels"], self.lm_head, int(chunks))
-        return torch.stack([x.sum() for x in losses.split(batch["num_labels"])])
+    def nll(self, batch: Batch) -> Tensor:
+        """A batch of collate -> the summed token cross-entropy of each response [n] fp32; by its
+        embeddings, if it has them."""
+        batch = batch.to(self.device)
+        soft_tokens = None if batch.embeddings is None else self(batch.embeddings)
+        return self.sequence_nll(self.forward_hidden(batch, soft_tokens), batch)
 
-    def nll(self, batch: dict) -> Tensor:
-        """[n] fp32 of a batch of collate, by its embeddings if it has them."""
-        soft = self(batch["embeddings"]) if "embeddings" in batch else None
-        return self.sequence_nll(*self.forward_hidden(batch, soft))
-
-    def loss(self, embeddings: Any, queries: str | list[str], responses: list[str],
+    def loss(self, embeddings: Any, queries: str | list[str], responses: str | list[str],
              max_tokens: int = 2048) -> Tensor:
-        """Mean cross-entropy over all response tokens of vectors [n, E], numpy or torch, one query
-        or n, and n responses: a scalar with its graph, from one packed pass. Raises: UserError."""
+        """Mean cross-entropy over all response tokens: a scalar with its graph, from one packed
+        pass. Vectors [n, E], numpy or torch; n queries or one; n responses or one. Raises:
+        UserError."""
         vectors = check_vectors(embeddings, self.adapter)
-        pairs = zip(expand(queries, len(vectors)), expand(responses, len(vectors)), strict=True)
-        rows = [(f"pair {i}", Row.model_construct(query=q, response=r))
-                for i, (q, r) in enumerate(pairs)]
-        examples = tokenize(self.prompt, rows, self.adapter.settings["tokens"], max_tokens)
-        batch = collate(examples, vectors)
-        return self.nll(batch).sum() / len(batch["labels"])
+        queries = repeat_per_vector(queries, len(vectors))
+        responses = repeat_per_vector(responses, len(vectors))
+        rows = [Row.model_construct(query=query, response=response)
+                for query, response in zip(queries, responses, strict=True)]
+        names = [f"pair {i}" for i in range(len(rows))]
+        encoder = Encoder(self.prompt, self.adapter.tokens, max_tokens)
+        batch = collate(encoder.encode(rows, names), vectors)
+        return self.nll(batch).sum() / len(batch.labels)
 
-    @torch.no_grad()
+    # Answers
+
     def prompt_embeds(self, embeddings: Any, query: str | list[str]) -> Tensor | list[Tensor]:
         """[E] and a query -> [T, D] in the LLM's dtype, the prompt with the vector in its place;
         [n, E] and one query or n -> a list of n. Raises: UserError."""
         vectors = check_vectors(embeddings, self.adapter)
-        embed, prompts = self.llm.get_input_embeddings(), []
-        with temporarily_set(self.adapter, "training", False):
-            softs = self(vectors)
-        for soft, text in zip(softs, expand(query, len(vectors)), strict=True):
-            before, after = self.prompt.ids(self.prompt.parts(text))
-            before, after = (embed(torch.tensor(ids, dtype=torch.long, device=self.device))
-                             for ids in (self.prompt.head + before, after + self.prompt.tail))
-            prompts.append(torch.cat([before, soft.to(before.dtype), after]))
+        prompts = self._prompt_embeds(vectors, repeat_per_vector(query, len(vectors)))
         return prompts[0] if np.ndim(embeddings) == 1 else prompts
 
-    @torch.no_grad()
     def generate(self, embeddings: Any, query: str | list[str], max_new_tokens: int = 256,
                  batch_size: int = 16, **options: Any) -> list[str]:
         """[n, E] or [E], numpy or torch, and one query or n -> n answers; greedy, unless `options`
         of the LLM's own `generate` say otherwise. Raises: UserError."""
-        vectors, answers = check_vectors(embeddings, self.adapter), []
-        queries = expand(query, len(vectors))
-        for i in range(0, len(vectors), batch_size):
-            part = slice(i, i + batch_size)
-            prompts = self.prompt_embeds(vectors[part], queries[part])
-            answers += [text for text, _ in generate_batch(
-                self.llm, self.prompt, prompts, max_new_tokens, synced_gpus=self.lockstep,
-                **options)]
+        vectors = check_vectors(embeddings, self.adapter)
+        queries = repeat_per_vector(query, len(vectors))
+        answers = []
+        for start in range(0, len(vectors), batch_size):
+            part = slice(start, start + batch_size)
+            answers += self.answer_batch(vectors[part], queries[part], max_new_tokens, **options)
         return answers
 
-def generate_batch(llm: Any, prompt: Prompt, prompts: list[Tensor], max_new_tokens: int,
-                   **options: Any) -> list[tuple[str, bool]]:
-    """n prompts [T, D] of any lengths -> (answer, whether the LLM ended it) of each; greedy, unless
-    `options` of the LLM's own `generate` say otherwise, as a temperature does. Raises: UserError if
-    a prompt leaves no room for an answer."""
-    if (longest := max(map(len, prompts))) >= max_positions(llm):
-        raise UserError(f"a prompt has {longest} tokens: the LLM reads {max_positions(llm)}")
-    end, eos = prompt.end[-1], llm.generation_config.eos_token_id  # none, one or several
-    ends = {end, *(eos if isinstance(eos, list) else [eos])} - {None}
-    options = dict(eos_token_id=sorted(ends), pad_token_id=end, tokenizer=prompt.tokenizer,
-                   do_sample=not {"temperature", "top_p", "top_k"}.isdisjoint(options)) | options
-    # Greedy is greedy whatever the LLM's generation_config.json says; sampling is as that says.
-    config = llm.generation_config if options["do_sample"] else transformers.GenerationConfig()
-    mask = [torch.ones_like(p[:, 0], dtype=torch.long) for p in prompts]
-    left = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-    max_new_tokens = min(max_new_tokens, max_positions(llm) - longest)
-    with temporarily_set(llm, "generation_config", config):
-        out = llm.generate(inputs_embeds=left(prompts), attention_mask=left(mask),
-                           max_new_tokens=max_new_tokens, **options).tolist()
-    answers = [[*takewhile(lambda t: t not in ends, ids)] for ids in out]
-    texts = prompt.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [(text, len(a) < len(b)) for text, a, b in zip(texts, answers, out, strict=True)]
+    @torch.no_grad()
+    def answer_batch(self, vectors: Tensor, queries: list[str], max_new_tokens: int,
+                     **options: Any) -> list[str]:
+        """n vectors [n, E] that are checked already, and n queries -> n answers."""
+        prompts = self._prompt_embeds(vectors, queries)
+        answers = generate_batch(self.llm, self.prompt, prompts, max_new_tokens,
+                                 synced_gpus=self.lockstep, **options)
+        return [answer.text for answer in answers]
 
-def expand(texts: str | list[str], n: int) -> list[str]:
-    texts = [texts] * n if isinstance(texts, str) else texts
+    @torch.no_grad()
+    def _prompt_embeds(self, vectors: Tensor, queries: list[str]) -> list[Tensor]:
+        embed = self.llm.get_input_embeddings()
+        with temporarily_set(self.adapter, "training", False):
+            soft_tokens = self(vectors)
+
+        def embed_ids(ids: list[int]) -> Tensor:
+            return embed(torch.tensor(ids, dtype=torch.long, device=self.device))
+
+        prompts = []
+        for soft, query in zip(soft_tokens, queries, strict=True):
+            before, after = self.prompt.encode(list(self.prompt.split_query(query)))
+            left = embed_ids(self.prompt.prefix_ids + before)
+            right = embed_ids(after + self.prompt.suffix_ids)
+            prompts.append(torch.cat([left, soft.to(left.dtype), right]))
+        return prompts
+
+
+def repeat_per_vector(texts: str | list[str], n: int) -> list[str]:
+    """n texts, of one or n. Raises: UserError."""
+    if isinstance(texts, str):
+        return [texts] * n
     if len(texts) != n:
         raise UserError(f"{len(texts)} queries or responses for {n} vectors")
     return texts
 
-def max_positions(llm: Any) -> int:  # that it reads
-    return getattr(llm.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+# The check of an LLM
+
 
 @torch.no_grad()
 def check_llm(elm: ELM, max_tokens: int = 0) -> None:
-    """Compare the losses of two packed prompts with those that each has alone by the LLM's own
-    attention, see that neither depends on the prompt's last token, and generate a token. Raises:
-    UserError if the LLM lets tokens interact other than by causal attention, or fails, or cannot
-    read max_tokens."""
-    if max_tokens > (limit := max_positions(elm.llm)):
+    """Try the LLM on two short prompts. Raises: UserError if it cannot read max_tokens, cannot run
+    on packed rows or embeddings, or lets tokens interact other than by causal attention within an
+    example."""
+    limit = max_positions(elm.llm)
+    if max_tokens > limit:
         raise UserError(f"data.max_seq_length = {max_tokens}: the LLM reads {limit}")
-    embed, rounding = elm.llm.get_input_embeddings(), 2e-2 if elm.llm.dtype.itemsize == 2 else 1e-4
-    ids = torch.arange(46) % embed.num_embeddings
-    other = ids.index_copy(0, torch.tensor([19, 45]), ids[[18, 44]])  # the last token of each
-    with user_error(f"model.llm: {type(elm.llm).__name__} cannot be used, as rows are packed and "
-                    "prompts are embeddings"):
-        batch = collate([Example(p, len(p) - 4, False) for p in np.split(ids.numpy(), [20])])
-        losses = torch.stack([elm.nll(batch | dict(input_ids=x)) for x in (ids, other)]).T.tolist()
-        for pair, part in zip(losses, (slice(20), slice(20, 46)), strict=True):
-            logits = [elm.llm(input_ids=x[None, part].to(elm.device), use_cache=False).logits[0]
-                      for x in (ids, other)]
-            alone = [F.cross_entropy(x[3:-1].float().cpu(), ids[part][4:], reduction="sum").item()
-                     for x in logits]
-            for a, b, share in (*pair, 0.05), (*alone, 0.05), (pair[0], alone[0], 1.0):
-                if not math.isclose(a, b, rel_tol=share * rounding):  # some MoE sum in any order
-                    raise ValueError(f"its attention is more than causal ({a}, not {b})")
-        prompt = 1.5 * embed(ids[:20].to(elm.device))  # as soft tokens, it is not in the table
-        generate_batch(elm.llm, elm.prompt, [prompt], 1)
+    name = type(elm.llm).__name__
+    message = f"model.llm: {name} cannot be used, as rows are packed and prompts are embeddings"
+    # What the code of an LLM raises that cannot take packed rows or embeddings; and ValueError from
+    # the checks.
+    with user_error(message, ValueError, TypeError, NotImplementedError):
+        check_attention(elm)
+        embed = elm.llm.get_input_embeddings()
+        ids = torch.arange(20, device=elm.device) % embed.num_embeddings
+        prompt = 1.5 * embed(ids)  # like soft tokens, it is not in the table
+        generate_batch(elm.llm, elm.prompt, [prompt], max_new_tokens=1)
 
-def recompute_layers(llm: Any, count: int) -> None:
-    """Recompute the last `count` layers in the backward pass instead of keeping their activations.
-    By hand: the layers' own switch needs train mode, in which they would drop out."""
-    layers = [m for m in llm.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for layer in layers:  # of an LLM that was trained through before
-        layer.__dict__.pop("forward", None)
-    for layer in layers[len(layers) - count :]:
-        layer.forward = partial(
-            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), packing(llm)))
+
+def check_attention(elm: ELM) -> None:
+    """Compare losses of two prompts, of 20 and 26 tokens of which the first 4 have no loss: packed
+    and alone by the LLM's own attention, each with the last token as it is and exchanged. Raises:
+    ValueError if they differ by more than rounding."""
+    # Relative to a loss. bf16 kernels of different kinds differ by up to 2e-2; the same kernel on
+    # the same shapes by a twentieth of it, as MoE kernels sum in varying order.
+    between_kernels = 2e-2 if elm.llm.dtype.itemsize == 2 else 1e-4
+    within_kernel = 0.05 * between_kernels
+    prompts = (slice(0, 20), slice(20, 46))
+    ids = torch.arange(46) % elm.llm.get_input_embeddings().num_embeddings
+    exchanged = ids.clone()
+    exchanged[[19, 45]] = ids[[18, 44]]
+
+    examples = [Example(ids[part].numpy(), part.stop - part.start - 4, False) for part in prompts]
+    batch = collate(examples)
+    packed = elm.nll(batch).tolist()
+    packed_exchanged = elm.nll(dataclasses.replace(batch, input_ids=exchanged)).tolist()
+    for i, part in enumerate(prompts):
+        alone = nll_alone(elm, ids[part], ids[part])
+        alone_exchanged = nll_alone(elm, exchanged[part], ids[part])
+        check_close(packed[i], packed_exchanged[i], within_kernel)
+        check_close(alone, alone_exchanged, within_kernel)
+        check_close(packed[i], alone, between_kernels)
+
+
+def nll_alone(elm: ELM, input_ids: Tensor, labels: Tensor) -> float:
+    """The summed cross-entropy of all but the first 4 tokens [t] by the LLM as it is."""
+    out = elm.llm(input_ids=input_ids[None].to(elm.device), use_cache=False)
+    logits = out.logits[0, 3:-1].float().cpu()
+    return F.cross_entropy(logits, labels[4:], reduction="sum").item()
+
+
+def check_close(a: float, b: float, tolerance: float) -> None:
+    if not math.isclose(a, b, rel_tol=tolerance):
+        raise ValueError(f"its attention is more than causal ({a}, not {b})")
+
 
 # -----------------------------------------------------------------------------
-# Losses: terms that are summed over examples, and their gradient at the soft tokens
+# Losses
+#
+# loss = (summed cross-entropy of all response tokens) / (number of these tokens)
+#        + drift_weight * (summed drift of all rows) / (number of rows),
+# each sum and number over all micro-batches and processes of the step: never a mean of means.
 
-CHUNK_LOGITS = dict(cpu=2**24, cuda=2**25)  # logits that exist at once
+# Logits that exist at once, in the cross-entropy.
+MAX_LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**25}
+
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy [R] fp32 of head(hidden) [R, V] at labels [R], hidden [R, D], in `chunks`
-    parts, each with its gradient in the forward pass, so that only one part's logits ever exist."""
+    """Cross-entropy [R] fp32 of head(hidden) [R, V] at labels [R], hidden [R, D], in num_chunks
+    parts. Each part's gradient is computed in the forward pass, so that only one part's logits ever
+    exist."""
 
     @staticmethod
-    def forward(ctx, hidden, labels, head, chunks):
-        losses, gradients, labels = [], [], labels[:, None].tensor_split(chunks)
-        for h, y in zip(hidden.tensor_split(chunks), labels, strict=True):
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                h = h.detach().requires_grad_(ctx.needs_input_grad[0])
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor],
+                num_chunks: int) -> Tensor:
+        needs_gradient = ctx.needs_input_grad[0]
+        losses = []
+        gradients = []
+        hidden_chunks = hidden.tensor_split(num_chunks)
+        label_chunks = labels[:, None].tensor_split(num_chunks)
+        for h, y in zip(hidden_chunks, label_chunks, strict=True):
+            with torch.set_grad_enabled(needs_gradient):
+                h = h.detach().requires_grad_(needs_gradient)
                 logits = head(h)
-            p = logits.detach().float().log_softmax(-1)
-            losses.append(-p.gather(1, y)[:, 0])
-            if ctx.needs_input_grad[0]:
-                p.exp_().scatter_add_(1, y, p.new_full(y.shape, -1.0))
-                gradients += torch.autograd.grad(logits, h, p.to(logits.dtype))
-        ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
+            log_probs = logits.detach().float().log_softmax(-1)
+            losses.append(-log_probs.gather(1, y)[:, 0])
+            if needs_gradient:
+                # d loss / d logits = probabilities - onehot(label); it overwrites log_probs
+                at_logits = log_probs.exp_()
+                at_logits.scatter_add_(1, y, at_logits.new_full(y.shape, -1.0))
+                gradients += torch.autograd.grad(logits, h, at_logits.to(logits.dtype))
+        if needs_gradient:
+            ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (at_hidden,) = ctx.saved_tensors
         return (gradient[:, None] * at_hidden).to(at_hidden.dtype), None, None, None
 
-class Probe(NamedTuple):  # ridge map from hidden states of a response to the standardised embedding
+
+class Probe(NamedTuple):
+    """A linear map from the LLM's mean hidden state over a response to the standardised embedding:
+    the space in which the drift loss compares the two. See fit_probe."""
+
     matrix: Tensor  # [D, E]
     hidden_mean: Tensor  # [D]
     embedding_mean: Tensor  # [E]
 
-    def distance(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
-        """1 - cosine of projected hidden states [n, D] and embeddings [n, E]: [n]."""
+    def cosine(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
+        """Of projected hidden states [n, D] and standardised embeddings [n, E]: [n]."""
         projected = (hidden - self.hidden_mean) @ self.matrix
-        return 1 - F.cosine_similarity(projected, embeddings - self.embedding_mean, dim=1)
+        return F.cosine_similarity(projected, embeddings - self.embedding_mean, dim=1)
 
-def response_hidden(hidden: Tensor, batch: dict) -> Tensor:
-    """The mean of hidden states [T, D] over each example's response tokens: [n, D] fp32."""
-    states = hidden.index_select(0, batch["logit_positions"] + 1).float()
-    return torch.stack([x.mean(0) for x in states.split(batch["num_labels"])])
 
-def drift(probe: Probe, adapter: Adapter, target: float, hidden: Tensor, batch: dict) -> Tensor:
+def response_hidden(hidden: Tensor, batch: Batch) -> Tensor:
+    """The mean of hidden states [T, D] over the response tokens of each example: [n, D] fp32."""
+    states = hidden.index_select(0, batch.logit_positions + 1).float()
+    return torch.stack([x.mean(0) for x in states.split(batch.num_labels)])
+
+
+def drift_loss(probe: Probe, target: float, adapter: Adapter, hidden: Tensor,
+               batch: Batch) -> Tensor:
     """max(0, target - cosine) of each response's projected hidden state and its embedding: [n]."""
-    embeddings = adapter.standardize(batch["embeddings"])
-    return F.relu(target - 1 + probe.distance(response_hidden(hidden, batch), embeddings))
+    embeddings = adapter.standardize(batch.embeddings)
+    # In this order of additions: 1 - cosine is computed first.
+    distance = 1 - probe.cosine(response_hidden(hidden, batch), embeddings)
+    return F.relu(target - 1 + distance)
 
-RIDGES = (0.1, 0.01, 1.0, 10.0)  # times the mean diagonal, in the order of trial
 
-def every_tenth(indices: np.ndarray) -> Tensor:  # or the last of fewer than ten
-    tenth = indices % 10 == 9
-    return torch.from_numpy(tenth if tenth.any() else indices == indices.max())
+class LossSums(NamedTuple):
+    """Losses summed over examples, fp64 scalars."""
 
-def ridge(x: Tensor, y: Tensor, heldout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ridge regression (Hoerl and Kennard, 1970) of y [n, q] on x [n, p] over the rows that are not
-    `heldout`, [n] bool, with the ridge that has the least squared error on those that are: weights
-    [p, q], mean of x, mean of y. Summed in fp32 over chunks, added up and solved in fp64."""
-    center, mean = (t[~heldout].mean(0) for t in (x, y))
-    gram, cross = (x.new_zeros(x.shape[1], t.shape[1], dtype=torch.float64) for t in (x, y))
-    for a, b, out in zip(x.split(4096), y.split(4096), heldout.split(4096), strict=True):
-        a, b = a[~out] - center, b[~out] - mean
-        gram += a.T @ a
-        cross += a.T @ b
-    x, y = x[heldout] - center, y[heldout] - mean
-    scale = gram.diagonal().mean().clamp(min=1e-9).expand(len(gram)).diag()
-    fits = (torch.cholesky_solve(cross, torch.linalg.cholesky(gram + value * scale)).float()
-            for value in RIDGES)
-    return min(fits, key=lambda fit: (y - x @ fit).square().sum().item()), center, mean
+    nll: Tensor
+    drift: Tensor
 
-@torch.no_grad()
-def fit_probe(elm: ELM, split: Split, rt: Runtime, max_rows: int = 8192) -> Probe:
-    """Ridge regression from the LLM's mean hidden state over a response that it reads alone to the
-    embedding, on up to max_rows rows; those of every tenth vector are held out. The same on every
-    process."""
-    rows = np.random.default_rng(0).permutation(len(split.rows))[:max_rows]
-    examples = split.examples(rows, "response")
-    micros = make_micro_batches([len(e.ids) for e in examples], rt.world,
-                                MICRO_TOKENS[rt.device.type])
-    hidden = torch.zeros(len(rows), elm.adapter.settings["d_llm"], device=rt.device)
-    for micro in micros[rt.rank :: rt.world]:  # as many on each process; some are empty
-        batch = collate([examples[i] for i in micro or [0]])
-        hidden[micro] = response_hidden(*elm.forward_hidden(batch))[: len(micro)]
-    hidden, vector_ids = rt.sum(hidden), split.rows["vector"][rows]
-    vectors = elm.adapter.standardize(split.embeddings(vector_ids).to(rt.device))
-    heldout = every_tenth(np.unique(vector_ids, return_inverse=True)[1]).to(rt.device)
-    probe = Probe(*(rt.sum(t * (rt.rank == 0)) for t in ridge(hidden, vectors, heldout)))
-    cosine = 1 - probe.distance(hidden[heldout], vectors[heldout]).mean()
-    rt.log(f"drift probe of {int((~heldout).sum())} rows; cosine {cosine:.3f} on "
-           f"{int(heldout.sum())} held-out ones")
-    return probe
 
-class Term(NamedTuple):  # of the loss
-    function: Any  # (hidden [T, D], batch) -> [n] fp32, one number per example
-    weight: float
-    per: str  # what the sum over a step's examples is divided by: "labels" or "rows"
+def soft_gradient(elm: ELM, soft_tokens: Tensor, step: Step, cfg: LossConfig,
+                  probe: Probe | None) -> tuple[LossSums, Tensor]:
+    """The loss sums over this process's examples, and the gradient of the step's loss, times
+    step.num_labels, at their soft tokens [n, K, D]: all that the adapter needs of the frozen LLM.
 
-def loss_terms(cfg: LossConfig, elm: ELM, probe: Probe | None) -> dict[str, Term]:
-    """The terms of the loss by the name under which they are logged. At weight 0 a term is not
-    computed."""
-    return {"lm_loss": Term(elm.sequence_nll, 1.0, "labels"),
-            "drift_loss": Term(partial(drift, probe, elm.adapter, cfg.drift_target),
-                               cfg.drift_weight, "rows")}
+    Without a probe there is no drift. Nothing in here waits for the device.
+    """
+    nll_sum = soft_tokens.new_zeros((), dtype=torch.float64)
+    drift_sum = torch.zeros_like(nll_sum)
+    drift_factor = cfg.drift_weight * step.num_labels / len(step.rows.row_ids)
+    gradients = []
+    parts = soft_tokens.detach().split([len(batch.lengths) for batch in step.batches])
+    for batch, part in zip(step.batches, parts, strict=True):
+        batch = batch.to(elm.device)
+        hidden = elm.forward_hidden(batch, part.requires_grad_())
+        nll = elm.sequence_nll(hidden, batch).sum() * batch.weight
+        nll_sum += nll.detach()
+        objective = nll
+        if probe is not None:
+            drift = drift_loss(probe, cfg.drift_target, elm.adapter, hidden, batch)
+            drift = drift.sum() * batch.weight
+            drift_sum += drift.detach()
+            objective = objective + drift_factor * drift
+        gradients += torch.autograd.grad(objective, part)
+    return LossSums(nll_sum, drift_sum), torch.cat(gradients)
 
-def soft_gradient(elm: ELM, soft: Tensor, micros: list, terms: dict[str, Term],
-                  counts: dict[str, int]) -> tuple[list[Tensor], Tensor]:
-    """(each term summed over this process's examples, fp64; the gradient of the weighted sum of
-    the terms, times counts["labels"], at the soft tokens [n, K, D]): all that the adapter needs of
-    the frozen LLM."""
-    sums, gradients = [soft.new_zeros((), dtype=torch.float64) for _ in terms], []
-    parts = soft.detach().split([len(batch["lengths"]) for _, batch in micros])
-    for (weight, batch), part in zip(micros, parts, strict=True):
-        hidden, batch = elm.forward_hidden(batch, part.requires_grad_())
-        total = 0.0
-        for i, term in enumerate(terms.values()):
-            if term.weight:
-                value = term.function(hidden, batch).sum() * weight
-                total = total + term.weight * counts["labels"] / counts[term.per] * value
-                sums[i] += value.detach()
-        gradients += torch.autograd.grad(total, part)
-    return sums, torch.cat(gradients)
 
 # -----------------------------------------------------------------------------
-# Checkpoint: one portable file with the whole state, for any number of processes
+# Closed-form fits
+#
+# Ridge regressions, fitted once before the first step: the drift loss's probe, and the warm start
+# of the adapter's last layer.
+
+RIDGES = (0.1, 0.01, 1.0, 10.0)  # times the mean diagonal; of equally good ones the first is taken
+MAX_PROBE_ROWS = 8192
+MAX_WARM_START_VECTORS = 32768
+
+
+class RidgeFit(NamedTuple):
+    weights: Tensor  # [p, q]
+    x_mean: Tensor  # [p]
+    y_mean: Tensor  # [q]
+
+
+def heldout_mask(indices: np.ndarray) -> Tensor:
+    """[n] bool: every tenth of the indices, or the last of fewer than ten."""
+    mask = indices % 10 == 9
+    if not mask.any():
+        mask = indices == indices.max()
+    return torch.from_numpy(mask)
+
+
+def ridge(x: Tensor, y: Tensor, heldout: Tensor) -> RidgeFit:
+    """Ridge regression (Hoerl and Kennard, 1970) of y [n, q] on x [n, p] over the rows that are not
+    held out, a mask [n] bool, with the ridge of the least squared error on those that are. Summed
+    in fp32 over chunks, added up and solved in fp64."""
+    x_mean = x[~heldout].mean(0)
+    y_mean = y[~heldout].mean(0)
+    gram = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    cross = x.new_zeros(x.shape[1], y.shape[1], dtype=torch.float64)
+    chunks = zip(x.split(4096), y.split(4096), heldout.split(4096), strict=True)
+    for x_chunk, y_chunk, heldout_chunk in chunks:
+        a = x_chunk[~heldout_chunk] - x_mean
+        b = y_chunk[~heldout_chunk] - y_mean
+        gram += a.T @ a
+        cross += a.T @ b
+
+    x_heldout = x[heldout] - x_mean
+    y_heldout = y[heldout] - y_mean
+    mean_diagonal = gram.diagonal().mean().clamp(min=1e-9)
+    identity = torch.ones_like(gram.diagonal()).diag()
+    best = None
+    least_error = math.inf
+    for value in RIDGES:
+        factor = torch.linalg.cholesky(gram + value * mean_diagonal * identity)
+        weights = torch.cholesky_solve(cross, factor).float()
+        error = (y_heldout - x_heldout @ weights).square().sum().item()
+        if best is None or error < least_error:
+            best = weights
+            least_error = error
+    return RidgeFit(best, x_mean, y_mean)
+
+
+@torch.no_grad()
+def fit_probe(elm: ELM, split: Split) -> Probe:
+    """Ridge regression from the LLM's mean hidden state over a response, which it reads alone, to
+    the standardised embedding. Rows of every tenth vector are held out. All processes take part,
+    and get the same."""
+    row_ids = np.random.default_rng(0).permutation(len(split))[:MAX_PROBE_ROWS]
+    hidden = response_hidden_of_rows(elm, split, row_ids)
+    vector_ids = split.index["vector_id"][row_ids]
+    embeddings = elm.adapter.standardize(split.embeddings(vector_ids).to(elm.device))
+    heldout = heldout_mask(np.unique(vector_ids, return_inverse=True)[1]).to(elm.device)
+    fit = ridge(hidden, embeddings, heldout)
+    probe = Probe(
+        matrix=broadcast_from_rank0(fit.weights),
+        hidden_mean=broadcast_from_rank0(fit.x_mean),
+        embedding_mean=broadcast_from_rank0(fit.y_mean))
+    cosine = probe.cosine(hidden[heldout], embeddings[heldout]).mean()
+    log.info(f"drift probe of {int((~heldout).sum())} rows; cosine {cosine:.3f} on "
+             f"{int(heldout.sum())} held-out ones")
+    return probe
+
+
+def response_hidden_of_rows(elm: ELM, split: Split, row_ids: np.ndarray) -> Tensor:
+    """[n, D] fp32 of responses that are read alone. All processes take part, each with its share of
+    micro-batches; where that is empty, it repeats an example, as ZeRO 3 needs equally many
+    passes."""
+    examples = split.examples(row_ids, "response")
+    lengths = [len(example.ids) for example in examples]
+    budget = MICRO_BATCH_TOKENS[elm.device.type]
+    micro_batches = pack_micro_batches(lengths, world_size(), budget)
+    hidden = torch.zeros(len(row_ids), elm.adapter.settings["d_llm"], device=elm.device)
+    for members in micro_batches[rank() :: world_size()]:
+        batch = collate([examples[i] for i in members or [0]]).to(elm.device)
+        means = response_hidden(elm.forward_hidden(batch), batch)
+        if members:
+            hidden[members] = means
+    return all_reduce_sum(hidden)
+
+
+@torch.no_grad()
+def warm_start(elm: ELM, split: Split) -> None:
+    """Fit the last layer of a fresh adapter in closed form: soft token j comes near the mean of the
+    LLM's own embeddings of the words in part j of the text. Where widths differ, the residual map
+    is fitted first. Every tenth vector is held out. All processes take part, and get the same."""
+    adapter = elm.adapter
+    vector_ids = np.random.default_rng(0).permutation(np.unique(split.index["vector_id"]))
+    vector_ids = np.sort(vector_ids[:MAX_WARM_START_VECTORS])
+    words_of_parts = read_words(split, vector_ids, adapter.tokens)
+    targets = word_targets(words_of_parts, elm.llm.get_input_embeddings(), elm.device)
+    targets = targets.unflatten(0, (len(vector_ids), adapter.tokens))  # [n, K, D]
+    targets -= targets.mean(0)
+    targets /= targets.square().mean().sqrt().clamp(min=1e-9)
+
+    embeddings = split.embeddings(vector_ids).to(elm.device)
+    heldout = heldout_mask(np.arange(len(vector_ids))).to(elm.device)
+    fit_adapter(adapter, embeddings, targets, heldout)
+    for parameter in adapter.parameters():
+        parameter.copy_(broadcast_from_rank0(parameter))
+    cosine = F.cosine_similarity(adapter(embeddings), targets, dim=-1)[heldout].mean()
+    log.info(f"warm start on {int((~heldout).sum())} vectors; cosine {cosine:.3f} with the targets "
+             f"of {int(heldout.sum())} held-out ones")
+
+
+def read_words(split: Split, vector_ids: np.ndarray, num_parts: int) -> list[np.ndarray]:
+    """The token ids, each once, of each of the num_parts equal parts of each vector's text; without
+    a text, of all its responses. [n * num_parts] arrays."""
+    text_of: dict[int, str] = {}
+    responses_of: dict[int, list[str]] = {int(vector_id): [] for vector_id in vector_ids}
+    for i in np.flatnonzero(np.isin(split.index["vector_id"], vector_ids)):
+        vector_id = int(split.index["vector_id"][i])
+        if vector_id in text_of:
+            continue
+        (row,) = split.read([i])
+        if row.text:
+            text_of[vector_id] = row.text
+        else:
+            responses_of[vector_id].append(row.response)
+
+    texts = []
+    for vector_id, responses in responses_of.items():
+        joined = "".join(f"{response}\n" for response in responses)
+        texts.append(text_of.get(vector_id, joined))
+    words = []
+    for block in in_blocks(texts, 1024):
+        for ids in split.encoder.prompt.encode(block):
+            parts = np.array_split(np.array(ids, np.int64), num_parts)
+            words += [np.unique(part) for part in parts]
+    return words
+
+
+def word_targets(words: list[np.ndarray], embed: nn.Module, device: torch.device) -> Tensor:
+    """The mean of the LLM's embeddings of each list of words, weighted by inverse document
+    frequency (Sparck Jones, 1972): [number of lists, D] fp32; 0 for an empty list."""
+    lengths = [len(part) for part in words]
+    ids, word_of_entry = np.unique(np.concatenate(words), return_inverse=True)
+    word_of_entry = torch.from_numpy(word_of_entry).to(device)
+    part_of_entry = torch.from_numpy(np.repeat(np.arange(len(words)), lengths)).to(device)
+    frequency = torch.bincount(word_of_entry)
+    weights = torch.log(len(words) / frequency)[word_of_entry]
+
+    table = embed(torch.from_numpy(ids).to(device)).float()
+    offsets = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)
+    sums = F.embedding_bag(word_of_entry, table, offsets, mode="sum", per_sample_weights=weights)
+    total_weights = torch.zeros(len(words), device=device).index_add(0, part_of_entry, weights)
+    return sums / total_weights[:, None].clamp(min=1e-6)
+
+
+def fit_adapter(adapter: Adapter, embeddings: Tensor, targets: Tensor, heldout: Tensor) -> None:
+    """Set the residual map, where there is one, and the last layer, so that the adapter's outputs
+    before the norm come near `targets` [n, K, D]."""
+    x = adapter.standardize(embeddings)
+    scale = adapter.residual_scale
+    if scale and isinstance(adapter.residual, nn.Linear):
+        fit = ridge(x, targets.mean(1), heldout)
+        adapter.residual.weight.copy_(fit.weights.T / scale)
+    remainder = targets - scale * adapter.residual(x)[:, None]
+    fit = ridge(F.gelu(adapter.fc1(x)), remainder.flatten(1), heldout)
+    adapter.fc2.weight.copy_(fit.weights.T)
+    adapter.fc2.bias.copy_(fit.y_mean - fit.x_mean @ fit.weights)
+
+
+# -----------------------------------------------------------------------------
+# Checkpoint
+#
+# One portable file with the whole state of a run, for any number of processes.
+
 
 @dataclass
-class TrainState:  # what the loop carries on, beside the adapter and its optimizer
+class TrainState:
+    """What the loop carries on beside the adapter and its optimizer."""
+
     step: int = 0  # updates done
     epoch: int = 0
     position: int = 0  # rows of the epoch that are done
-    validated: int = -1  # step of the last validation
-    val_rows: str = ""  # a hash of the rows that it was on
-    best: float = math.inf  # lowest validation loss, of the adapter below
+    last_validated_step: int = -1
+    best_loss: float = math.inf  # the lowest validation loss, of best_adapter
     best_step: int = 0
-    since_best: int = 0  # validations
     best_adapter: dict[str, Tensor] | None = None
-    sums: dict[str, float] = field(default_factory=dict)  # of terms and counts since the last log
+    evals_since_best: int = 0
+    # Since the last logged step: sums over rows, response tokens and losses.
+    num_rows: int = 0
+    num_labels: int = 0
+    nll_sum: float = 0.0
+    drift_sum: float = 0.0
     wandb_id: str | None = None
 
-    def ended(self, total: int, patience: int | None) -> bool:
-        return self.step >= total or bool(patience and self.since_best >= patience)
+    def has_ended(self, total_steps: int, patience: int | None) -> bool:
+        out_of_patience = patience is not None and self.evals_since_best >= patience
+        return self.step >= total_steps or out_of_patience
 
     def record_validation(self, loss: float, adapter: Adapter) -> bool:
-        """Take note of a validation; returns whether its loss is the lowest so far."""
-        self.validated, self.since_best = self.step, self.since_best + 1
-        if lowest := loss < self.best or not self.best_adapter:
-            self.best, self.best_step, self.since_best = loss, self.step, 0
+        """Take note of a validation. Returns whether its loss is the lowest so far."""
+        self.last_validated_step = self.step
+        self.evals_since_best += 1
+        is_best = loss < self.best_loss or self.best_adapter is None
+        if is_best:
+            self.best_loss = loss
+            self.best_step = self.step
             self.best_adapter = {k: v.cpu().clone() for k, v in adapter.state_dict().items()}
-        return lowest
+            self.evals_since_best = 0
+        return is_best
 
-    def advance(self, step: Step, sums: dict[str, float]) -> None:
-        self.step, self.epoch, self.position = self.step + 1, step.epoch, step.position
-        for key, value in {**sums, "labels": step.counts["labels"], "rows": len(step.rows)}.items():
-            self.sums[key] = self.sums.get(key, 0.0) + value
+    def advance(self, step: Step, nll_sum: float, drift_sum: float) -> None:
+        """Take note of an update."""
+        self.step += 1
+        self.epoch = step.rows.epoch
+        self.position = step.rows.position
+        self.num_rows += len(step.rows.row_ids)
+        self.num_labels += step.num_labels
+        self.nll_sum += nll_sum
+        self.drift_sum += drift_sum
 
-def save_checkpoint(paths: list[Path], **parts: Any) -> None:
-    """Write a checkpoint and its SHA-256 to each path. Raises: UserError if the disk is full."""
-    torch.save(parts, content := io.BytesIO())  # of a full disk it raises nothing itself
-    checksum = hashlib.sha256(content.getbuffer()).digest()
+    def forget_sums(self) -> None:
+        self.num_rows = 0
+        self.num_labels = 0
+        self.nll_sum = 0.0
+        self.drift_sum = 0.0
+
+
+@dataclass
+class Checkpoint:
+    state: TrainState
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    probe: dict[str, Tensor] | None  # of the drift loss
+    trained_for: dict[str, Any]  # see ELM
+    config: dict[str, Any]
+    prompt: dict[str, str]  # see render_prompt
+
+
+def save_checkpoint(checkpoint: Checkpoint, paths: list[Path]) -> None:
+    """Write a checkpoint, a file of torch.save, to each path. Raises: UserError if it cannot be
+    written."""
+    plain = vars(checkpoint) | {"state": vars(checkpoint.state)}  # builtin types and tensors alone
+    content = io.BytesIO()
+    torch.save(plain, content)
     for path in paths:
-        with atomic_write(path) as temporary, open(temporary, "wb") as f:
-            f.writelines([content.getbuffer(), checksum])
+        write_bytes(path, content.getbuffer())
 
-def load_checkpoint(path: Path) -> dict:
+
+def load_checkpoint(path: Path) -> Checkpoint:
     """Runs no code from the file. Raises: UserError if it is not a whole checkpoint."""
-    with user_error(f"train.resume: {path}: no whole checkpoint"):
-        data = memoryview(path.read_bytes())  # torch.load itself verifies no checksum
-        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-            raise ValueError("its checksum differs")
-        saved = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-        return saved | {"state": TrainState(**saved["state"])}
+    from pickle import UnpicklingError
 
-def newest_checkpoint(folder: Path, rt: Runtime) -> Path | None:
-    """The whole checkpoint of the most steps, if any. Raises: UserError if none is whole."""
-    steps = {int(p.stem[16:]): p for p in folder.glob("checkpoint_step_*.pt")
-             if p.stem[16:].isdecimal()}
-    paths = [steps[n] for n in sorted(steps, reverse=True)]
-    paths += folder.glob("checkpoint_final.pt")  # the last one of a run under another name
+    kinds = (OSError, zipfile.BadZipFile, UnpicklingError, RuntimeError, ValueError, LookupError,
+             TypeError, AttributeError, EOFError, NotImplementedError)
+    with user_error(f"train.resume: {path}: no whole checkpoint", *kinds):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # by CRC-32, which torch.load does not verify
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} differs")
+        parts = torch.load(path, map_location="cpu", weights_only=True)
+        state = TrainState(**parts.pop("state"))
+        return Checkpoint(state, **parts)
+
+
+def step_of_checkpoint(path: Path) -> int | None:
+    """N of checkpoint_step_N.pt, None of another name."""
+    match = re.fullmatch(r"checkpoint_step_(\d+)\.pt", path.name)
+    return int(match[1]) if match else None
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The whole checkpoint of the most steps; None if there are none. Raises: UserError if none of
+    them is whole."""
+    numbered = [p for p in folder.glob("checkpoint_step_*.pt") if step_of_checkpoint(p) is not None]
+    numbered.sort(key=step_of_checkpoint, reverse=True)
+    # The final checkpoint is that of the last step under a second name.
+    paths = numbered + list(folder.glob("checkpoint_final.pt"))
     for path in paths:
         try:
             load_checkpoint(path)
-            return path
         except UserError as e:
-            rt.log(f"passed over: {e}")
+            log.info(f"skipped a damaged checkpoint: {e}")
+        else:
+            return path
     if paths:
         raise UserError(f"train.resume: no checkpoint in {folder} is whole; choose another folder")
-    rt.log(f"train.resume: {folder} holds no checkpoint; this is a new run")
+    log.info(f"train.resume: {folder} holds no checkpoint; this is a new run")
+    return None
 
-def find_checkpoint(cfg: Config, rt: Runtime) -> dict | None:
-    """The checkpoint that train.resume names; "auto": the newest in output.dir, if any.
-    Raises: UserError, also if the folder holds another run."""
-    folder, resume = Path(cfg.output.dir), cfg.train.resume
+
+def find_checkpoint(folder: Path, resume: str | None) -> Checkpoint | None:
+    """The checkpoint that train.resume names; of "auto" the newest in `folder`, if any. All
+    processes take part. Raises: UserError, also if the folder holds a run that is not resumed."""
     if resume == "auto":
-        resume = rt.on_first(lambda: newest_checkpoint(folder, rt))
-    elif (folder / "metrics.jsonl").exists() and not (
-            resume and Path(resume).resolve().parent == folder.resolve()):
+        path = run_on_rank0(lambda: newest_checkpoint(folder))
+        return load_checkpoint(path) if path else None
+    is_own = resume is not None and Path(resume).resolve().parent == folder.resolve()
+    if (folder / "metrics.jsonl").exists() and not is_own:
         raise UserError(f"output.dir: {folder} holds a run already; go on with it by "
                         "train.resume=auto, or choose another folder")
     return load_checkpoint(Path(resume)) if resume else None
 
-def read_metrics(path: Path) -> list[dict]:
+
+def check_no_later_files(folder: Path, step: int) -> None:
+    """Raises: UserError if the folder holds adapters or checkpoints of later steps, which a branch
+    of the run would mix with its own."""
+    for path in folder.glob("*_step_*"):
+        match = re.fullmatch(r"(?:adapter|checkpoint)_step_(\d+)\.\w+", path.name)
+        if match and int(match[1]) > step:
+            raise UserError(f"train.resume: {folder} goes on to step {match[1]}; to branch off "
+                            f"from step {step}, choose another output.dir")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without one that a killed run did not end; none if there is no
     file. Raises: UserError that names a damaged line."""
-    lines, entries = path.read_bytes().split(b"\n")[:-1] if path.exists() else [], []
-    for number, line in enumerate(lines, 1):
-        with user_error(f"{path}:{number}: damaged; delete this line"):
-            entries.append(json.loads(line))
-            entries[-1]["step"] + 0
+    if not path.exists():
+        return []
+    entries = []
+    whole_lines = path.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(whole_lines, start=1):
+        message = f"{path}:{number}: a damaged line; mend it, or choose another output.dir"
+        with user_error(message, ValueError, RecursionError):
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+                raise ValueError("without a step")
+            entries.append(entry)
     return entries
+
+
+def keep_metrics(folder: Path, state: TrainState) -> None:
+    """Drop what a run logged after `state`. Raises: UserError."""
+    kept = []
+    for entry in read_metrics(folder / "metrics.jsonl"):
+        last = state.last_validated_step if "val_loss" in entry else state.step
+        if entry["step"] <= last:
+            kept.append(entry)
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
+
 
 # -----------------------------------------------------------------------------
 # Training
 
-def lr_at(step: int, total: int, cfg: TrainConfig) -> float:
+
+def lr_at(step: int, total_steps: int, cfg: TrainConfig) -> float:
     """The rate of update `step`, from 0: linear warm-up to cfg.lr, then linear decay to 0."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
-    return cfg.lr * max(0, total - step) / max(1, total - cfg.warmup_steps)
+    return cfg.lr * max(0, total_steps - step) / max(1, total_steps - cfg.warmup_steps)
 
-@contextmanager
-def received_signals():
-    """A list to which SIGTERM and Ctrl-C append; the loop looks at it once a step."""
-    received, kinds = [], (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(kind, lambda number, _: received.append(number)) for kind in kinds]
-    try:
-        yield received
-    finally:
-        list(map(signal.signal, kinds, before))
 
-def memory_gib() -> float:  # peak, of the GPU if there is one
+def mean_cosine(x: Tensor) -> float:
+    """Mean pairwise cosine of the rows of x [n, d]: near 1, the adapter has collapsed."""
+    n = len(x)
+    unit = F.normalize(x, dim=1)
+    return ((unit.sum(0).square().sum() - n) / max(1, n * (n - 1))).item()
+
+
+def memory_gib() -> float:
+    """The most memory so far: of the GPU, if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
-def mean_cosine(x: Tensor) -> float:
-    """Mean pairwise cosine of the rows of x [n, d]: near 1, the adapter has collapsed."""
-    u = F.normalize(x, dim=1)
-    return ((u.sum(0).square().sum() - len(u)) / max(1, len(u) * (len(u) - 1))).item()
 
-def config_text(cfg: Config) -> str:
-    """The resolved config as TOML, under the package versions and the git commit as comments."""
-    packages = "torch", "transformers", "deepspeed", "safetensors"
-    lines = [f"# {p} {d.version}" for p in packages for d in list(distributions(name=p))[:1]]
-    if shutil.which("git"):
-        git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
-        lines += ["# commit " + subprocess.run(git, capture_output=True, text=True).stdout.strip()]
-    for name, entries in cfg.tables().items():
-        lines += ["", f"[{name}]", *(f"{key} = {to_toml(value)}" for key, value in entries.items())]
-    return "\n".join(lines) + "\n"
+def exit_code(error: BaseException | None) -> int:
+    """Of a process that ends with this exception."""
+    if error is None:
+        return 0
+    if isinstance(error, UserError):
+        return 2
+    if isinstance(error, SystemExit):
+        return error.code
+    return 1
 
-def start_wandb(cfg: Config, run_id: str | None, rt: Runtime) -> Any:
-    wandb, mode = import_optional("wandb"), os.environ.get("WANDB_MODE", cfg.wandb.mode)
-    if mode == "online" and not wandb.login(prompt=False, verify=False):  # it would ask
-        mode = "offline"
-        rt.log("W&B: no login, so the run is kept offline; `wandb sync` uploads it")
-    return wandb.init(project=cfg.wandb.project, name=cfg.wandb.run_name, id=run_id, mode=mode,
-                      resume="allow", dir=cfg.output.dir, config=cfg.tables())
 
-class Log(AbstractContextManager):
-    """Console, metrics.jsonl and, if enabled, W&B, all written by process 0. As a context it ends
-    W&B's run with the exit code."""
+class SignalWatch:
+    """Within it SIGTERM and Ctrl-C do no more than enter `received`: the loop looks there once a
+    step."""
 
-    def __init__(self, cfg: Config, state: TrainState, total: int, rt: Runtime):
-        self.path, self.rt = Path(cfg.output.dir, "metrics.jsonl"), rt
-        self.bar = rt.progress(None, "steps", total=total, initial=state.step, unit="step")
-        self.clock, self.tokens = time.perf_counter(), 0  # since the last line of training
-        self.start_time, self.start_step = self.clock, state.step
-        self.run = cfg.wandb.enabled and rt.rank == 0
-        self.run = self.wandb(lambda _: start_wandb(cfg, state.wandb_id, rt))
-        state.wandb_id = self.run.id if self.run else state.wandb_id
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._handlers: dict[int, Any] = {}
 
-    def wandb(self, call: Any) -> Any:
-        """call(W&B's run), if there is one; a failure is logged and never ends the training."""
+    def __enter__(self) -> SignalWatch:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received.append(number)
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+
+# Metrics
+
+
+class WandbRun:
+    """A run of Weights & Biases on process 0; nothing where wandb.enabled is false. Its failures
+    are logged, and never end a training."""
+
+    def __init__(self, cfg: Config, run_id: str | None):
+        self.id = run_id
+        self._run = None
+        if cfg.wandb.enabled and rank() == 0:
+            with self._failures_logged():
+                self._run = self._start(cfg, run_id)
+                self.id = self._run.id
+
+    @staticmethod
+    def _start(cfg: Config, run_id: str | None) -> Any:
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE", cfg.wandb.mode)
+        if mode == "online" and not wandb.login(prompt=False, verify=False):  # it would ask
+            mode = "offline"
+            log.info("W&B: no login, so the run is kept offline; `wandb sync` uploads it")
+        return wandb.init(
+            project=cfg.wandb.project, name=cfg.wandb.run_name, id=run_id, mode=mode,
+            resume="allow", dir=cfg.output.dir, config=cfg.to_dict())
+
+    @contextlib.contextmanager
+    def _failures_logged(self) -> Iterator[None]:
         try:
-            return call(self.run) if self.run else None
-        except Exception as e:
-            self.rt.log(f"W&B failed, training goes on: {e!r}")
+            yield
+        except Exception as e:  # of W&B, its files and its network
+            log.info(f"W&B failed, training goes on: {e!r}")
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.bar.close()
-        codes = {"NoneType": 0, "TrialPruned": 0, "UserError": 2}
-        code = codes.get(type(error).__name__, getattr(error, "code", 1))
-        self.wandb(lambda run: run.finish(exit_code=code))
+    def log(self, entry: dict[str, float], step: int) -> None:
+        if self._run is not None:
+            with self._failures_logged():
+                self._run.log(entry, step=step)
 
-    def record(self, step: int, end: str = "", **entry: float) -> None:
-        line = "  ".join(f"{k} {v:{'.4g' if v < 1e3 else ',.0f'}}" for k, v in entry.items() if v)
-        self.rt.log(f"step {step:6d}  {line}{end}")
-        if self.rt.rank == 0:
-            append(self.path, json.dumps(dict(step=step) | entry) + "\n")
-            if "val_loss" in entry and step and not self.rt.quiet:
-                with atomic_write(self.path.with_name("report.png")) as path:
-                    plot_report(path, read_metrics(self.path), self.path.parent.name)
-        self.wandb(lambda run: run.log(entry, step=step))
-        self.clock, self.tokens = time.perf_counter(), 0
+    def log_adapter(self, path: Path) -> None:
+        if self._run is not None:
+            with self._failures_logged():
+                self._run.log_artifact(str(path), type="adapter")
 
-    def training(self, state: TrainState, terms: dict[str, Term], **values: float) -> None:
-        """Log each term's mean since the last call, per label or row, and their weighted sum."""
-        means = {name: state.sums[name] / state.sums[term.per] for name, term in terms.items()}
-        loss = sum(term.weight * means[name] for name, term in terms.items())
-        elapsed = time.perf_counter() - self.start_time
-        left = elapsed / (state.step - self.start_step) * (self.bar.total - state.step)
-        end = f"  {tqdm.format_interval(elapsed)} passed, {tqdm.format_interval(left)} left"
-        self.record(state.step, end, epoch=state.epoch, loss=loss, **means, **values,
-                    tokens_per_second=self.tokens / (time.perf_counter() - self.clock),
-                    memory_gib=memory_gib())
-        state.sums = {}
+    def summarize(self, report: dict[str, Any]) -> None:
+        if self._run is not None:
+            with self._failures_logged():
+                self._run.summary.update(report)
 
-def report_split(cfg: Config) -> str:
-    has_test = any(p.exists() for p in split_paths(cfg.data, "test"))
-    return cfg.eval.split or ("test" if has_test else "val")
+    def finish(self, code: int) -> None:
+        """End the run with an exit code; once."""
+        if self._run is not None:
+            with self._failures_logged():
+                self._run.finish(exit_code=code)
+            self._run = None
 
-def open_inputs(cfg: Config, names: Sequence[str], num_soft: int, rt: Runtime,
-                stored: dict | None = None) -> dict[str, Split]:
-    """The splits by name, after a check of what the report on the last one will need. The prompt is
-    the stored one or that of the LLM's chat template. Raises: UserError."""
-    import_optional("matplotlib")
-    import_optional("pandas")
-    tokenizer = load_pretrained(transformers.AutoTokenizer, cfg.model.llm, "model.llm")
-    prompt = Prompt(tokenizer, cfg.model.template, stored)
-    splits = {name: open_split(cfg.data, name, prompt, num_soft, rt) for name in names}
+
+class MetricLog:
+    """Console, progress bar, metrics.jsonl, report.png and W&B, all written by process 0. As a
+    context it ends the bar, and W&B's run with the exit code."""
+
+    def __init__(self, cfg: Config, state: TrainState, total_steps: int):
+        self.folder = Path(cfg.output.dir)
+        self.total_steps = total_steps
+        self.wandb = WandbRun(cfg, state.wandb_id)
+        self._bar = progress(None, "steps", total=total_steps, initial=state.step, unit="step")
+        self._first_step = state.step
+        self._start_time = time.perf_counter()
+        self._last_time = self._start_time  # of the last line
+        self._num_tokens = 0  # since the last line
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._bar.close()
+        self.wandb.finish(exit_code(error))
+
+    def step_done(self, num_tokens: int) -> None:
+        self._num_tokens += num_tokens
+        self._bar.update()
+
+    def log_training(self, step: int, entry: dict[str, float]) -> None:
+        """Log a step, with the speed since the last line and the time that is left."""
+        now = time.perf_counter()
+        passed = now - self._start_time
+        left = passed / (step - self._first_step) * (self.total_steps - step)
+        speed = self._num_tokens / (now - self._last_time)
+        entry = entry | {"tokens_per_second": speed, "memory_gib": memory_gib()}
+        self._write(step, entry, f"  {format_seconds(passed)} passed, {format_seconds(left)} left")
+
+    def log_validation(self, step: int, losses: dict[str, float]) -> None:
+        self._write(step, losses)
+        is_trial = not log.isEnabledFor(logging.INFO)
+        if rank() == 0 and step > 0 and not is_trial:
+            metrics = read_metrics(self.folder / "metrics.jsonl")
+            plot_report(self.folder / "report.png", metrics, self.folder.name)
+
+    def _write(self, step: int, entry: dict[str, float], end: str = "") -> None:
+        values = "  ".join(f"{key} {format_number(value)}" for key, value in entry.items())
+        log.info(f"step {step:6d}  {values}{end}")
+        if rank() == 0:
+            append_text(self.folder / "metrics.jsonl", json.dumps({"step": step, **entry}) + "\n")
+        self.wandb.log(entry, step)
+        self._last_time = time.perf_counter()
+        self._num_tokens = 0
+
+
+def format_number(x: float) -> str:
+    return f"{x:.4g}" if abs(x) < 1000 else f"{x:,.0f}"
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
+
+
+# The inputs of a run
+
+
+def report_split_name(cfg: Config) -> str:
+    """eval.split; by default test, if it has files, else val."""
+    if cfg.eval.split is not None:
+        return cfg.eval.split
+    paths = (vectors_path(cfg.data.dir, "test"), rows_path(cfg.data.dir, "test"))
+    return "test" if any(path.exists() for path in paths) else "val"
+
+
+def open_splits(cfg: DataConfig, names: Iterable[str], encoder: Encoder) -> dict[str, Split]:
+    """The splits by name. Raises: UserError, OSError."""
+    splits = {}
+    for name in names:
+        split = open_split(cfg.dir, name, cfg.tasks, encoder)
+        counts = ", ".join(f"{n} {kind}" for kind, n in split.counts.items() if n)
+        num_vectors, width = split.vectors.shape
+        log.info(f"{name}: {num_vectors} vectors of width {width}, {counts}")
+        splits[name] = split
+    return splits
+
+
+def check_splits(splits: dict[str, Split], data_dir: str) -> None:
+    """Compare the widths and norms of splits, the norms with those of train where it is one of
+    them. Raises: UserError, also if a split has no second vector to compare with."""
     widths = {name: split.vectors.shape[1] for name, split in splits.items()}
-    norms = splits[names[0]].statistics["norms"]
     if len(set(widths.values())) > 1:
         raise UserError(f"data.dir: the vectors of the splits differ in width: {widths}")
     for name, split in splits.items():
-        counts = ", ".join(f"{n} {what}" for what, n in split.counts.items() if n)
-        rt.log(f"{name}: {len(split.vectors)} vectors of width {widths[name]}, {counts}")
-        norm = split.statistics["norms"][1].item()
-        check_norm(norms, norm, split_paths(cfg.data, name)[0])
-        if (split.rows["vector"] == split.rows["vector"][0]).all():
+        if "train" in splits:
+            rms_norm = split.statistics["norms"][1].item()
+            check_norm(splits["train"].statistics["norms"], rms_norm, vectors_path(data_dir, name))
+        vector_ids = split.index["vector_id"]
+        if (vector_ids == vector_ids[0]).all():
             raise UserError(f"{split.path}: all rows are about one vector: none is left to compare "
                             "it with")
-    if cfg.eval.samples:
-        rt.on_first(lambda: load_report_models(cfg.eval, split, rt))
+
+
+def check_report_packages(cfg: EvalConfig) -> None:
+    """Raises: UserError if the report will lack a package or the scorer's config. Loads no
+    model."""
+    import_optional("matplotlib")
+    import_optional("pandas")
+    if cfg.samples:
+        scorer_layers(cfg)
+    if cfg.samples and cfg.embedder:
+        import_optional("sentence_transformers")
+
+
+def open_inputs(cfg: Config, names: tuple[str, ...], num_soft_tokens: int,
+                stored_prompt: dict[str, str] | None) -> dict[str, Split]:
+    """All that can be opened and checked before a model is loaded: packages, tokenizer, the splits
+    of these names. Raises: UserError, OSError."""
+    check_report_packages(cfg.eval)
+    prompt = Prompt(load_tokenizer(cfg.model.llm), cfg.model.template, stored_prompt)
+    encoder = Encoder(prompt, num_soft_tokens, cfg.data.max_seq_length)
+    splits = open_splits(cfg.data, drop_repeats(names), encoder)
+    check_splits(splits, cfg.data.dir)
     return splits
 
-def plan_memory(cfg: Config, elm: ELM, terms: dict[str, Term], rt: Runtime) -> int:
-    """The token budget of a micro-batch. On a GPU the first of several plans that a trial pass
-    shows to fit on every process: at first none of the layers recomputed, as model.grad_checkpoint
-    permits. Under ZeRO 3 on several processes, where a trial that fails cannot end, the last.
-    Raises: OutOfMemoryError if no plan fits."""
-    longest, c = cfg.data.max_seq_length, elm.llm.config.get_text_config()
-    shares = {True: [1.0], False: [0.0]}.get(cfg.model.grad_checkpoint, [0.0, 0.5, 1.0])
-    budgets = [max(longest, n) for n in (MICRO_TOKENS["cuda"], 4096, 2048)]
-    plans = [(budget, share) for share in shares for budget in budgets]
-    if rt.device.type != "cuda":  # small micro-batches are as fast
-        plans = [(MICRO_TOKENS["cpu"], shares[0])]
-    for budget, share in plans[-1:] if elm.lockstep else plans:
-        num_layers = math.ceil(share * c.num_hidden_layers)
-        recompute_layers(elm.llm, num_layers)
-        if rt.device.type != "cuda" or elm.lockstep or fits_memory(elm, budget, longest, terms, rt):
-            rt.log(f"micro-batches of {budget} tokens, {num_layers} layers recomputed")
-            return budget
-    raise torch.OutOfMemoryError(f"a row of {longest} tokens does not fit")
 
-def fits_memory(elm: ELM, num_tokens: int, longest: int, terms: dict[str, Term],
-                rt: Runtime) -> bool:
-    """Whether a training pass over num_tokens in rows of up to `longest`, beside what the optimizer
-    will allocate, fits on every process."""
-    num_soft, d_emb = (elm.adapter.settings[k] for k in ("tokens", "d_emb"))
-    rows = np.array_split(np.zeros(num_tokens, np.int64), math.ceil(num_tokens / longest))
-    examples = [Example(np.r_[[-1] * num_soft, ids[num_soft:]], len(ids) - num_soft, False)
-                for ids in rows]
-    batch = collate(examples, torch.ones(len(examples), d_emb))
-    counts, failed = dict(labels=num_tokens, rows=len(examples)), torch.zeros((), device=rt.device)
-    try:  # gradient, two moments and as much again for the update
+def claim_folder(cfg: Config, state: TrainState) -> None:
+    """Write config.toml, and drop what a run logged after `state`."""
+    folder = Path(cfg.output.dir)
+    if cfg.train.resume not in (None, "auto"):
+        check_no_later_files(folder, state.step)
+    keep_metrics(folder, state)
+    write_text(folder / "config.toml", config_text(cfg))
+
+
+# The plan of memory
+
+
+def plan_memory(elm: ELM, max_seq_length: int, grad_checkpoint: bool | str, loss_cfg: LossConfig,
+                probe: Probe | None) -> int:
+    """Choose how many layers to recompute, and return the most tokens of a micro-batch.
+
+    On a GPU the first of several plans that a trial pass shows to fit on every process; those
+    without recomputation come first. Under ZeRO 3 on several processes, where a trial that fails
+    cannot end, the last. All processes take part. Raises: OutOfMemoryError if no plan fits.
+    """
+    shares = {"auto": [0.0, 0.5, 1.0], True: [1.0], False: [0.0]}[grad_checkpoint]
+    if elm.device.type == "cuda":
+        sizes = [MICRO_BATCH_TOKENS["cuda"], 4096, 2048]
+        budgets = [max(max_seq_length, size) for size in sizes]
+    else:
+        budgets = [MICRO_BATCH_TOKENS["cpu"]]
+    plans = [(budget, share) for share in shares for budget in budgets]
+    if elm.device.type == "cpu":
+        plans = plans[:1]
+    if elm.lockstep:
+        plans = plans[-1:]
+
+    num_layers = elm.llm.config.get_text_config().num_hidden_layers
+    is_tried = elm.device.type == "cuda" and not elm.lockstep
+    for budget, share in plans:
+        num_recomputed = math.ceil(share * num_layers)
+        recompute_layers(elm.llm, num_recomputed)
+        if not is_tried or fits_in_memory(elm, budget, max_seq_length, loss_cfg, probe):
+            log.info(f"micro-batches of {budget} tokens, {num_recomputed} layers recomputed")
+            return budget
+    raise torch.OutOfMemoryError(f"a row of {max_seq_length} tokens does not fit")
+
+
+def fits_in_memory(elm: ELM, num_tokens: int, max_seq_length: int, loss_cfg: LossConfig,
+                   probe: Probe | None) -> bool:
+    """Whether a training pass over num_tokens in rows of up to max_seq_length, beside what the
+    optimizer will allocate, fits on every process. All processes take part."""
+    step = trial_step(num_tokens, max_seq_length, elm.adapter)
+    failed = torch.zeros((), device=elm.device)
+    try:
+        # For each parameter its gradient, two moments, and as much again for the update.
         reserve = [torch.empty_like(p) for p in elm.adapter.parameters() for _ in range(4)]
-        soft_gradient(elm, elm(batch["embeddings"]), [(1.0, batch)], terms, counts)
-        del reserve
+        soft_tokens = elm(step.batches[0].embeddings)
+        soft_gradient(elm, soft_tokens, step, loss_cfg, probe)
+        del reserve, soft_tokens
     except torch.OutOfMemoryError:
         failed += 1
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()  # memory_gib is of training
-    return not rt.sum(failed).item()
+    return all_reduce_sum(failed).item() == 0
 
-def finished_report(saved: dict, cfg: Config, total: int) -> dict | None:
-    """The report of a run that has nothing left to do."""
-    path, state = Path(cfg.output.dir, "eval.json"), saved["state"]
-    unchanged = saved["config"]["model"] == cfg.tables()["model"]
-    if unchanged and state.ended(total, cfg.train.patience) and path.exists():
-        with suppress(ValueError, TypeError, LookupError, RecursionError):  # else it is repeated
+
+def trial_step(num_tokens: int, max_seq_length: int, adapter: Adapter) -> Step:
+    """A step of one micro-batch, in which every token has a label where it can."""
+    num_examples = math.ceil(num_tokens / max_seq_length)
+    examples = []
+    for ids in np.array_split(np.zeros(num_tokens, np.int64), num_examples):
+        ids[: adapter.tokens] = SOFT_TOKEN
+        examples.append(Example(ids, len(ids) - adapter.tokens, False))
+    embeddings = torch.ones(num_examples, adapter.settings["d_emb"])
+    batch = collate(examples, embeddings)
+    rows = RowsOfStep(epoch=0, position=0, row_ids=np.arange(num_examples))
+    return Step(rows, [batch], num_labels=num_tokens, num_tokens=num_tokens)
+
+
+# The run
+
+
+class Trainer:
+    """A training run. __init__ opens, checks and resumes everything; run() trains and reports.
+
+    The order within the loop: update, log, save, leave after a signal, validate, end. All processes
+    run all of it; process 0 alone writes.
+    """
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.folder = Path(cfg.output.dir)
+        self.device = start_distributed()
+        self.signals = SignalWatch()
+        if cfg.wandb.enabled:
+            import_optional("wandb")
+
+        checkpoint = find_checkpoint(self.folder, cfg.train.resume)
+        self.is_resumed = checkpoint is not None
+        self.state = checkpoint.state if checkpoint else TrainState()
+
+        # Data come before the LLM: what is wrong with them shows within seconds.
+        self.report_split = report_split_name(cfg)
+        self.splits = open_inputs(
+            cfg, ("train", "val", self.report_split), cfg.model.tokens,
+            checkpoint.prompt if checkpoint else None)
+        self.rows_per_step = cfg.train.batch_size * cfg.train.grad_accum * world_size()
+        self.total_steps = self.count_steps()
+        self.eval_steps = cfg.train.eval_steps
+        self.finished_report = self.find_finished_report(checkpoint)
+        if self.finished_report is not None:
+            log.info(f"{self.folder} holds a finished run of {self.state.step} steps; nothing to "
+                     "do")
+            return
+        self.check_embedder()
+
+        self.elm = self.build_elm()
+        self.optimizer = torch.optim.AdamW(
+            self.elm.adapter.parameters(), betas=(0.9, 0.999), eps=1e-8,
+            weight_decay=cfg.train.weight_decay, fused=True)
+        self.probe = None  # of the drift loss
+        if checkpoint:
+            self.restore(checkpoint)
+        elif cfg.train.warm_start:
+            warm_start(self.elm, self.splits["train"])
+        if cfg.loss.drift_weight == 0:
+            self.probe = None
+        elif self.probe is None:
+            self.probe = fit_probe(self.elm, self.splits["train"])
+        self.elm.train()
+        self.micro_batch_tokens = plan_memory(
+            self.elm, cfg.data.max_seq_length, cfg.model.grad_checkpoint, cfg.loss, self.probe)
+
+        # From here on files are written.
+        self.resources = contextlib.ExitStack()  # the folder's lock and the log
+        run_on_rank0(self.claim_folder)
+        self.log = self.resources.enter_context(MetricLog(cfg, self.state, self.total_steps))
+        self.state.wandb_id = self.log.wandb.id
+        self.announce()
+
+    # Setting up
+
+    def count_steps(self) -> int:
+        """The steps of the whole run. A resumed run may have another batch size or another number
+        of processes than before: steps are counted from where it stands."""
+        cfg = self.cfg.train
+        if cfg.max_steps is not None:
+            return cfg.max_steps
+        num_rows = len(self.splits["train"])
+        rest_of_epoch = max(0, num_rows - self.state.position)
+        later_epochs = cfg.epochs - self.state.epoch - 1
+        steps_of_epoch = math.ceil(num_rows / self.rows_per_step)
+        steps_of_rest = math.ceil(rest_of_epoch / self.rows_per_step)
+        return self.state.step + steps_of_rest + later_epochs * steps_of_epoch
+
+    def find_finished_report(self, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+        """The report of a run that has nothing left to do, if it is whole."""
+        path = self.folder / "eval.json"
+        if checkpoint is None or checkpoint.config["model"] != self.cfg.model.to_dict():
+            return None
+        if not self.has_ended() or not path.exists():
+            return None
+        try:
             report = json.loads(path.read_bytes())
-            return report if report["step"] == state.step else None
+        except (ValueError, RecursionError):
+            return None
+        is_of_this_step = isinstance(report, dict) and report.get("step") == self.state.step
+        return report if is_of_this_step else None
 
-def open_folder(cfg: Config, state: TrainState) -> Any:
-    """Lock output.dir, write config.toml, and drop what a run logged after `state`; what one saved
-    after it, where train.resume names an earlier checkpoint, becomes *.old. Returns the lock.
-    Raises: UserError."""
-    folder = Path(cfg.output.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock_file = lock(folder / ".lock")
-    lines = [json.dumps(m) + "\n" for m in read_metrics(folder / "metrics.jsonl")
-             if m["step"] <= (state.validated if "val_loss" in m else state.step)]
-    write_text(folder / "metrics.jsonl", "".join(lines))
-    write_text(folder / "config.toml", config_text(cfg))
-    for path in folder.iterdir():
-        match = re.fullmatch(r"(?:adapter|checkpoint)_(?:step_(\d+)|final)\.\w+", path.name)
-        if (cfg.train.resume != "auto" and match and int(match[1] or sys.maxsize) > state.step
-                and path.resolve() != Path(cfg.train.resume or "").resolve()):
-            os.replace(path, f"{path}.old")
-    return lock_file
+    def check_embedder(self) -> None:
+        """Compare the embedder's vectors with the stored ones, on process 0, before the LLM takes
+        the memory."""
+        cfg = self.cfg
+        if cfg.eval.samples and cfg.eval.embedder:
+            run_on_rank0(lambda: compare_embedder(
+                cfg.eval.embedder, cfg.model.bf16, self.device, self.splits))
 
-def check_finite(numbers: list[float], step: int, split: Split, rows: np.ndarray) -> None:
-    """Raises: UserError that names the step and its rows."""
-    if not all(map(math.isfinite, numbers)):
-        lines = ",".join(str(n) for n in split.rows["line"][rows][:64])
-        raise UserError(f"step {step}: the loss or its gradient is not finite, and nothing was "
-                        f"updated; lower train.lr, or look at {split.path}:{lines}")
+    def load_llm(self) -> PreTrainedModel:
+        model = self.cfg.model
+        return load_llm(model.llm, self.device, model.bf16, deepspeed=self.cfg.deepspeed)
 
-def read_words(split: Split, vector_ids: np.ndarray, num_parts: int) -> list[np.ndarray]:
-    """For each vector the token ids, each once, of the num_parts equal parts of its text; if no row
-    has a text, of all its responses."""
-    texts, has_text, words = dict.fromkeys(vector_ids.tolist(), ""), set(), []
-    for i in np.flatnonzero(np.isin(split.rows["vector"], vector_ids)):
-        if (vector := int(split.rows["vector"][i])) not in has_text:
-            (row,) = split.read([i])
-            texts[vector] = row.text or f"{texts[vector]}{row.response}\n"
-            has_text.update([vector] * bool(row.text))
-    texts = list(texts.values())
-    for start in range(0, len(texts), 1024):
-        for ids in split.prompt.ids(texts[start : start + 1024]):
-            words += [np.unique(p) for p in np.array_split(np.array(ids, np.int64), num_parts)]
-    return words
+    def build_elm(self) -> ELM:
+        """The frozen LLM with a fresh adapter."""
+        model = self.cfg.model
+        train_split = self.splits["train"]
+        llm = self.load_llm()
+        torch.manual_seed(self.cfg.train.seed)
+        adapter = fresh_adapter(
+            llm, train_split.statistics, model.standardize, hidden_dim=model.hidden_dim,
+            tokens=model.tokens, dropout=model.dropout, residual_scale=model.residual_scale)
+        elm = ELM(llm, adapter.to(self.device), train_split.encoder.prompt)
+        check_llm(elm, self.cfg.data.max_seq_length)
 
-@torch.no_grad()
-def warm_start(elm: ELM, split: Split, rt: Runtime, max_vectors: int = 32768) -> None:
-    """Fit the last layer of a fresh adapter in closed form so that soft token j is near the mean of
-    the LLM's own embeddings of the words in part j of the text. Each word counts once, weighted by
-    its inverse document frequency (Sparck Jones, 1972); targets are centred, at unit mean square.
-    Of unequal widths the residual map is fitted first. Every process computes it, and takes what
-    process 0 has fitted."""
-    adapter, device, embed = elm.adapter, rt.device, elm.llm.get_input_embeddings()
-    vector_ids = np.random.default_rng(0).permutation(np.unique(split.rows["vector"]))
-    vector_ids = np.sort(vector_ids[:max_vectors])
-    words = read_words(split, vector_ids, adapter.settings["tokens"])
-    ids, index = np.unique(np.concatenate(words), return_inverse=True)
-    ids, index = (torch.from_numpy(t).to(device) for t in (ids, index))
-    idf = torch.log(len(words) / torch.bincount(index))[index]
-    offsets = torch.tensor([0, *map(len, words[:-1])], device=device).cumsum(0)
-    table = F.pad(embed(ids).float(), (0, 1), value=1.0)  # a column of ones, which sums the weights
-    bags = F.embedding_bag(index, table, offsets, mode="sum", per_sample_weights=idf)
-    y = bags[:, :-1] / bags[:, -1:].clamp(min=1e-6)
-    y = y.unflatten(0, (len(vector_ids), -1))  # [n, K, D]
-    y -= y.mean(0)
-    y /= y.square().mean().sqrt().clamp(min=1e-9)
-    x = adapter.standardize(embeddings := split.embeddings(vector_ids).to(device))
-    heldout = every_tenth(np.arange(len(x))).to(device)
-    scale, residual = adapter.settings["residual_scale"], adapter.residual
-    if scale and isinstance(residual, nn.Linear):
-        residual.weight.copy_(ridge(x, y.mean(1), heldout)[0].T / scale)
-    remainder = (y - scale * residual(x)[:, None]).flatten(1)
-    weights, center, mean = ridge(F.gelu(adapter.fc1(x)), remainder, heldout)
-    adapter.fc2.weight.copy_(weights.T)
-    adapter.fc2.bias.copy_(mean - center @ weights)
-    for p in adapter.parameters():
-        p.copy_(rt.sum(p * (rt.rank == 0)))
-    cosine = F.cosine_similarity(adapter(embeddings), y, dim=-1)[heldout].mean()
-    rt.log(f"warm start on {int((~heldout).sum())} vectors; cosine {cosine:.3f} with the targets "
-           f"of {int(heldout.sum())} held-out ones")
+        num_trained = sum(p.numel() for p in adapter.parameters())
+        num_frozen = sum(getattr(p, "ds_numel", p.numel()) for p in llm.parameters())  # of ZeRO 3
+        dtype = str(llm.dtype).removeprefix("torch.")
+        log.info(f"{world_size()} process(es) on {self.device.type}, ZeRO "
+                 f"{self.cfg.deepspeed.zero_stage}, LLM in {dtype}")
+        log.info(f"{num_trained:,} parameters trained, {num_frozen:,} frozen; token embeddings of "
+                 f"root mean square {adapter.scale:.4f}")
+        return elm
 
-def validation_losses(elm: ELM, split: Split, rt: Runtime, check: Any,
-                      first: bool) -> dict[str, float]:
-    """Losses per response token by the right and by shuffled vectors; at the `first` validation by
-    the texts, too. For `check` see evaluate_nll."""
-    kinds = {"val_loss": split.rows["vector"], "val_loss_shuffled": shuffled_vectors(split)}
-    if first and split.rows["text"].all():  # the ceiling stays the same
-        kinds["val_loss_text"] = None
-    losses = {}
-    elm.eval()
-    for name, vectors in kinds.items():
-        nll, num_labels = evaluate_nll(elm, split, vectors, rt, check)
-        if num_labels.all():  # each text fits
-            losses[name] = float(nll.sum() / num_labels.sum())
-    elm.train()
-    return losses
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take adapter, optimizer and probe from a checkpoint. Raises: UserError if it belongs to
+        another LLM, adapter or kind of vectors."""
+        adapter = self.elm.adapter
+        where = "train.resume"
+        standardize = {"standardize": self.cfg.model.standardize}
+        check_trained_for(checkpoint.trained_for, self.elm.trained_for, where)
+        check_trained_for(checkpoint.config["model"], standardize, where)
+        check_norm(checkpoint.adapter["norms"], adapter.norms[1].item(), where)
+        adapter.load_state_dict(checkpoint.adapter)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.optimizer.param_groups[0]["weight_decay"] = self.cfg.train.weight_decay  # may change
+        if checkpoint.probe:
+            tensors = {name: t.to(self.device) for name, t in checkpoint.probe.items()}
+            self.probe = Probe(**tensors)
 
-def build_trainable(cfg: Config, llm: Any, source: Split, saved: dict | None, rt: Runtime) -> tuple:
-    """(ELM, AdamW, drift probe or None), fresh or as a checkpoint has them. Raises: UserError."""
-    m, probe = cfg.model, None
-    torch.manual_seed(cfg.train.seed)
-    adapter = fresh_adapter(llm, source.statistics, m.standardize, hidden_dim=m.hidden_dim,
-                            tokens=m.tokens, dropout=m.dropout, residual_scale=m.residual_scale)
-    elm = ELM(llm, adapter.to(rt.device), source.prompt)
-    check_llm(elm, cfg.data.max_seq_length)
-    trained, frozen = (sum(getattr(p, "ds_numel", p.numel()) for p in part.parameters())
-                       for part in (adapter, llm))
-    rt.log(f"{rt.world} process(es) on {rt.device.type}, ZeRO {cfg.deepspeed.zero_stage}, LLM in "
-           f"{str(llm.dtype)[6:]}\n{trained:,} parameters trained, {frozen:,} frozen; token "
-           f"embeddings of root mean square {adapter.scale:.4f}")
-    optimizer = torch.optim.AdamW(adapter.parameters(), betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=cfg.train.weight_decay, fused=True)
-    if saved:
-        check_identity(saved["identity"], elm.identity, "train.resume")
-        check_identity(saved["config"]["model"], {"standardize": m.standardize}, "train.resume")
-        check_norm(saved["adapter"]["norms"], adapter.norms[1].item(), "train.resume")
-        adapter.load_state_dict(saved["adapter"])
-        optimizer.load_state_dict(saved["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = cfg.train.weight_decay
-        probe = saved["probe"] and Probe(*(t.to(rt.device) for t in saved["probe"]))
-    elif cfg.train.warm_start:
-        warm_start(elm, source, rt)
-    if cfg.loss.drift_weight and not probe:
-        probe = fit_probe(elm, source, rt)
-    return elm.train(), optimizer, probe
+    def claim_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.resources.enter_context(locked(self.folder / ".lock"))
+        claim_folder(self.cfg, self.state)
 
-sweep_llm = lru_cache(1)(load_llm)  # kept between trials
-
-def train(cfg: Config, trial: Any = None) -> dict:
-    """Train an adapter and report on it: returns the dict of eval.json. As a `trial` of Optuna,
-    write no checkpoints, report the score at each quarter, and return the last one alone.
-    Raises: UserError; SystemExit(128 + signal) after a signal, with a checkpoint; TrialPruned."""
-    rt, c, folder = start_runtime(cfg)._replace(quiet=bool(trial)), cfg.train, Path(cfg.output.dir)
-    saved, final = find_checkpoint(cfg, rt), report_split(cfg)
-    state = saved["state"] if saved else TrainState()
-    names = [name for name in ("train", "val") if name != final] + [final]
-    data = open_inputs(cfg, names, cfg.model.tokens, rt, saved and saved["prompt"])
-    source, size = data["train"], c.batch_size * c.grad_accum * rt.world
-    epochs, left = c.epochs - state.epoch - 1, max(0, len(source.rows) - state.position)
-    total = state.step + epochs * math.ceil(len(source.rows) / size) + math.ceil(left / size)
-    total = total if c.max_steps is None else c.max_steps
-    eval_steps = math.ceil(total / 4) if trial else c.eval_steps  # comparable at any batch size
-    if trial:
-        trial.set_user_attr("eval_steps", eval_steps)
-    if saved and (finished := finished_report(saved, cfg, total)):
-        rt.log(f"{folder} holds a finished run of {state.step} steps; nothing to do")
-        return finished
-    get_llm = sweep_llm if trial and cfg.deepspeed.zero_stage < 3 else load_llm
-    llm = get_llm(cfg.model.llm, rt.device, cfg.model.bf16, options=cfg.deepspeed)
-    elm, optimizer, probe = build_trainable(cfg, llm, source, saved, rt)
-    terms = loss_terms(cfg.loss, elm, probe)
-    budget = plan_memory(cfg, elm, terms, rt)
-    locks: list = []  # of output.dir, held until the end
-    rt.on_first(lambda: locks.append(open_folder(cfg, state)))
-    val_rows = short_hash(data["val"].rows.tobytes())
-    if val_rows != state.val_rows:  # a loss of other rows says nothing about these
-        state.val_rows, state.best, state.validated = val_rows, math.inf, -1
-    log = Log(cfg, state, total, rt)
-    rt.log(f"resumed after step {state.step}" if saved else
-           f"{total} steps of {size} rows, {c.warmup_steps} of warm-up")
-    if 0 < total <= c.warmup_steps:
-        warn(f"train.warmup_steps = {c.warmup_steps}: no shorter than the run of {total} steps")
-
-    def save_adapter(name: str, weights: dict[str, Tensor], step: int) -> None:
-        rt.on_first(lambda: elm.save(folder / name, weights, step=step))
-        log.wandb(lambda run: run.log_artifact(str(folder / name), type="adapter"))
-
-    def save(*names: str) -> None:  # no RNG state: rows and dropout follow from a step's number
-        weights = elm.adapter.state_dict()
-        save_adapter(f"adapter_step_{state.step}.safetensors", weights, state.step)
-        rt.on_first(lambda: save_checkpoint(
-            [folder / f"checkpoint_{name}.pt" for name in names], state=vars(state),
-            adapter=weights, optimizer=optimizer.state_dict(), probe=probe and tuple(probe),
-            identity=elm.identity, config=cfg.tables(), prompt=source.prompt.text))
-
-    def validate() -> None:
-        losses = validation_losses(elm, data["val"], rt, leave_if_signalled, state.validated < 0)
-        if scored := trial is not None and 0 < state.step < total:
-            losses["val_bertscore"] = score_now(elm, data["val"], cfg.eval, rt)
-            trial.report(losses["val_bertscore"], state.step // eval_steps)
-        log.record(state.step, **losses)
-        if state.record_validation(losses["val_loss"], elm.adapter):
-            save_adapter("adapter_best.safetensors", state.best_adapter, state.step)
-        if scored and trial.should_prune():
-            raise import_optional("optuna").TrialPruned
-
-    def due(every: int) -> bool:
-        return state.step % every == 0 or state.step == total
-
-    def leave_if_signalled() -> None:  # on all processes, if one has received a signal
-        if rt.sum(torch.tensor(float(len(signals)))).item():
-            if not trial:
-                save(f"step_{state.step}")
-            rt.log(f"stopped after step {state.step}; train.resume=auto goes on from there")
-            raise SystemExit(128 + max(signals, default=signal.SIGTERM))
-
-    if saved:
-        save_adapter("adapter_best.safetensors", state.best_adapter, state.best_step)
-    steps = step_rows(len(source.rows), c.seed, size, state.epoch, state.position)
-    steps = islice(steps, 0 if state.ended(total, c.patience) else total - state.step)
-    steps = read_ahead(partial(prepare_step, source, budget, rt), steps, cfg.data.num_workers)
-    with log:
-        with received_signals() as signals:
-            if state.validated < 0 or due(eval_steps) and state.validated < state.step:
-                validate()  # step 0, other rows, or a validation that a signal prevented
-            for step in steps:
-                seed = np.random.SeedSequence([c.seed, state.step, rt.rank]).generate_state(1)
-                torch.manual_seed(int(seed[0]))  # 32 bits: the CPU's generator ignores more
-                soft = elm(torch.cat([batch["embeddings"] for _, batch in step.micros]))
-                sums, gradient = soft_gradient(elm, soft, step.micros, terms, step.counts)
-                optimizer.zero_grad()
-                soft.backward(gradient / step.counts["labels"])  # of all processes
-                for p in elm.adapter.parameters():
-                    rt.sum(p.grad)
-                norm = nn.utils.clip_grad_norm_(elm.adapter.parameters(), c.max_grad_norm).double()
-                stop = torch.tensor(float(len(signals)), device=rt.device)
-                numbers = torch.stack([*sums, norm / rt.world, stop.double()])
-                *sums, norm, stop = rt.sum(numbers).tolist()  # the step's one wait for the device
-                check_finite([*sums, norm], state.step + 1, source, step.rows)
-                optimizer.param_groups[0]["lr"] = lr_at(state.step, total, c)
-                optimizer.step()
-                state.advance(step, dict(zip(terms, sums, strict=True)))
-                log.tokens += step.counts["tokens"]
-                log.bar.update()
-                if due(c.logging_steps):
-                    log.training(state, terms, lr=lr_at(state.step - 1, total, c), grad_norm=norm,
-                                 similarity=mean_cosine(soft.detach().flatten(1)))
-                if state.step % c.save_steps == 0 and not trial:
-                    save(f"step_{state.step}")
-                if stop:
-                    leave_if_signalled()
-                if due(eval_steps):
-                    validate()
-                if state.ended(total, c.patience):
-                    break
-            if not fingerprint(llm).items() <= elm.identity.items():
-                raise RuntimeError(f"{cfg.model.llm} is frozen, yet its weights have changed")
-            if not trial:
-                save(f"step_{state.step}", "final")
-            leave_if_signalled()  # since the last step
-        elm.eval().adapter.load_state_dict(state.best_adapter)
-        if trial:
-            result = {"bertscore_composite": score_now(elm, data["val"], cfg.eval, rt)}
+    def announce(self) -> None:
+        warmup = self.cfg.train.warmup_steps
+        if self.is_resumed:
+            log.info(f"resumed after step {self.state.step}")
         else:
-            about = dict(split=final, step=state.step, adapter_step=state.best_step)
-            result = report(elm, data[final], cfg, rt, folder, about)
-        log.wandb(lambda run: run.summary.update(result))
-    return result
+            log.info(f"{self.total_steps} steps of {self.rows_per_step} rows, {warmup} of warm-up")
+        if 0 < self.total_steps <= warmup:
+            log.warning(f"train.warmup_steps = {warmup}: no shorter than the run of "
+                        f"{self.total_steps} steps")
+
+    # Training
+
+    def run(self) -> dict[str, Any]:
+        """Train and report: returns the dict of eval.json. Raises: UserError; SystemExit(128 +
+        signal) after a signal, with a checkpoint."""
+        if self.finished_report is not None:
+            return self.finished_report
+        with self.resources:
+            if self.is_resumed:  # the file may be of a step that the checkpoint does not know
+                self.save_best_adapter()
+            with self.signals:
+                self.fit()
+                self.save("checkpoint_final.pt")
+                self.leave_if_signalled()  # a signal may have come after the last step
+            report = self.report()
+            self.log.wandb.summarize(report)
+        return report
+
+    def fit(self) -> None:
+        if self.validation_is_missing():
+            self.validate()
+        for step in self.remaining_steps():
+            is_signalled = self.train_step(step)
+            if self.is_due(self.cfg.train.save_steps) or self.validation_is_due():
+                self.save()
+            if is_signalled:
+                self.leave_if_signalled()
+            if self.validation_is_due():
+                self.validate()
+            if self.has_ended():
+                break
+
+    def validation_is_missing(self) -> bool:
+        """Before the first step; or after a resume from the checkpoint before a validation."""
+        never = self.state.last_validated_step < 0
+        return never or (self.validation_is_due() and
+                         self.state.last_validated_step < self.state.step)
+
+    def validation_is_due(self) -> bool:
+        return self.is_due(self.eval_steps) or self.state.step == self.total_steps
+
+    def is_due(self, every: int) -> bool:
+        return self.state.step % every == 0
+
+    def has_ended(self) -> bool:
+        return self.state.has_ended(self.total_steps, self.cfg.train.patience)
+
+    def remaining_steps(self) -> Iterator[Step]:
+        state = self.state
+        train_split = self.splits["train"]
+        rows = step_rows(len(train_split), self.cfg.train.seed, self.rows_per_step, state.epoch,
+                         state.position)
+        num_steps = 0 if self.has_ended() else self.total_steps - state.step
+        prepare = functools.partial(prepare_step, train_split, self.micro_batch_tokens)
+        return prefetch(prepare, itertools.islice(rows, num_steps), self.cfg.data.num_workers)
+
+    def train_step(self, step: Step) -> bool:
+        """One update. Returns whether a process has received a signal. Raises: UserError, on all
+        processes and before the update, if the loss or its gradient is not finite."""
+        cfg = self.cfg.train
+        adapter = self.elm.adapter
+        self.seed_dropout()
+
+        soft_tokens = self.elm(torch.cat([batch.embeddings for batch in step.batches]))
+        sums, gradient = soft_gradient(self.elm, soft_tokens, step, self.cfg.loss, self.probe)
+        self.optimizer.zero_grad()
+        soft_tokens.backward(gradient / step.num_labels)  # num_labels is of all processes
+        for parameter in adapter.parameters():
+            all_reduce_sum(parameter.grad)
+        norm = nn.utils.clip_grad_norm_(adapter.parameters(), cfg.max_grad_norm).double()
+
+        # The step's one wait for the device: all that the host must know before it updates.
+        num_signals = torch.full_like(norm, len(self.signals.received))
+        numbers = torch.stack([sums.nll, sums.drift, norm / world_size(), num_signals])
+        nll_sum, drift_sum, grad_norm, num_signals = all_reduce_sum(numbers).tolist()
+        self.check_finite([nll_sum, drift_sum, grad_norm], step)
+
+        lr = lr_at(self.state.step, self.total_steps, cfg)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.state.advance(step, nll_sum, drift_sum)
+        self.log.step_done(step.num_tokens)
+        if self.is_due(cfg.logging_steps) or self.state.step == self.total_steps:
+            self.log_training(lr, grad_norm, mean_cosine(soft_tokens.detach().flatten(1)))
+        return num_signals > 0
+
+    def seed_dropout(self) -> None:
+        """Dropout is a function of seed, step and process: a checkpoint needs no generator
+        state."""
+        seed = np.random.SeedSequence([self.cfg.train.seed, self.state.step, rank()])
+        torch.manual_seed(int(seed.generate_state(1)[0]))  # the CPU's generator keeps 32 bits
+
+    def check_finite(self, numbers: list[float], step: Step) -> None:
+        """Raises: UserError that names the step and its rows."""
+        if all(math.isfinite(number) for number in numbers):
+            return
+        train_split = self.splits["train"]
+        lines = ",".join(str(n) for n in train_split.index["line"][step.rows.row_ids][:64])
+        raise UserError(
+            f"step {self.state.step + 1}: the loss or its gradient is not finite, and nothing was "
+            f"updated; lower train.lr, or look at {train_split.path}:{lines}")
+
+    def log_training(self, lr: float, grad_norm: float, similarity: float) -> None:
+        """Log the mean losses since the last call. Drift is left out where it is not computed."""
+        state = self.state
+        lm_loss = state.nll_sum / state.num_labels
+        losses = {"loss": lm_loss, "lm_loss": lm_loss}
+        if self.probe is not None:
+            losses["drift_loss"] = state.drift_sum / state.num_rows
+            losses["loss"] += self.cfg.loss.drift_weight * losses["drift_loss"]
+        self.log.log_training(state.step, {
+            "epoch": state.epoch, **losses, "lr": lr, "grad_norm": grad_norm,
+            "similarity": similarity})
+        state.forget_sums()
+
+    # Validation, checkpoints, the end
+
+    def validate(self) -> None:
+        losses = self.validation_losses()
+        self.log.log_validation(self.state.step, losses)
+        if self.state.record_validation(losses["val_loss"], self.elm.adapter):
+            self.save_best_adapter()
+
+    def validation_losses(self) -> dict[str, float]:
+        is_first = self.state.last_validated_step < 0
+        return validation_losses(self.elm, self.splits["val"], with_text=is_first)
+
+    def save(self, *more_names: str) -> None:
+        """Write the adapter and checkpoint_step_N.pt, also under more_names. No random state is
+        needed: rows and dropout follow from the number of the step."""
+        step = self.state.step
+        weights = self.elm.adapter.state_dict()
+        self.save_adapter(f"adapter_step_{step}.safetensors", weights, step)
+        checkpoint = Checkpoint(
+            state=self.state,
+            adapter=weights,
+            optimizer=self.optimizer.state_dict(),
+            probe=self.probe._asdict() if self.probe else None,
+            trained_for=self.elm.trained_for,
+            config=self.cfg.to_dict(),
+            prompt=self.elm.prompt.parts)
+        names = (f"checkpoint_step_{step}.pt", *more_names)
+        paths = [self.folder / name for name in names]
+        run_on_rank0(lambda: save_checkpoint(checkpoint, paths))
+
+    def save_best_adapter(self) -> None:
+        state = self.state
+        self.save_adapter("adapter_best.safetensors", state.best_adapter, state.best_step)
+
+    def save_adapter(self, name: str, weights: dict[str, Tensor], step: int) -> None:
+        path = self.folder / name
+        run_on_rank0(lambda: self.elm.save(path, weights, step=step))
+        self.log.wandb.log_adapter(path)
+
+    def leave_if_signalled(self) -> None:
+        """Save and exit on all processes, if one has received a signal. All processes take part."""
+        received = self.signals.received
+        if all_reduce_sum(torch.tensor(len(received))).item() == 0:
+            return
+        self.save()
+        log.info(f"stopped after step {self.state.step}; train.resume=auto goes on from there")
+        raise SystemExit(128 + max(received, default=signal.SIGTERM))
+
+    def report(self) -> dict[str, Any]:
+        """Report on the best adapter. It ends the trainer's hold on the models: the scorers need
+        their memory."""
+        split = self.splits[self.report_split]
+        header = {"split": self.report_split, "step": self.state.step,
+                  "adapter_step": self.state.best_step}
+        self.elm.eval().adapter.load_state_dict(self.state.best_adapter)
+        measured = measure(self.elm, split, self.cfg.eval)
+        del self.elm, self.optimizer
+        free_memory()
+        if rank() > 0:
+            return {}
+        return write_report(
+            measured, split, self.cfg, self.device, self.folder, self.folder, header)
+
+
+def train(cfg: Config) -> dict[str, Any]:
+    """Train an adapter and report on it: returns the dict of eval.json, of other processes than 0
+    {}. Raises: UserError; SystemExit(128 + signal) after a signal, with a checkpoint."""
+    with log_to_file(cfg.output.log_file):
+        return Trainer(cfg).run()
+
 
 # -----------------------------------------------------------------------------
-# Evaluation: losses by vector, by another's vector and by text; answers and their scores
+# Evaluation
+#
+# Losses by the right vector, by another row's (shuffled) and by the text; answers by the first two,
+# and their scores. measure() needs the LLM, score() the answers alone, write_report() the scores.
+
+# Rows of a batch, unless data.max_seq_length makes them more tokens than the second number.
+EVAL_BATCH_ROWS = 16
+EVAL_BATCH_TOKENS = 32768
+EMBEDDER_CHECK_TEXTS = 32  # texts of each split whose vectors are compared with the stored ones
+
+
+def free_memory() -> None:
+    """Give the memory of models that nothing refers to any more back to the device."""
+    gc.collect()  # recomputed layers and DeepSpeed's hooks are reference cycles
+    torch.cuda.empty_cache()
+
+
+# Losses
+
+
+class RowLosses(NamedTuple):
+    nll: np.ndarray  # [N] fp64, the summed cross-entropy of each response
+    num_tokens: np.ndarray  # [N], of the response; 0: the row has no text, or one that does not fit
+
+
+class EvalBatch(NamedTuple):
+    row_ids: np.ndarray
+    batch: Batch
+    is_counted: np.ndarray  # [n] bool
+
 
 @torch.no_grad()
-def evaluate_nll(elm: ELM, split: Split, vectors: np.ndarray | None, rt: Runtime,
-                 check: Any = lambda: None) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's summed token cross-entropy [N] fp64, and its number of response tokens [N], by
-    `vectors` [N] or, if None, by its text; 0 for rows without text and those whose text does not
-    fit. The same for any number of processes. Calls `check` before each micro-batch."""
-    source = "text" if vectors is None else "embedding"
-    rows = np.flatnonzero(split.rows["text"]) if vectors is None else np.arange(len(split.rows))
-    size = max(1, min(EVAL_ROWS, EVAL_TOKENS // split.data.max_seq_length))
-    micros = [rows[i : i + size] for i in range(0, len(rows), size)]
-    result = np.zeros((2, len(split.rows)))
+def evaluate_nll(elm: ELM, split: Split, vector_ids: np.ndarray | None) -> RowLosses:
+    """The loss of each row by `vector_ids` [N] or, if None, by its text. All processes take part;
+    the result is the same for any number of them."""
+    by_text = vector_ids is None
+    row_ids = np.flatnonzero(split.index["has_text"]) if by_text else np.arange(len(split))
+    size = max(1, min(EVAL_BATCH_ROWS, EVAL_BATCH_TOKENS // split.encoder.max_tokens))
+    blocks = list(in_blocks(row_ids, size))
 
-    def load(first: int) -> tuple[np.ndarray, dict, np.ndarray]:
-        micro = micros[min(first + rt.rank, len(micros) - 1)]  # equally many on every process
-        examples = split.examples(micro, source)
-        embeddings = None if vectors is None else split.embeddings(vectors[micro])
-        fits = np.array([vectors is not None or not e.truncated for e in examples])
-        return micro, collate(examples, embeddings), fits & (first + rt.rank < len(micros))
+    def load(first: int) -> EvalBatch:
+        """This process's batch of the blocks from `first` on. Beyond the end it repeats the last,
+        uncounted, so that all processes run equally many."""
+        number = first + rank()
+        ids = np.array(blocks[min(number, len(blocks) - 1)])
+        examples = split.examples(ids, "text" if by_text else "embedding")
+        embeddings = None if by_text else split.embeddings(vector_ids[ids])
+        is_whole = np.array([not (by_text and example.truncated) for example in examples])
+        return EvalBatch(ids, collate(examples, embeddings), is_whole & (number < len(blocks)))
 
-    firsts = rt.progress(range(0, len(micros), rt.world), "losses")
-    for micro, batch, counted in read_ahead(load, firsts, threads=1):
-        check()
-        result[:, micro] = np.array([elm.nll(batch).tolist(), batch["num_labels"]]) * counted
-    return tuple(rt.sum(torch.from_numpy(result).to(rt.device)).cpu().numpy())
+    nll = np.zeros(len(split))
+    num_tokens = np.zeros(len(split))
+    firsts = progress(range(0, len(blocks), world_size()), "losses")
+    for ids, batch, is_counted in prefetch(load, firsts, num_threads=1):
+        nll[ids] = np.array(elm.nll(batch).tolist()) * is_counted
+        num_tokens[ids] = np.array(batch.num_labels) * is_counted
+    both = all_reduce_sum(torch.tensor(np.stack([nll, num_tokens]), device=elm.device))
+    nll, num_tokens = both.cpu().numpy()
+    return RowLosses(nll, num_tokens)
 
-def sample_rows(split: Split, n: int) -> np.ndarray:
-    return np.sort(np.random.default_rng(0).permutation(len(split.rows))[:n])
 
-def generate_answers(elm: ELM, split: Split, rows: np.ndarray, vector_ids: np.ndarray,
-                     max_new_tokens: int, rt: Runtime) -> list[str]:
-    """Greedy answers to the queries of `rows` [n] about the vectors `vector_ids` [n]. The processes
-    share them by whole batches, so that not a bit depends on how many processes run."""
-    rank, world = (0, 1) if elm.lockstep else (rt.rank, rt.world)  # ZeRO 3: each makes all answers
-    size, batches, gathered = ANSWERS_AT_ONCE[rt.device.type], {}, [None] * world
-    for i in rt.progress(range(rank * size, len(rows), world * size), "answers"):
-        queries = [row.query for row in split.read(rows[i : i + size])]
-        embeddings = split.embeddings(vector_ids[i : i + size])
-        batches[i] = elm.generate(embeddings, queries, max_new_tokens, size)
-    if world > 1:
-        torch.distributed.all_gather_object(gathered, batches)
-        batches = {i: batch for part in gathered for i, batch in part.items()}
-    return [answer for i in sorted(batches) for answer in batches[i]]
+def validation_losses(elm: ELM, split: Split, with_text: bool) -> dict[str, float]:
+    """Losses per response token by the right and by shuffled vectors and, if asked for, by the
+    texts: the ceiling, which does not change during training. It is left out unless every row's
+    text fits."""
+    was_training = elm.training
+    elm.eval()
+    losses = {}
+    own = evaluate_nll(elm, split, split.index["vector_id"])
+    losses["val_loss"] = float(own.nll.sum() / own.num_tokens.sum())
+    shuffled = evaluate_nll(elm, split, shuffled_vectors(split))
+    losses["val_loss_shuffled"] = float(shuffled.nll.sum() / shuffled.num_tokens.sum())
+    if with_text and split.index["has_text"].all():
+        text = evaluate_nll(elm, split, None)
+        if text.num_tokens.all():
+            losses["val_loss_text"] = float(text.nll.sum() / text.num_tokens.sum())
+    elm.train(was_training)
+    return losses
 
-@lru_cache(1)
-def load_scorer(name: str, num_layers: int | None) -> Any:
-    """bert-score's scorer, on the CPU, in fp32, with a working tokenizer: under transformers 5 the
-    library fails at a tokenizer without a length, and drops the space before the first word at
-    byte-level ones. Raises: UserError."""
-    key, bert_score = "eval.bertscore_model", import_optional("bert_score")
-    config = load_pretrained(transformers.AutoConfig, name, key)
-    layers = num_layers or bert_score.utils.model2layers.get(name, config.num_hidden_layers)
-    with loading(name, key):
-        scorer = bert_score.BERTScorer(name, num_layers=layers, device="cpu")
+
+# What the LLM has to do for a report
+
+
+@dataclass
+class Measured:
+    """What a report needs of the LLM."""
+
+    losses: pd.DataFrame  # a row for each of the split's: vector, task, tokens, nll, nll_shuffled,
+    #   nll_text, the last NaN where there is none
+    sample_ids: np.ndarray  # [samples], the rows that were answered
+    answers: list[str]
+    shuffled_answers: list[str]  # about other rows' vectors
+
+
+def measure(elm: ELM, split: Split, cfg: EvalConfig) -> Measured:
+    """All processes take part, and get the same."""
+    pd = import_optional("pandas")
+    vector_ids = split.index["vector_id"]
+    other_ids = shuffled_vectors(split)
+    own = evaluate_nll(elm, split, vector_ids)
+    shuffled = evaluate_nll(elm, split, other_ids)
+    text = evaluate_nll(elm, split, None)
+    has_text_loss = text.num_tokens > 0
+    num_cut = int((split.index["has_text"] & ~has_text_loss).sum())
+    if num_cut:
+        log.warning(f"{num_cut} texts exceed data.max_seq_length: left out of loss_text and "
+                    "gap_closed")
+    losses = pd.DataFrame({
+        "vector": vector_ids,
+        "task": pd.Categorical.from_codes(split.index["task_id"], split.tasks),
+        "tokens": own.num_tokens,
+        "nll": own.nll,
+        "nll_shuffled": shuffled.nll,
+        "nll_text": np.where(has_text_loss, text.nll, np.nan)})
+
+    sample_ids = pick_samples(split, cfg.samples)
+    answers = generate_answers(elm, split, sample_ids, vector_ids[sample_ids], cfg.max_new_tokens)
+    shuffled_answers = generate_answers(
+        elm, split, sample_ids, other_ids[sample_ids], cfg.max_new_tokens)
+    return Measured(losses, sample_ids, answers, shuffled_answers)
+
+
+def pick_samples(split: Split, n: int) -> np.ndarray:
+    """Up to n rows of the split, always the same ones."""
+    return np.sort(np.random.default_rng(0).permutation(len(split))[:n])
+
+
+def generate_answers(elm: ELM, split: Split, row_ids: np.ndarray, vector_ids: np.ndarray,
+                     max_new_tokens: int) -> list[str]:
+    """Greedy answers to the queries of rows [n] about vectors [n]. All processes take part, by
+    whole batches: answers are the same for any number of processes."""
+    first_batch = rank()
+    stride = world_size()
+    if elm.lockstep:  # ZeRO 3: every process generates every answer
+        first_batch = 0
+        stride = 1
+    size = GENERATION_BATCH[elm.device.type]
+    answers_of_batch: dict[int, list[str]] = {}
+    starts = range(first_batch * size, len(row_ids), stride * size)
+    for start in progress(starts, "answers"):
+        queries = [row.query for row in split.read(row_ids[start : start + size])]
+        embeddings = split.embeddings(vector_ids[start : start + size])
+        answers_of_batch[start] = elm.answer_batch(embeddings, queries, max_new_tokens)
+    if stride > 1:
+        parts: list[Any] = [None] * stride
+        torch.distributed.all_gather_object(parts, answers_of_batch)
+        for part in parts:
+            answers_of_batch |= part
+    answers = []
+    for start in sorted(answers_of_batch):
+        answers += answers_of_batch[start]
+    return answers
+
+
+# The scorer and the embedder
+
+
+def scorer_layers(cfg: EvalConfig) -> int:
+    """The layer of the scorer's hidden states, from its config alone. Raises: UserError if the
+    config cannot be loaded, or has fewer layers."""
+    from transformers import AutoConfig
+
+    bert_score = import_optional("bert_score")
+    name = cfg.bertscore_model
+    num_layers = load_pretrained(AutoConfig, name, "eval.bertscore_model").num_hidden_layers
+    layers = cfg.bertscore_layers or bert_score.utils.model2layers.get(name, num_layers)
+    if layers > num_layers:
+        raise UserError(f"eval.bertscore_layers = {layers}: {name} has {num_layers} layers")
+    return layers
+
+
+def load_scorer(cfg: EvalConfig, device: torch.device | str) -> BERTScorer:
+    """bert-score's scorer in fp32. Raises: UserError.
+
+    bert-score 0.3.13 leaves no other way than its private attributes to mend what it does under
+    transformers 5: it fails at a tokenizer without a length, and drops the space before the first
+    word at byte-level ones.
+    """
+    from transformers import AutoTokenizer
+
+    key = "eval.bertscore_model"
+    name = cfg.bertscore_model
+    layers = scorer_layers(cfg)
+    bert_score = import_optional("bert_score")
+    with report_load_errors(name, key):
+        scorer = bert_score.BERTScorer(name, num_layers=layers, device=str(device))
     scorer._model.float()
-    byte_level = bert_score.utils.GPT2Tokenizer, bert_score.utils.RobertaTokenizer
+    byte_level = (bert_score.utils.GPT2Tokenizer, bert_score.utils.RobertaTokenizer)
     if isinstance(scorer._tokenizer, byte_level):
-        scorer._tokenizer = load_pretrained(transformers.AutoTokenizer, name, key,
-                                            add_prefix_space=True)
+        scorer._tokenizer = load_pretrained(AutoTokenizer, name, key, add_prefix_space=True)
     if scorer._tokenizer.model_max_length > 10**9:  # unknown
-        positions = getattr(config, "max_position_embeddings", None) or 512
-        scorer._tokenizer.model_max_length = positions - 2  # RoBERTa's kind uses no more
+        positions = getattr(scorer._model.config, "max_position_embeddings", None) or 512
+        scorer._tokenizer.model_max_length = positions - 2  # RoBERTa reserves two positions
     return scorer
 
-@lru_cache(1)
-def load_embedder(name: str, bf16: bool = False, key: str = "eval.embedder",
-                  max_tokens: int | None = None) -> Any:
-    """A SentenceTransformer on the CPU. Raises: UserError that names the config key `key`."""
-    library, folder = import_optional("sentence_transformers"), Path(name)
-    with loading(name, key):
-        if folder.is_dir() and not (folder / "modules.json").is_file():
-            raise UserError("without modules.json, the library would take mean pooling; add this "
-                            "file and 1_Pooling/config.json, as in data/tiny/embedder")
+
+def load_embedder(name: str, bf16: bool, device: torch.device | str, key: str = "eval.embedder",
+                  max_tokens: int | None = None) -> SentenceTransformer:
+    """A model of sentence-transformers: hub name or folder. `key` names it in messages. Texts are
+    cut after max_tokens; None: what the model reads. Raises: UserError."""
+    library = import_optional("sentence_transformers")
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "modules.json").is_file():
+        raise UserError(f"{key}: cannot load {name}: without modules.json, the library would take "
+                        "mean pooling; add this file and 1_Pooling/config.json, as in "
+                        "data/tiny/embedder")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    with report_load_errors(name, key):
         model = library.SentenceTransformer(
-            name, device="cpu", local_files_only=folder.is_dir(), trust_remote_code=False,
-            model_kwargs={"dtype": torch.bfloat16 if bf16 else torch.float32})
-    if max_tokens:
+            name, device=str(device), local_files_only=folder.is_dir(), trust_remote_code=False,
+            model_kwargs={"dtype": dtype})
+    if max_tokens is not None:
         model.max_seq_length = min(model.max_seq_length or max_tokens, max_tokens)
     return model
 
-def encode(model: Any, texts: list[str], device: Any, **options: Any) -> Tensor:
-    """n texts -> unit vectors [n, width] fp32 on the CPU. `options` are those of the library."""
-    vectors = model.encode(texts, convert_to_tensor=True, show_progress_bar=False, device=device,
-                           **options)
+
+def embed_texts(model: SentenceTransformer, texts: list[str], **options: Any) -> Tensor:
+    """n texts -> unit vectors [n, width] fp32 on the CPU. `options` are those of model.encode."""
+    vectors = model.encode(texts, convert_to_tensor=True, show_progress_bar=False, **options)
     return F.normalize(vectors.float().cpu(), dim=1)
 
-def load_report_models(cfg: EvalConfig, split: Split, rt: Runtime) -> None:
-    """Load what scores the answers, on process 0 alone, and compare the embedder's vectors of a few
-    source texts with the stored ones. Raises: UserError, also if its vectors are narrower."""
-    load_scorer(cfg.bertscore_model, cfg.bertscore_layers)
-    if not cfg.embedder:
-        return
-    model, width = load_embedder(cfg.embedder), split.vectors.shape[1]
-    if (full := model.get_embedding_dimension() or width) < width:
-        raise UserError(f"eval.embedder: {cfg.embedder} makes vectors of width {full}, data.dir "
-                        f"has {width}")
-    rows = np.flatnonzero(split.rows["text"])[:32]
-    if len(rows):
-        texts, stored = [row.text for row in split.read(rows)], split.rows["vector"][rows]
-        vectors = encode(model, texts, "cpu", truncate_dim=width)
-        cosine = F.cosine_similarity(vectors, split.embeddings(stored)).mean().item()
-        rt.log(f"eval.embedder: mean cosine {cosine:.4f} with the stored vectors of {len(rows)} "
-               "texts")
+
+def compare_embedder(name: str, bf16: bool, device: torch.device,
+                     splits: dict[str, Split]) -> None:
+    """Embed some texts of each split and compare with their stored vectors: a warning where they
+    differ. The model is freed again. Raises: UserError if its vectors are narrower."""
+    model = load_embedder(name, bf16, device)
+    for split_name, split in splits.items():
+        width = split.vectors.shape[1]
+        full_width = model.get_embedding_dimension() or width
+        if full_width < width:
+            raise UserError(f"eval.embedder: {name} makes vectors of width {full_width}, data.dir "
+                            f"has {width}")
+        row_ids = np.flatnonzero(split.index["has_text"])[:EMBEDDER_CHECK_TEXTS]
+        if not len(row_ids):
+            continue
+        texts = [row.text for row in split.read(row_ids)]
+        vectors = embed_texts(model, texts, truncate_dim=width)
+        stored = split.embeddings(split.index["vector_id"][row_ids])
+        cosine = F.cosine_similarity(vectors, stored).mean().item()
+        log.info(f"eval.embedder: mean cosine {cosine:.4f} with the stored vectors of "
+                 f"{len(row_ids)} texts of {split_name}")
         if cosine < 0.95:
-            warn(f"eval.embedder = {cfg.embedder} does not make the vectors of {split.path}; its "
-                 "consistency and MRR mean little")
+            log.warning(f"eval.embedder = {name} does not make the vectors of {split.path}; its "
+                        "consistency and MRR mean little")
+    del model
+    free_memory()
 
-BERTSCORE_COLUMNS = [f"bertscore_{part}" for part in ("precision", "recall", "f1", "composite")]
-CONSISTENCY_COLUMNS = ["consistency", "mrr", "top1"]
 
-def bert_scores(cfg: EvalConfig, texts: list[str], references: list[str],
-                device: Any) -> np.ndarray:
-    """BERTSCORE_COLUMNS of n texts, [n, 4]; an empty text scores 0. One pair at a time: in a batch,
-    padding counts as a similarity of 0."""
-    scorer = load_scorer(cfg.bertscore_model, cfg.bertscore_layers)
-    scores, pairs = np.zeros((len(texts), 4)), zip(texts, references, strict=True)
-    rows = [i for i, pair in enumerate(pairs) if all(text.strip() for text in pair)]
-    scorer.device = scorer._model.to(device).device
-    for i in tqdm(rows, "scores", leave=False, disable=None):
-        parts = scorer.score([texts[i]], [references[i]], batch_size=1)
-        scores[i, :3] = torch.cat(parts).double().numpy()
-    scorer._model.cpu()
+# Scores of answers
+
+BERTSCORE_NAMES = ["bertscore_precision", "bertscore_recall", "bertscore_f1", "bertscore_composite"]
+CONSISTENCY_NAMES = ["consistency", "mrr", "top1"]
+
+
+def bert_scores(scorer: BERTScorer, texts: list[str], references: list[str]) -> np.ndarray:
+    """BERTSCORE_NAMES of n texts: [n, 4]. An empty text scores 0. One pair at a time: in a batch,
+    bert-score counts padding as a similarity of 0."""
+    scores = np.zeros((len(texts), 4))
+    pairs = list(zip(texts, references, strict=True))
+    for i, (text, reference) in enumerate(progress(pairs, "scores")):
+        if text.strip() and reference.strip():
+            precision, recall, f1 = scorer.score([text], [reference], batch_size=1)
+            scores[i, :3] = precision.item(), recall.item(), f1.item()
     scores[:, 3] = (scores[:, :3] * (0.3, 0.3, 0.4)).sum(1)
     return scores
 
-def consistency(texts: list[str], embed: Any, source: Tensor, vectors: Tensor) -> np.ndarray:
-    """CONSISTENCY_COLUMNS [n, 3] of n texts, which `embed` maps to unit vectors: the cosine with
-    vectors[source] of vectors [N, E], and by it the reciprocal rank of the source among all vectors
-    and whether that rank is 1. An empty text scores 0."""
-    scores, rows = np.zeros((len(texts), 3)), [i for i, t in enumerate(texts) if t.strip()]
-    if rows:
-        answers = embed([texts[i] for i in rows])
-        cosine = (answers * F.normalize(vectors[source[rows]].float(), dim=1)).sum(1)
-        rank = torch.ones(len(rows))
-        for chunk in vectors.split(8192):
-            others = answers @ F.normalize(chunk.float(), dim=1).T
-            rank += (others > cosine[:, None] + 1e-6).sum(1)  # beyond rounding: itself, its copies
-        scores[rows] = torch.stack([cosine, 1 / rank, (rank == 1).float()], dim=1)
+
+def consistency_scores(texts: list[str], embed: Callable[[list[str]], Tensor], source_ids: Tensor,
+                       vectors: Tensor) -> np.ndarray:
+    """CONSISTENCY_NAMES of n texts, which `embed` maps to unit vectors: the cosine with
+    vectors[source_ids], and by it the reciprocal rank of the source among all vectors [N, E], and
+    whether that rank is 1: [n, 3]. An empty text scores 0."""
+    scores = np.zeros((len(texts), 3))
+    filled = [i for i, text in enumerate(texts) if text.strip()]
+    if not filled:
+        return scores
+    answers = embed([texts[i] for i in filled])
+    sources = F.normalize(vectors[source_ids[filled]].float(), dim=1)
+    cosine = (answers * sources).sum(1)
+    rank_of_source = torch.ones(len(filled))
+    for chunk in vectors.split(8192):
+        others = answers @ F.normalize(chunk.float(), dim=1).T
+        # Tolerance: the source and its duplicates do not outrank it.
+        rank_of_source += (others > cosine[:, None] + 1e-6).sum(1)
+    is_first = (rank_of_source == 1).float()
+    scores[filled] = torch.stack([cosine, 1 / rank_of_source, is_first], dim=1)
     return scores
+
 
 def repetition(text: str) -> float:
-    """Share of the word trigrams of `text` that occurred in it before."""
+    """The share of the word trigrams of a text that occurred in it before."""
     words = text.split()
-    triples = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
-    return 1 - len(set(triples)) / len(triples) if triples else 0.0
+    trigrams = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
 
-def score_answers(cfg: Config, answers: dict[str, list[str]], rows: np.ndarray, split: Split,
-                  device: Any) -> Any:
-    """A DataFrame with index `rows`: the column samples, of ones, and the scores of the answers
-    about `rows` by their own vectors, under the suffix "", and by shuffled ones, "_shuffled", and
-    the CONSISTENCY_COLUMNS of the reference answers, "_reference"."""
-    scores = import_optional("pandas").DataFrame({"samples": 1.0}, rows)
-    for suffix in ("", "_shuffled"):
-        texts, columns = answers[suffix], [name + suffix for name in BERTSCORE_COLUMNS]
-        scores[columns] = bert_scores(cfg.eval, texts, answers["_reference"], device)
+
+def score(measured: Measured, references: list[str], split: Split, cfg: EvalConfig, bf16: bool,
+          device: torch.device) -> pd.DataFrame:
+    """The scores of the answers, a row for each of measured.sample_ids: BERTSCORE_NAMES, empty_rate
+    and repetition of the answers and, as NAME_shuffled, of those about shuffled vectors; with
+    eval.embedder CONSISTENCY_NAMES of both and, as NAME_reference, of the references. The embedder
+    runs in bf16, if asked for. Each model is freed after its use."""
+    scores = import_optional("pandas").DataFrame(index=measured.sample_ids)
+    scorer = load_scorer(cfg, device)
+    for suffix, texts in (("", measured.answers), ("_shuffled", measured.shuffled_answers)):
+        names = [name + suffix for name in BERTSCORE_NAMES]
+        scores[names] = bert_scores(scorer, texts, references)
         scores[f"empty_rate{suffix}"] = [float(not text.strip()) for text in texts]
         scores[f"repetition{suffix}"] = [repetition(text) for text in texts]
-    if cfg.eval.embedder:
-        model = load_embedder(cfg.eval.embedder)
-        embed = partial(encode, model, device=device, truncate_dim=split.vectors.shape[1])
-        source = torch.from_numpy(split.rows["vector"][rows].astype(np.int64))
-        for suffix, texts in answers.items():
-            columns = [name + suffix for name in CONSISTENCY_COLUMNS]
-            scores[columns] = consistency(texts, embed, source, split.vectors)
-        model.cpu()
+    del scorer
+    free_memory()
+
+    if cfg.embedder:
+        model = load_embedder(cfg.embedder, bf16, device)
+        width = split.vectors.shape[1]
+        embed = functools.partial(embed_texts, model, truncate_dim=width)
+        vector_ids = split.index["vector_id"][measured.sample_ids]
+        source_ids = torch.from_numpy(vector_ids.astype(np.int64))
+        for suffix, texts in (("", measured.answers), ("_shuffled", measured.shuffled_answers),
+                              ("_reference", references)):
+            names = [name + suffix for name in CONSISTENCY_NAMES]
+            scores[names] = consistency_scores(texts, embed, source_ids, split.vectors)
+        del model, embed
+        free_memory()
     return scores
 
-def score_now(elm: ELM, split: Split, cfg: EvalConfig, rt: Runtime) -> float:
-    """The bertscore_composite that `report` would find, and nothing else. One process."""
-    rows = sample_rows(split, cfg.samples)
-    vector_ids = split.rows["vector"][rows]
-    answers = generate_answers(elm, split, rows, vector_ids, cfg.max_new_tokens, rt)
-    references = [row.response for row in split.read(rows)]
-    return float(bert_scores(cfg, answers, references, rt.device)[:, 3].mean())
 
-RATIOS = {"loss": ("nll", "tokens"), "loss_shuffled": ("nll_shuffled", "tokens"),
-          "gap": ("gap", "tokens"), "loss_text": ("nll_text", "tokens_text"),
-          "gap_closed": ("gap_with_text", "gap_text")}  # and each score per sample
+# The summary
 
-def summarize(frame: Any, num_resamples: int = 1000) -> dict[str, Any]:
-    """RATIOS of sums and mean scores over the rows of a DataFrame (see `report`), with bootstrap
-    95 % intervals: vectors are drawn with replacement, with all their rows. gap_closed is left out
-    unless the interval of its denominator lies above 0."""
-    has_text, gap = frame["nll_text"].notna(), frame["nll_shuffled"] - frame["nll"]
-    sums = frame.drop(columns="task", errors="ignore").assign(
-        tokens_text=frame["tokens"] * has_text, gap=gap, gap_with_text=gap * has_text,
-        gap_text=frame["nll_shuffled"] - frame["nll_text"]).groupby("vector").sum()
-    n, rng, total = len(sums), np.random.default_rng(0), sums.sum()
-    at_once = max(1, 10**6 // n)  # resamples, each a row of n counts
-    sizes = np.diff(np.r_[0:num_resamples:at_once, num_resamples])
-    draws = [rng.multinomial(n, np.full(n, 1 / n), size) @ sums.to_numpy() for size in sizes]
-    drawn = dict(zip(sums, np.concatenate(draws).T, strict=True))
-    result, intervals, scores = {"rows": len(frame), "rows_text": int(has_text.sum())}, {}, ()
-    if "samples" in frame:
-        result["samples"] = int(total["samples"])
-        scores = frame.loc[:, "samples":].columns[1:]
-    for name, (num, den) in (RATIOS | {score: (score, "samples") for score in scores}).items():
-        if total[den] > 0 and (den != "gap_text" or np.percentile(drawn[den], 2.5) > 0):
-            result[name] = float(total[num] / total[den])
-            if n > 1 and (drawn[den] > 0).all():
-                intervals[name] = np.percentile(drawn[num] / drawn[den], (2.5, 97.5)).tolist()
-    return result | {"intervals": intervals}
 
-def report(elm: ELM, split: Split, cfg: Config, rt: Runtime, run: Path, about: dict) -> dict:
-    """Measure the adapter, trained in the folder `run`, on `split`, then free the LLM. Process 0
-    writes predictions.jsonl, eval.json and report.png, prints the table and returns the dict of
-    eval.json, which begins with `about`; the others {}. All is computed from one DataFrame of rows:
-    vector, task, tokens, losses, and the scores of the sampled rows, NaN in the others."""
-    shuffled, folder, pd = shuffled_vectors(split), Path(cfg.output.dir), import_optional("pandas")
-    task = pd.Categorical.from_codes(split.rows["task"], split.data.tasks)
-    frame = pd.DataFrame(dict(vector=split.rows["vector"], task=task))
-    frame["nll"], frame["tokens"] = evaluate_nll(elm, split, split.rows["vector"], rt)
-    frame["nll_shuffled"], _ = evaluate_nll(elm, split, shuffled, rt)
-    frame["nll_text"], tokens_text = evaluate_nll(elm, split, None, rt)
-    frame.loc[tokens_text == 0, "nll_text"] = math.nan
-    if num_cut := int((split.rows["text"] & (tokens_text == 0)).sum()):
-        warn(f"{num_cut} texts exceed data.max_seq_length: left out of loss_text and gap_closed")
-    rows = sample_rows(split, cfg.eval.samples)
-    answers = {suffix: generate_answers(elm, split, rows, ids, cfg.eval.max_new_tokens, rt)
-               for suffix, ids in (("", split.rows["vector"][rows]), ("_shuffled", shuffled[rows]))}
-    release(elm.llm)
-    if rt.rank > 0:
-        return {}
-    keys = {"embedding_file_idx", "task_type", "query", "response"}
-    predictions = [row.model_dump(include=keys) | dict(prediction=a, prediction_shuffled=b)
-                   for row, a, b in zip(split.read(rows), *answers.values(), strict=True)]
-    lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
-    write_text(folder / "predictions.jsonl", lines)  # before the scores, which may fail
-    if predictions:
-        answers["_reference"] = [p["response"] for p in predictions]
-        frame = frame.join(score_answers(cfg, answers, rows, split, rt.device))
-    result = about | summarize(frame)
-    result["tasks"] = {task: summarize(group)
-                       for task, group in frame.groupby("task", observed=True)}
-    write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
-    with atomic_write(folder / "report.png") as path:
-        plot_report(path, metrics := read_metrics(run / "metrics.jsonl"), run.name, result)
-    print_report(result, predictions, metrics, cfg, rt)
+class Ratio(NamedTuple):
+    """A measure: one sum over rows divided by another."""
+
+    name: str
+    numerator: str  # columns of summands()
+    denominator: str
+
+
+RATIOS = (
+    Ratio("loss", "nll", "tokens"),
+    Ratio("loss_shuffled", "nll_shuffled", "tokens"),
+    Ratio("gap", "gap", "tokens"),
+    Ratio("loss_text", "nll_text", "tokens_text"),
+    Ratio("gap_closed", "gap_with_text", "gap_text"))
+
+
+def summands(losses: pd.DataFrame, scores: pd.DataFrame | None) -> pd.DataFrame:
+    """What RATIOS and scores sum up, by row; scores of rows that were not answered are NaN, which a
+    sum leaves out."""
+    columns = losses.drop(columns="task")
+    has_text = losses["nll_text"].notna()
+    gap = losses["nll_shuffled"] - losses["nll"]
+    columns = columns.assign(
+        tokens_text=losses["tokens"] * has_text,
+        gap=gap,
+        gap_with_text=gap * has_text,
+        gap_text=losses["nll_shuffled"] - losses["nll_text"])
+    if scores is not None:
+        columns = columns.join(scores.assign(samples=1.0))
+    return columns
+
+
+def resampled_sums(sums: np.ndarray, num_resamples: int) -> np.ndarray:
+    """Bootstrap (Efron, 1979): sums [n, columns] of n vectors, drawn with replacement -> the total
+    of each resample [num_resamples, columns]."""
+    n = len(sums)
+    rng = np.random.default_rng(0)
+    resamples_at_once = max(1, 10**6 // n)  # each is a row of n counts
+    totals = []
+    for start in range(0, num_resamples, resamples_at_once):
+        size = min(resamples_at_once, num_resamples - start)
+        counts = rng.multinomial(n, np.full(n, 1 / n), size)
+        totals.append(counts @ sums)
+    return np.concatenate(totals)
+
+
+def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
+              num_resamples: int = 1000) -> dict[str, Any]:
+    """RATIOS and mean scores over rows (see Measured and score), with bootstrap 95 % intervals:
+    vectors are drawn with replacement, with all their rows. gap_closed is left out unless the
+    interval of its denominator lies above 0."""
+    result: dict[str, Any] = {
+        "rows": len(losses), "rows_text": int(losses["nll_text"].notna().sum())}
+    measures = list(RATIOS)
+    if scores is not None:
+        result["samples"] = int(losses.index.isin(scores.index).sum())
+        measures += [Ratio(name, name, "samples") for name in scores.columns]
+
+    by_vector = summands(losses, scores).groupby("vector").sum()
+    totals = by_vector.sum()
+    resamples = resampled_sums(by_vector.to_numpy(), num_resamples)
+    resampled = {name: resamples[:, i] for i, name in enumerate(by_vector.columns)}
+
+    intervals = {}
+    for name, numerator, denominator in measures:
+        if totals[denominator] <= 0:
+            continue
+        if name == "gap_closed" and np.percentile(resampled[denominator], 2.5) <= 0:
+            continue
+        result[name] = float(totals[numerator] / totals[denominator])
+        if len(by_vector) > 1 and (resampled[denominator] > 0).all():
+            ratios = resampled[numerator] / resampled[denominator]
+            intervals[name] = np.percentile(ratios, (2.5, 97.5)).tolist()
+    result["intervals"] = intervals
     return result
 
-def describe_gap(result: dict, metrics: list[dict]) -> str:
-    """The gap closed of a report, and on the validation split at its first and last step."""
-    closed = (f"{result['gap_closed']:.4f} on {result['split']}" if "gap_closed" in result else
-              "none: no text that this LLM reads better than another row's vector")
-    text = next((m["val_loss_text"] for m in metrics if "val_loss_text" in m), math.inf)
-    steps = [f"{(shuffled - m['val_loss']) / (shuffled - text):.4f} at step {m['step']}"
-             for m in metrics if (shuffled := m.get("val_loss_shuffled", -math.inf)) > text]
-    return closed + (f"; on val {steps[0]}, {steps[-1]}" if len(steps) > 1 else "")
 
-def plot_report(path: Path, metrics: list, name: str, result: dict | None = None) -> None:
-    """report.png: the losses over the steps and, with a result, those of each task at the end."""
-    pd, plt = import_optional("pandas"), import_optional("matplotlib.figure")
-    figure = plt.Figure((13 if result else 6.5, 6), layout="constrained")
-    left, *right = figure.subplots(1, 1 + bool(result), squeeze=False)[0]
-    keys = ["loss", "val_loss_shuffled", "val_loss", "val_loss_text"]
-    curves = pd.DataFrame(metrics, columns=["step", *keys]).astype(float).set_index("step")
-    curves["val_loss_text"] = curves["val_loss_text"].max()  # measured once
-    for key, color, marker in zip(keys, ("0.6", "tab:red", "tab:blue", "tab:green"), " oo ",
-                                  strict=True):
-        curves[key].dropna().plot(ax=left, color=color, marker=marker)
-    left.set(ylabel="loss per response token", ylim=(0, None), title=name)
-    left.legend()
-    if result:
-        keys = [key for key in ("loss_shuffled", "loss", "loss_text") if key in result]
-        values = pd.DataFrame([*result["tasks"].values()], [*result["tasks"]], keys)
-        mrr = f", MRR {result['mrr']:.2f}" if "mrr" in result else ""
-        values.plot.barh(ax=right[0], color=["tab:red", "tab:blue", "tab:green"], width=0.8,
-                         xlabel="loss per response token",
-                         title=f"{result['split']}, {result['rows']} rows{mrr}")
-        right[0].invert_yaxis()
-        figure.suptitle(f"gap closed: {describe_gap(result, metrics)}")
-    figure.savefig(path, format="png", dpi=100)
+# The report
 
-def print_report(result: dict, predictions: list, metrics: list, cfg: Config, rt: Runtime) -> None:
-    """Five answers beside their references, the table, and lines of `key: value`."""
-    lines = ["", *("{task_type}: {query}\n    reference   {response}\n    prediction  {prediction}"
-                   .format(**p) for p in predictions[:: max(1, len(predictions) // 5)][:5])]
-    columns = {"rows": "rows", "loss_shuffled": "shuffled", "loss": "vectors", "loss_text": "text",
-               "gap_closed": "gap closed", "bertscore_composite": "BERTScore", "mrr": "MRR"}
-    columns = {key: title for key, title in columns.items() if key in result}
-    tasks = sorted(result["tasks"].items(), key=lambda item: -item[1].get("gap_closed", -math.inf))
-    few = {"bertscore_composite": None, "mrr": None}  # a mean of fewer than 20 answers says little
-    rows = {name: row | (few if row.get("samples", 0) < 20 else {}) for name, row in tasks}
-    half = {key: (high - low) / 2 for key, (low, high) in result["intervals"].items()}
-    rows = {"all": result, "± 95 %": half | {"rows": ""}} | rows
-    table = import_optional("pandas").DataFrame([*rows.values()], [*rows], [*columns])
-    lines += ["", "losses per response token by other rows' vectors, the right ones and the text",
-              table.to_string(header=[*columns.values()], na_rep="", col_space=9,
-                              float_format="{:.3f}".format)]
-    lines += ["", f"gap_closed: {describe_gap(result, metrics)}"]
-    lines += [f"{key}: {result[key]:.4f}" for key in columns if key not in ("rows", "gap_closed")]
-    folder, final = cfg.output.dir, split_paths(cfg.data, result["split"])[0]
-    lines += [f"steps: {result['step']}", f"adapter_step: {result['adapter_step']}",
-              f"seconds: {time.perf_counter() - START:.0f}", f"files: {folder}"]
-    if predictions and (best := Path(folder, "adapter_best.safetensors")).exists():
-        words = f"adapter={best}", f"embeddings={final}", "rows=[0]"
-        query = f"query={predictions[0]['query']}"
-        lines.append("next: python elm.py generate " + shlex.join([*words, query]))
-    rt.log("\n".join(lines))
 
-# -----------------------------------------------------------------------------
-# Commands that use a trained adapter
+def write_report(measured: Measured, split: Split, cfg: Config, device: torch.device, folder: Path,
+                 run_folder: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """Score the answers, write predictions.jsonl, eval.json and report.png into `folder`, print the
+    table, and return the dict of eval.json, which begins with `header`. `run_folder` has the
+    metrics of the training. On process 0 alone."""
+    predictions = []
+    rows = split.read(measured.sample_ids)
+    for row, answer, shuffled_answer in zip(
+            rows, measured.answers, measured.shuffled_answers, strict=True):
+        predictions.append({
+            "task_type": row.task_type,
+            "embedding_file_idx": row.embedding_file_idx,
+            "query": row.query,
+            "response": row.response,
+            "prediction": answer,
+            "prediction_shuffled": shuffled_answer})
+    # Before the scores, which may fail.
+    write_text(folder / "predictions.jsonl", jsonl(predictions))
 
-class EmbedOptions(Table):
-    model: PathStr = "Qwen/Qwen3-Embedding-4B"  # hub name or folder, for sentence-transformers
-    instruction: str | None = None  # what the texts are for, as Qwen3-Embedding takes it
-    max_tokens: PositiveInt | None = None  # none: what the model takes
-    batch_size: PositiveInt = 32
-    bf16: bool = True
+    scores = None
+    if predictions:
+        references = [row.response for row in rows]
+        scores = score(measured, references, split, cfg.eval, cfg.model.bf16, device)
+    result = header | summarize(measured.losses, scores)
+    result["tasks"] = {}
+    for task, losses in measured.losses.groupby("task", observed=True):
+        task_scores = None
+        if scores is not None:
+            task_scores = scores[scores.index.isin(losses.index)]
+        result["tasks"][task] = summarize(losses, task_scores)
+    write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
 
-def write_table(path: Path, chunks: Iterable[Tensor], **metadata: str) -> None:
-    """Write `chunks` of rows [n, E] as the one tensor of a safetensors file. A scratch file beside
-    it collects them, so that no table is held in anonymous memory. Raises: UserError."""
-    with atomic_write(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as scratch:
-        for chunk in chunks:
-            scratch.write(chunk.contiguous().view(torch.uint8).numpy())
-        scratch.flush()
-        table = torch.from_numpy(np.memmap(scratch, np.uint8)).view(chunk.dtype)
-        save_file({"embeddings": table.view(-1, chunk.shape[1])}, temporary, metadata)
+    metrics = read_metrics(run_folder / "metrics.jsonl")
+    plot_report(folder / "report.png", metrics, run_folder.name, result)
+    print_report(result, predictions, metrics)
+    log.info(f"files: {folder}")
+    adapter = folder / "adapter_best.safetensors"
+    if predictions and adapter.exists():
+        table = vectors_path(cfg.data.dir, result["split"])
+        print_next_command(adapter, table, predictions[0]["query"])
+    return result
 
-class Source(BaseModel, frozen=True, strict=True):  # a line of a file of texts
-    text: Annotated[str, Field(pattern=r"\S")]
-    group: Any = None  # such as an article: all its texts are in one split
-    split: Any = None  # of the text and its group; none: drawn
 
-def read_texts(path: Path):
-    """Yield the Source of each line of a .txt file, one text a line, or of a .jsonl; the line less
-    one is the text's row in the table of vectors. Raises: UserError naming the line."""
-    number = 0
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            with user_error(f"{path}:{number}: not a text, or an empty one", ValueError):
-                if path.suffix.lower() == ".txt":
-                    line = json.dumps({"text": line.decode("utf-8-sig").rstrip("\r\n")}).encode()
-                source = parse_line(Source, line)
-            yield source
-    if not number:
-        raise UserError(f"{path}: is empty")
+def gap_closed(loss: float, loss_shuffled: float, loss_text: float) -> float | None:
+    """None where the LLM reads the text no better than another row's vector."""
+    if loss_shuffled <= loss_text:
+        return None
+    return (loss_shuffled - loss) / (loss_shuffled - loss_text)
 
-@contextmanager
-def hidden_folder(out: Path):
-    """A locked folder beside `out`, which must be new, for what a kill must not lose; deleted at
-    the end. Raises: UserError."""
-    folder = out.with_name(f".{out.name}.work")
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / ".lock"):
-        check_new(out)  # another process may have finished it since
-        yield folder
-        shutil.rmtree(folder)
 
-def embed_texts(model: Any, o: EmbedOptions, texts: Iterable[str], num: int, folder: Path,
-                out: Path, block: int = 1024) -> None:
-    """Write the vectors of `num` texts as a table [num, width] fp32. Each block of texts is saved
-    in `folder`, by a hash of what it depends on, and taken from there by a later call. Raises:
-    UserError."""
-    prompt = f"Instruct: {o.instruction}\nQuery:" if o.instruction else None
-    key, paths, texts = (o, fingerprint(model)), [], iter(tqdm(texts, total=num, unit="text"))
-    while batch := list(islice(texts, block)):
-        paths.append(folder / f"{short_hash(repr((key, batch)))}.safetensors")
-        if not paths[-1].exists():
-            vectors = encode(model, batch, find_device(), batch_size=o.batch_size, prompt=prompt)
-            if not (vectors.norm(dim=1) > 0.5).all():  # not of unit norm
-                raise UserError(f"{o.model}: makes zero or infinite vectors; bf16=false?")
-            write_table(paths[-1], [vectors])
-    write_table(out, map(open_vectors, paths), embed=o.model_dump_json())
+def describe_gap(result: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+    """The gap closed of a report, and on the validation split at its first and last validation."""
+    if "gap_closed" in result:
+        text = f"{result['gap_closed']:.4f} on {result['split']}"
+    else:
+        text = "none: no text that this LLM reads better than another row's vector"
+    validations = [entry for entry in metrics if "val_loss_shuffled" in entry]
+    ceilings = [entry["val_loss_text"] for entry in validations if "val_loss_text" in entry]
+    if not ceilings:
+        return text
+    shares = []
+    for entry in validations:
+        share = gap_closed(entry["val_loss"], entry["val_loss_shuffled"], ceilings[0])
+        if share is not None:
+            shares.append(f"{share:.4f} at step {entry['step']}")
+    if len(shares) > 1:
+        text += f"; on val {shares[0]}, {shares[-1]}"
+    return text
 
-def embed_file(o: EmbedOptions, texts: Path, out: Path, block: int = 1024) -> None:
-    """Embed a file of texts into a table. Killed, the same command goes on. Raises: UserError."""
-    check_new(out)
-    if out.suffix != ".safetensors":
-        raise UserError(f"{out}: the vectors are written as safetensors; give it this suffix")
-    num, lines = sum(1 for _ in read_texts(texts)), (source.text for source in read_texts(texts))
-    model = load_embedder(o.model, o.bf16, "model", o.max_tokens)
-    with hidden_folder(out) as folder:
-        embed_texts(model, o, lines, num, folder, out, block)
-    print(f"{num} vectors of width {open_vectors(out).shape[1]}; texts are cut after "
-          f"{model.max_seq_length} tokens")
 
-def write_split(data: DataConfig, split: str, vectors: Tensor, used: np.ndarray,
-                rows: list[dict]) -> None:
-    """Write those of the vectors [N, E] at the sorted indices `used`, and rows, whose
-    embedding_file_idx becomes the index among these. Raises: UserError."""
-    table, path = split_paths(data, split)
-    index = np.searchsorted(used, [row["embedding_file_idx"] for row in rows])
-    write_table(table, (vectors[ids] for ids in torch.from_numpy(used).split(8192)))
-    rows = (row | dict(embedding_file_idx=int(i)) for row, i in zip(rows, index, strict=True))
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+LOSS_COLORS = {
+    "loss": "0.6", "val_loss_shuffled": "tab:red", "val_loss": "tab:blue",
+    "val_loss_text": "tab:green"}
+TASK_LOSS_COLORS = {"loss_shuffled": "tab:red", "loss": "tab:blue", "loss_text": "tab:green"}
 
-def filter_tasks(cfg: Config, folder: Path) -> None:
-    """A data set of data.tasks alone at `folder`, whole or not at all: their rows as they are, but
-    for the index, and only the vectors that these need, in the same order. Raises: UserError."""
-    check_new(folder)
-    data = cfg.data
-    splits = [s for s in SPLITS if all(p.exists() for p in split_paths(data, s))]
-    if not splits:
-        raise UserError(f"data.dir: no {split_paths(data, 'train')[1]} with its vectors")
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
-        new = DataConfig(dir=f"{work}/data")
-        for split in splits:
-            path, rows_path = split_paths(data, split)
-            vectors, counts = open_vectors(path), Counter()
-            rows = read_rows(rows_path, data.tasks, len(vectors), counts)
-            rows = [row.model_dump(exclude_unset=True) for *_, row in rows]
-            used = np.unique([row["embedding_file_idx"] for row in rows])
-            write_split(new, split, vectors, used, rows)
-            print(f"{split}: {len(rows)} of {counts.total()} rows, {len(used)} of {len(vectors)} "
-                  "vectors")
-        os.replace(new.dir, folder)
 
-class EvalOptions(Config):
-    adapter: PathStr  # a file, a run's folder, or a name on the hub
-
-def evaluate(cfg: EvalOptions, beside: bool = False) -> dict:
-    """The report of training's end on the adapter of a file, in output.dir or in a folder beside
-    the adapter: returns the dict of eval.json. Raises: UserError."""
-    rt, final, path = start_runtime(cfg), report_split(cfg), Path(cfg.adapter)
-    adapter, about = Adapter.load(path)
-    step, run = about.get("step"), (path if path.is_dir() else path.parent).resolve()
-    name = path.stem if step is None else f"step_{step}"  # of one's own loop
-    folder = run / f"eval_{final}_{name}" if beside else Path(cfg.output.dir)
-    cfg = cfg.model_copy(update=dict(output=OutputConfig(dir=str(folder))))
-    rt.on_first(lambda: check_new(folder / "metrics.jsonl", folder / "eval.json"))
-    split = open_inputs(cfg, [final], adapter.settings["tokens"], rt, about.get("prompt"))[final]
-    check_vectors(split.vectors[:8192], adapter, f"data.dir: {final}")
-    elm = ELM.load(path, cfg.model.llm, cfg.model.bf16, cfg.deepspeed)
-    check_llm(elm, cfg.data.max_seq_length)
-    folder.mkdir(parents=True, exist_ok=True)
-    return report(elm, split, cfg, rt, run, dict(split=final, step=step, adapter_step=step))
-
-class GenerateOptions(Table, extra="allow"):  # further keys: options of the LLM's own `generate`
-    adapter: PathStr
-    embeddings: PathStr  # a .safetensors or .npy file of one table
-    query: str
-    rows: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = None  # none: all
-    llm: PathStr | None = None  # the adapter's LLM at another place
-    max_new_tokens: PositiveInt = 256
-    seed: Seed = 42
-    zero_stage: Literal[0, 3] = 0  # 3: the LLM is shared out among the launcher's processes
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def check_keys(cls, values: dict) -> dict:
-        """Refuse misspelled keys, and those by which an answer would not be one text."""
-        known = cls.model_fields.keys() | vars(transformers.GenerationConfig()).keys()
-        known -= {"num_return_sequences", "return_dict_in_generate"}
-        for key in sorted(values.keys() - known):
-            raise ValueError(f"{key}: not an option here{did_you_mean(key, sorted(known))}")
-        return values
-
-def generate(o: GenerateOptions) -> None:
-    """Print answers about the vectors of a file as lines of JSON, as they come. Raises:
-    UserError."""
-    vectors, (adapter, _) = open_vectors(Path(o.embeddings)), Adapter.load(o.adapter)
-    rows = range(len(vectors)) if o.rows is None else o.rows
-    if wrong := {*(o.rows or ())}.difference(range(len(vectors))):
-        raise UserError(f"rows: no row {min(wrong)} among {len(vectors)}")
-    Prompt.parts(o.query)
-    for first in range(0, len(rows), 1024):
-        part = rows[first : first + 1024]
-        check_vectors(vectors[list(part)], adapter, o.embeddings, part)
-    rt, options = start_runtime(Config()), DeepSpeedConfig(zero_stage=o.zero_stage)
-    elm, size = ELM.load(o.adapter, o.llm, options=options), ANSWERS_AT_ONCE[rt.device.type]
-    torch.manual_seed(o.seed)
-    firsts, escape = range(0, len(rows), size), str(sys.stdout.encoding).lower() != "utf-8"
-    for first in tqdm(firsts, unit="batch", disable=rt.rank > 0 or sys.stdout.isatty()):
-        batch = list(rows[first : first + size])
-        with user_error("generate"):
-            answers = elm.generate(vectors[batch], o.query, o.max_new_tokens, size, **o.model_extra)
-        for row, answer in zip(batch, answers, strict=True):
-            entry = dict(row=row, query=o.query, answer=answer)
-            if rt.rank == 0:
-                print(json.dumps(entry, ensure_ascii=escape), flush=True)
-
-# -----------------------------------------------------------------------------
-# Synthesis: rows, vectors and splits from texts
-
-PREAMBLE = re.compile(r"<think>|(here('s|’s| is| are)|sure|certainly|of course)\b", re.IGNORECASE)
-WAITS = (1, 2, 4, 8, 16)  # seconds before the next try of a request
-Query = Annotated[str, pydantic.AfterValidator(lambda query: Prompt.parts(query) and query)]
-Queries = Annotated[dict[str, list[Query]], pydantic.BeforeValidator(
-    lambda path: {k: v for k, v in (QUERIES | read_toml(str(path), {})).items() if v})]
-Count = Annotated[PositiveInt, pydantic.BeforeValidator(lambda x: 2**31 if x == "all" else x)]
-Shares = Annotated[tuple[PositiveFloat, PositiveFloat, NonNegativeFloat], Field(strict=False)]
-
-class SynthesizeOptions(Table):
-    model: PathStr = "Qwen/Qwen3-4B-Instruct-2507"  # that answers: the LLM to be trained for
-    embedder: PathStr = "Qwen/Qwen3-Embedding-4B"
-    endpoint: Annotated[str, Field(pattern=r"^https?://.*\w/?$")] | None = None  # a server, to /v1
-    concurrency: PositiveInt = 64  # requests at a time to the server
-    tasks: Count = 6  # of each text, drawn by a hash; or all
-    queries: Queries = QUERIES  # a TOML file, task = [queries]: replaces or adds, [] drops
-    reconstruct: Annotated[float, Field(ge=0, le=1)] = 0.3  # share of texts with this task
-    split: Shares = (0.9, 0.05, 0.05)  # shares of train, val and test
-    max_new_tokens: PositiveInt = 256
-    temperature: NonNegativeFloat = 0.0  # 0: greedy
-    seed: Seed = 42
-    template: dict[str, Any] = {}  # keyword arguments of the chat template
-    bf16: bool = True
-
-def draw(*parts: Any) -> float:
-    """A number in [0, 1) by a hash of `parts`, whatever their case and spaces."""
-    words = unicodedata.normalize("NFKC", " ".join(map(str, parts))).casefold().split()
-    return int(short_hash(" ".join(words))[:13], 16) / 2**52
-
-def split_texts(path: Path, shares: tuple[float, ...]) -> dict[str, str]:
-    """{text: its split}, sorted, of a file; texts that differ in case and spaces alone are one. The
-    split is the one given to the text or its group, or drawn by these. Raises: UserError."""
-    sources = sorted((alone := s.group in (None, ""), s.text, draw(s.text if alone else s.group),
-                      str(s.split or "")) for s in read_texts(path))
-    given = {group: split for *_, group, split in sources if split}
-    unique = {draw(text): (text, group) for _, text, group, _ in reversed(sources)}
-    texts, bounds = {}, np.cumsum(shares)
-    for text, group in sorted(unique.values()):  # the first of copies, in a group if one is
-        share = np.searchsorted(bounds, group * bounds[-1], side="right")
-        texts[text] = given.get(group) or SPLITS[share]
-    sizes = Counter(texts.values())
-    if min(sizes["train"], sizes["val"]) < 2 or sizes["test"] == 1 or {*sizes} - {*SPLITS}:
-        raise UserError(f"{path}: {dict(sizes)} texts; train and val need two, test two or none; "
-                        "give more, or other shares, as split=[0.7, 0.15, 0.15]")
-    return texts
-
-def draw_rows(o: SynthesizeOptions, index: int, text: str) -> list[dict]:
-    """The rows of a text, without a fault yet, their responses empty, but for reconstruct's: the
-    first two sentences."""
-    tasks = o.queries.keys() - {RECONSTRUCT}
-    tasks = sorted(tasks, key=partial(draw, o.seed, text))[: o.tasks]
-    tasks += o.queries.keys() & {RECONSTRUCT} if draw(o.seed, text) < o.reconstruct else []
-    begin = " ".join(re.split(r"(?<=[.!?])\s+|(?<=[。！？])", text.strip())[:2])
-    queries = {t: o.queries[t][int(draw(o.seed, t, text) * len(o.queries[t]))] for t in tasks}
-    return [dict(task_type=task, embedding_file_idx=index, query=queries[task], text=text,
-                 response=begin * (task == RECONSTRUCT), fault="") for task in sorted(tasks)]
-
-@torch.no_grad()
-def ask_llm(o: SynthesizeOptions, llm: Any, prompt: Prompt, rows: list, seed: int,
-            temperature: float) -> list[tuple[str, bool]]:
-    """(answer, whether it is finished) of each row, from one batch of the prompts of the text
-    ceiling: the text, cut at the LLM's limit, stands where the vector will. Raises: UserError if
-    the limit leaves no room for an answer."""
-    room = max_positions(llm) - o.max_new_tokens
-    named = [(f"model: {row['text'][:50]!r}", Row.model_construct(**row)) for row in rows]
-    with user_error(f"max_new_tokens = {o.max_new_tokens} leaves {room} tokens, lower it"):
-        examples = tokenize(prompt, named, 0, room, "text")
-    ids = [torch.from_numpy(e.ids[: -e.num_labels]).to(llm.device) for e in examples]
-    torch.manual_seed(seed)
-    options = dict(temperature=temperature) if temperature else {}
-    embeds = [*map(llm.get_input_embeddings(), ids)]
-    return generate_batch(llm, prompt, embeds, o.max_new_tokens, **options)
-
-def ask_server(o: SynthesizeOptions, rows: list, seed: int,
-               temperature: float) -> list[tuple[str, bool]]:
-    """As ask_llm, of one row, by an OpenAI-compatible server. 429, 5xx, a broken connection and
-    half an answer are followed by the next try after each of WAITS. Raises: UserError."""
-    text, url = rows[0]["text"], f"{o.endpoint.rstrip('/')}/chat/completions"
-    message = dict(role="user", content=text.join(Prompt.parts(rows[0]["query"])))
-    body = dict(model=o.model, messages=[message], max_tokens=o.max_new_tokens, seed=seed,
-                temperature=temperature)
-    body |= {"chat_template_kwargs": o.template} if o.template else {}  # as vLLM and SGLang take it
-    key = "".join(os.environ.get("OPENAI_API_KEY", "none").split())
-    call = urllib.request.Request(url, json.dumps(body).encode(),
-                                  {"Content-Type": "application/json"})
-    call.add_unredirected_header("Authorization", f"Bearer {key}")
-    for wait in [*WAITS, None]:
-        try:
-            with urllib.request.urlopen(call, timeout=600) as reply:
-                (choice,) = json.load(reply)["choices"]
-            answer = (choice["message"]["content"] or "").encode(errors="replace").decode()
-            return [(answer, choice["finish_reason"] == "stop")]
-        except Exception as e:  # a server can answer anything
-            refused = isinstance(getattr(e, "reason", None), ConnectionRefusedError)
-            code, why = getattr(e, "code", 500), f"{type(e).__name__}: {e}"  # repr has the key
-            with suppress(Exception):  # what it says
-                why += e.read(300).decode(errors="replace")
-        if not wait or refused or code < 500 and code != 429:
-            raise UserError(f"endpoint: {url} about {text[:50]!r}: {' '.join(why.split())}")
-        time.sleep(wait)
-
-def fault(row: dict, answer: str, finished: bool) -> str:
-    """Why an answer is rejected, or ""."""
-    source, words = (set(re.findall(r"\w+", t.casefold())) for t in (row["text"], answer))
-    copied = len(source & words) > max(0.8 * len(source), 0.5 * len(words))
-    copied &= not row["task_type"].startswith("style")
-    faults = {"not finished": not finished, "empty": not answer.strip(), "copied": copied,
-              "repetitive": repetition(answer) > 0.3, "preamble": PREAMBLE.match(answer.strip())}
-    return next((name for name, found in faults.items() if found), "")
-
-def fill_rows(o: SynthesizeOptions, rows: list[dict], path: Path) -> None:
-    """Set the empty responses, or why an answer is rejected as `fault`. Rejected answers are asked
-    for once more, with another seed and a temperature above 0. Answers are appended to the file
-    `path` as they come, so that a later call asks for the missing ones only. Raises: UserError."""
-    ask, size, threads, engine = partial(ask_server, o), 1, o.concurrency, "server"
-    if not o.endpoint:
-        tokenizer = load_pretrained(transformers.AutoTokenizer, o.model, "model")
-        llm = load_llm(o.model, find_device(), o.bf16, "model")
-        ask = partial(ask_llm, o, llm, Prompt(tokenizer, o.template))
-        size, threads, engine = ANSWERS_AT_ONCE[llm.device.type], 1, (fingerprint(llm), o.bf16)
-    options = engine, o.model, o.template, o.max_new_tokens, o.temperature, o.seed
-    rows, answers = sorted(rows, key=lambda row: -len(row["text"])), {}
-    for line in path.read_text("utf-8").split("\n") if path.exists() else []:
-        with suppress(ValueError):  # torn by a kill
-            answers |= json.loads(line)
-
-    def ask_block(attempt: int, keys: list[str]) -> int:
-        asked, seed = [requests[key] for key in keys], int(keys[0][:7], 16)
-        replies = ask(asked, seed, o.temperature or float(attempt))
-        append(path, f"\n{json.dumps(block := dict(zip(keys, replies, strict=True)))}")
-        answers.update(block)
-        return len(keys)
-
-    for attempt in range(2):
-        keyed = [(short_hash(repr((options, attempt, row["query"], row["text"]))), row)
-                 for row in rows if not row["response"]]
-        requests = {key: row for key, row in keyed if key not in answers}
-        left = [*requests]
-        blocks = [left[i : i + size] for i in range(0, len(left), size)]
-        with tqdm(desc=f"answers, try {attempt + 1}", total=len(left), disable=not left) as bar:
-            for number in read_ahead(partial(ask_block, attempt), blocks, threads):
-                bar.update(number)
-        for key, row in keyed:
-            row["fault"] = fault(row, *answers[key])
-            row["response"] = "" if row["fault"] else answers[key][0].strip()
-
-def synthesize(o: SynthesizeOptions, source: Path, out: Path) -> None:
-    """A data set at `out`, whole or not at all, of the texts of a file: queries about each, the
-    LLM's answers, and vectors. Killed, the same command goes on. Raises: UserError."""
-    check_new(out)
-    texts = split_texts(source, o.split)
-    rows = [row for i, text in enumerate(texts) for row in draw_rows(o, i, text)]
+def plot_report(path: Path, metrics: list[dict[str, Any]], name: str,
+                result: dict[str, Any] | None = None) -> None:
+    """report.png: the losses over the steps and, with the dict of eval.json, those of each task at
+    the end."""
     pd = import_optional("pandas")
-    embedder = load_embedder(o.embedder, o.bf16, "embedder")  # its errors come first
-    with hidden_folder(out) as work:
-        fill_rows(o, rows, work / "answers.jsonl")
-        tasks = pd.Series([row["task_type"] for row in rows], name="rows")
-        outcomes = pd.Series([row["fault"] or texts[row["text"]] for row in rows], name="")
-        counts = pd.crosstab(tasks, outcomes).to_string()
-        why = ", ".join(sorted({row["fault"] for row in rows} - {""}))
-        rows = [row for row in rows if not row.pop("fault")]
-        answered = {row["text"] for row in rows if not why or row["task_type"] != RECONSTRUCT}
-        sizes = {split: sum(texts[t] == split for t in answered) for split in {*texts.values()}}
-        if min(sizes.values()) < 2:
-            raise UserError(f"model: answers about {sizes} texts are too few; others: {why or 0}")
-        options, table = EmbedOptions(model=o.embedder, bf16=o.bf16), work / "vectors.safetensors"
-        embed_texts(embedder, options, texts, len(texts), work, table)
-        data = DataConfig(dir=str(new := work / "data"))
-        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
-        for split in sizes:
-            used = np.flatnonzero([texts[text] == split for text in texts])
-            chosen = [row for row in rows if texts[row["text"]] == split]
-            write_split(data, split, open_vectors(table), used, chosen)
-        settings = {
-            "model.llm": o.model, "model.bf16": o.bf16, "model.tokens": 4,
-            "model.template": o.template, "data.dir": str(out),
-            "data.tasks": sorted({row["task_type"] for row in rows}), "train.lr": 1e-3,
-            "train.warmup_steps": min(100, len(rows) // 100), "eval.embedder": o.embedder,
-            "output.dir": f"runs/{out.name}"}
-        toml = "".join(f"{name} = {to_toml(value)}\n" for name, value in settings.items())
-        write_text(new / "train.toml", toml)
-        os.replace(new, out)
-    paths = [split_paths(DataConfig(dir=str(out)), split)[0] for split in SPLITS]
-    tables = [open_vectors(path) for path in paths if path.exists()]
-    similar = sum(int((torch.cat([v @ t.T for t in tables[:i]], 1).amax(1) > 0.95).sum())
-                  for i in range(1, len(tables))
-                  for v in tqdm(tables[i].split(64), "near-duplicates", leave=False))
-    print(f"{counts}\n{similar} texts of val and test have a cosine above .95 with one of another "
-          "split")
-    for row in rows[:: max(1, len(rows) // 3)][:3]:
-        print("\n{task_type}: {query}\n{text}\n    {response}".format(**row))
-    print(f"\n{out}/train.toml:\n{toml}\nnext: deepspeed elm.py {shlex.quote(f'{out}/train.toml')}")
+    figure_class = import_optional("matplotlib.figure").Figure
+    figure = figure_class((13 if result else 6.5, 6), layout="constrained")
+    axes = figure.subplots(1, 2 if result else 1, squeeze=False)[0]
+
+    curves = pd.DataFrame(metrics, columns=["step", *LOSS_COLORS]).astype(float).set_index("step")
+    curves["val_loss_text"] = curves["val_loss_text"].max()  # measured once
+    for key, color in LOSS_COLORS.items():
+        is_measured_often = key in ("val_loss_shuffled", "val_loss")
+        curves[key].dropna().plot(ax=axes[0], color=color, marker="o" if is_measured_often else " ")
+    axes[0].set(ylabel="loss per response token", ylim=(0, None), title=name)
+    axes[0].legend()
+
+    if result:
+        keys = [key for key in TASK_LOSS_COLORS if key in result]
+        tasks = pd.DataFrame(list(result["tasks"].values()), list(result["tasks"]), keys)
+        mrr = f", MRR {result['mrr']:.2f}" if "mrr" in result else ""
+        tasks.plot.barh(
+            ax=axes[1], color=[TASK_LOSS_COLORS[key] for key in keys], width=0.8,
+            xlabel="loss per response token",
+            title=f"{result['split']}, {result['rows']} rows{mrr}")
+        axes[1].invert_yaxis()
+        figure.suptitle(f"gap closed: {describe_gap(result, metrics)}")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+REPORT_COLUMNS = {
+    "rows": "rows", "loss_shuffled": "shuffled", "loss": "vectors", "loss_text": "text",
+    "gap_closed": "gap closed", "bertscore_composite": "BERTScore", "mrr": "MRR"}
+FEWEST_SAMPLES = 20  # a mean of fewer answers says little
+
+
+def print_report(result: dict[str, Any], predictions: list[dict[str, Any]],
+                 metrics: list[dict[str, Any]]) -> None:
+    """Five answers beside their references, the table, and lines of `key: value`."""
+    lines = [""]
+    stride = max(1, len(predictions) // 5)
+    for p in predictions[::stride][:5]:
+        lines.append(f"{p['task_type']}: {p['query']}")
+        lines.append(f"    reference   {p['response']}")
+        lines.append(f"    prediction  {p['prediction']}")
+    lines.append("")
+    lines.append("losses per response token by other rows' vectors, the right ones and the text")
+    lines.append(report_table(result))
+    lines.append("")
+    lines.append(f"gap_closed: {describe_gap(result, metrics)}")
+    for key in REPORT_COLUMNS:
+        if key in result and key not in ("rows", "gap_closed"):
+            lines.append(f"{key}: {result[key]:.4f}")
+    lines.append(f"steps: {result['step']}")
+    lines.append(f"adapter_step: {result['adapter_step']}")
+    log.info("\n".join(lines))
+
+
+def report_table(result: dict[str, Any]) -> str:
+    """All rows, half the width of their intervals, and each task, the best gap first."""
+    pd = import_optional("pandas")
+    half_widths = {key: (high - low) / 2 for key, (low, high) in result["intervals"].items()}
+    table_rows = {"all": result, "± 95 %": half_widths | {"rows": ""}}
+    by_gap = sorted(result["tasks"].items(),
+                    key=lambda item: item[1].get("gap_closed", -math.inf), reverse=True)
+    for task, values in by_gap:
+        if values.get("samples", 0) < FEWEST_SAMPLES:
+            values = values | {"bertscore_composite": None, "mrr": None}
+        table_rows[task] = values
+    columns = [key for key in REPORT_COLUMNS if key in result]
+    table = pd.DataFrame(list(table_rows.values()), list(table_rows), columns)
+    titles = [REPORT_COLUMNS[key] for key in columns]
+    return table.to_string(
+        header=titles, na_rep="", col_space=9, float_format="{:.3f}".format)
+
+
+def print_next_command(adapter: Path, table: Path, query: str) -> None:
+    words = [f"adapter={adapter}", f"embeddings={table}", "rows=[0]", f"query={query}"]
+    log.info(f"next: python elm.py generate {shlex.join(words)}")
+
 
 # -----------------------------------------------------------------------------
-# Sweep: Optuna over the settings of training, by any number of workers
+# Answers
+#
+# Engines that answer queries about texts, in this process or by a server, and the file that keeps
+# what they answered.
+
+
+@dataclass(frozen=True)
+class Question:
+    query: str  # the text takes the place of the vector in it
+    text: str
+
+
+class LLMEngine:
+    """Answers by an LLM in this process, from the prompts of the text ceiling."""
+
+    num_threads = 1  # that may call `answer` at a time
+
+    def __init__(self, model: str, bf16: bool, template: dict[str, Any], max_new_tokens: int):
+        """Loads the LLM. Raises: UserError."""
+        self.max_new_tokens = max_new_tokens
+        tokenizer = load_tokenizer(model, "model")
+        self.llm = load_llm(model, find_device(), bf16, "model")
+        self.prompt = Prompt(tokenizer, template)
+        self.batch_size = GENERATION_BATCH[self.llm.device.type]  # questions of a call
+        self.name = f"{weights_hash(self.llm)} {'bf16' if bf16 else 'fp32'}"
+
+    @torch.no_grad()
+    def answer(self, questions: list[Question], seed: int, temperature: float) -> list[Answer]:
+        """Texts are cut at the LLM's limit. Raises: UserError if that leaves no room."""
+        room = max_positions(self.llm) - self.max_new_tokens
+        if room < 1:
+            raise UserError(f"max_new_tokens = {self.max_new_tokens} leaves no room for a prompt")
+        rows = [Row.model_construct(query=q.query, text=q.text, response="") for q in questions]
+        names = [f"model: {q.text[:50]!r}" for q in questions]
+        encoder = Encoder(self.prompt, num_soft_tokens=0, max_tokens=room)
+        embed = self.llm.get_input_embeddings()
+        prompt_embeds = []
+        for example in encoder.encode(rows, names, "text"):
+            ids = torch.from_numpy(example.ids[: -example.num_labels])
+            prompt_embeds.append(embed(ids.to(self.llm.device)))
+        options = {"temperature": temperature} if temperature else {}
+        torch.manual_seed(seed)
+        return generate_batch(self.llm, self.prompt, prompt_embeds, self.max_new_tokens, **options)
+
+
+class ServerEngine:
+    """Answers by an OpenAI-compatible server. The client retries what may pass, obeys Retry-After,
+    and takes its key from OPENAI_API_KEY."""
+
+    batch_size = 1
+    name = "server"
+
+    def __init__(self, endpoint: str, model: str, template: dict[str, Any], max_new_tokens: int,
+                 concurrency: int):
+        """`endpoint` ends in /v1. Raises: UserError if the client is not installed."""
+        self.endpoint = endpoint
+        self.model = model
+        self.max_new_tokens = max_new_tokens
+        self.num_threads = concurrency
+        self.extra_body = {}
+        if template:  # as vLLM and SGLang take it
+            self.extra_body["chat_template_kwargs"] = template
+        self._openai = import_optional("openai")
+        self._client = self._openai.OpenAI(
+            base_url=endpoint, api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            max_retries=5, timeout=600)
+
+    def answer(self, questions: list[Question], seed: int, temperature: float) -> list[Answer]:
+        """Raises: UserError if the server refuses, or cannot be reached."""
+        return [self._answer_one(question, seed, temperature) for question in questions]
+
+    def _answer_one(self, question: Question, seed: int, temperature: float) -> Answer:
+        before, after = Prompt.split_query(question.query)
+        message = {"role": "user", "content": before + question.text + after}
+        where = f"endpoint: {self.endpoint} about {question.text[:50]!r}"
+        with user_error(where, self._openai.OpenAIError, ValueError):
+            reply = self._client.chat.completions.create(
+                model=self.model, messages=[message], max_tokens=self.max_new_tokens, seed=seed,
+                temperature=temperature, extra_body=self.extra_body)
+            choices = getattr(reply, "choices", None)  # a page of HTML has none
+            if not choices:
+                raise ValueError(f"not a chat completion: {reply}")
+        text = choices[0].message.content or ""
+        text = text.encode(errors="replace").decode()  # half a character at a limit of tokens
+        return Answer(text, choices[0].finish_reason == "stop")
+
+
+class AnswerLog:
+    """Answers by key, appended to a file as they come: a command that was killed asks only for the
+    missing ones."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._answers: dict[str, Answer] = {}
+        lines = path.read_text("utf-8").split("\n") if path.exists() else []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # torn by a kill, or blank
+                entry = json.loads(line)
+                self._answers[entry["key"]] = Answer(entry["text"], entry["finished"])
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._answers
+
+    def __getitem__(self, key: str) -> Answer:
+        return self._answers[key]
+
+    def append(self, answers: dict[str, Answer]) -> None:
+        """Raises: UserError if the file cannot be written."""
+        lines = [json.dumps({"key": key, **answer._asdict()}) for key, answer in answers.items()]
+        append_text(self.path, "".join(f"\n{line}" for line in lines))  # first: it ends a torn line
+        self._answers |= answers
+
+
+# -----------------------------------------------------------------------------
+# Sweep
+#
+# Optuna over the settings of a training, by any number of workers.
+
 
 class StudyConfig(Table):
     name: str = "elm-summary-optimization"
-    trials: PositiveInt = 50  # of all workers together
+    trials: PositiveInt = 50  # that all workers together end, also failed and killed ones
     timeout_hours: PositiveFloat = 24.0  # after which this worker begins no other
     storage: str | None = None  # a database URL as Optuna takes it; none: SQLite in output.dir
-    seed: Seed = 42
-    repeat_best: NonNegativeInt = 3  # how many of the best run with two more seeds
+    seed: Seed = 42  # of the sampler
 
-Settings = Annotated[dict[str, Any], pydantic.AfterValidator(flat)]  # by dotted name
 
-class Sweep(Table):
+class SweepConfig(Table):
     study: StudyConfig = StudyConfig()
-    base: Settings = {}  # config, a train TOML, and settings over it
-    space: Settings = {}  # settings as {low, high, log} or lists of choices
+    base: dict[str, Any] = {}  # config, a training's TOML file (none: train.toml), and settings
+    #   over it
+    space: dict[str, Any] = {}  # by setting: { low = 1e-5, high = 1e-2, log = true } or choices
+    #   [1, 2]
     wandb: WandbConfig = WandbConfig()
     output: OutputConfig = OutputConfig()
 
-    def config(self, settings: dict[str, Any], name: str = "best") -> Config:
-        """The training of a trial; it reports on the validation split. Raises: UserError."""
-        fixed = {"eval.split": "val", "wandb.run_name": name,
-                 "output.dir": f"{self.output.dir}/{name}"}
-        return build(Config, read_toml(None, self.base | settings | fixed))
 
-SWEEP_RESERVED = ("eval.", "output.", "wandb.", "train.eval_steps", "train.resume", "train.seed")
-HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120  # a trial without a heartbeat for so long was killed
+KEYS_SET_BY_SWEEP = (
+    "eval.", "output.", "wandb.", "train.eval_steps", "train.resume", "train.seed")
+HEARTBEAT_SECONDS = 30
+GRACE_SECONDS = 120  # a trial without a heartbeat for so long was killed
 
-def load_sweep(path: str, overrides: list[str]) -> Sweep:
-    """A sweep file under overrides. Both ends of each range and each choice are checked as settings
-    of a training. Raises: UserError with one line for each mistake."""
-    settings = {key.replace('"', ""): value for key, value in map(read_override, overrides)}
-    sweep = build(Sweep, read_toml(None, flat(read_toml(path, {})) | settings), f"{path}: ")
-    own = flat(sweep.model_dump(include={"wandb", "output"}, exclude_unset=True))
-    template = flat(read_toml(str(sweep.base.pop("config", "train.toml")), {}))
-    base, errors = template | sweep.base | own, []
-    cfg = build(Config, read_toml(None, base), f"{path}: ")
-    sweep = sweep.model_copy(update=dict(base=base, output=cfg.output))
+
+def trial_config(sweep: SweepConfig, settings: dict[str, Any], name: str) -> Config:
+    """The training with these settings, by dotted name. It reports on the validation split. Raises:
+    UserError."""
+    fixed = {
+        "eval.split": "val", "output.dir": f"{sweep.output.dir}/{name}", "wandb.run_name": name}
+    return parse_config(apply_overrides({}, sweep.base | settings | fixed))
+
+
+def load_sweep(path: str, overrides: Iterable[str]) -> SweepConfig:
+    """A sweep file under overrides; `base` and `space` by dotted name, `base` with all of its TOML
+    file. Both ends of each range, and each choice, are checked as settings of a training. Raises:
+    UserError with one line per mistake."""
+    values = flatten(read_toml(path)) | parse_overrides(overrides)
+    sweep = parse_config(apply_overrides({}, values), SweepConfig, path)
+    own = flatten(sweep.base)
+    train_toml = own.pop("config", None) or "train.toml"
+    base = flatten(read_toml(str(train_toml))) | own
+    # The sweep's own tables come before those of the training.
+    for section in ("wandb", "output"):
+        given = getattr(sweep, section).model_dump(exclude_unset=True)
+        for key, value in given.items():
+            base[f"{section}.{key}"] = value
+    cfg = parse_config(apply_overrides({}, dict(base)), Config, path)
+    sweep = sweep.model_copy(
+        update={"base": base, "space": flatten(sweep.space), "output": cfg.output})
+
+    errors = []
     if not cfg.eval.samples or not sweep.space:
         errors.append("a sweep needs eval.samples above 0 and a [space]")
     for key, spec in sweep.space.items():
-        values = [spec.get("low"), spec.get("high")] if isinstance(spec, dict) else spec
-        if key.startswith(SWEEP_RESERVED):
-            errors.append(f"space.{key}: is set by the sweep itself")
-        elif not isinstance(values, list) or not values or {list, dict} & {*map(type, values)}:
-            errors.append(f"space.{key} = {spec!r}: must be choices in a list, or {{low, high}}")
-        else:
-            try:
-                for value in values:
-                    sweep.config({key: value})
-                    suggest(import_optional("optuna").trial.FixedTrial({key: value}), key, spec)
-            except (TypeError, ValueError) as e:  # a UserError, or one of Optuna
-                errors.append(f"space.{key} = {spec}: {e}")
+        try:
+            check_space(sweep, key, spec)
+        except (TypeError, ValueError) as e:  # a UserError, or what Optuna raises
+            errors.append(f"space.{key} = {toml_value(spec)}: {e}")
     if errors:
-        raise UserError("\n".join(f"{path}: {e}" for e in errors))
+        raise UserError("\n".join(f"{path}: {error}" for error in errors))
     return sweep
 
-def suggest(trial: Any, key: str, spec: dict | list) -> None:
-    default = flat(Config().tables()).get(key)
+
+def check_space(sweep: SweepConfig, key: str, spec: Any) -> None:
+    """Raises: ValueError or TypeError if a setting cannot have the values of `spec`."""
+    from optuna.trial import FixedTrial
+
+    if key.startswith(KEYS_SET_BY_SWEEP):
+        raise ValueError("is set by the sweep itself")
+    if isinstance(spec, dict):
+        values = [spec.get("low"), spec.get("high")]
+    elif isinstance(spec, list):
+        values = spec
+    else:
+        values = []
+    if not values or any(isinstance(value, list | dict) for value in values):
+        raise ValueError("must be choices in a list, or {low, high}")
+    for value in values:
+        trial_config(sweep, {key: value}, "check")
+        suggest(FixedTrial({key: value}), key, spec)
+
+
+def suggest(trial: optuna.trial.BaseTrial, key: str, spec: dict[str, Any] | list[Any]) -> None:
+    """Let the trial choose a value. Raises: what Optuna raises at a wrong spec."""
     if isinstance(spec, list):
         trial.suggest_categorical(key, spec)
-    elif float in map(type, (default, *spec.values())):
+        return
+    default = flatten(Config().to_dict()).get(key)
+    if any(isinstance(value, float) for value in (default, *spec.values())):
         trial.suggest_float(key, **spec)
     else:
         trial.suggest_int(key, **spec)
 
-def open_study(sweep: Sweep) -> Any:
-    """The Optuna study of a sweep, created or loaded. Raises: UserError if its storage cannot be
-    opened, or if it was created with other settings."""
+
+def open_study(sweep: SweepConfig) -> optuna.Study:
+    """The Optuna study of a sweep, created or loaded, with a sampler of this worker's own. Raises:
+    UserError if its storage cannot be opened, or if it was created with other settings."""
     optuna = import_optional("optuna")
-    folder = Path(sweep.output.dir)
-    url = sweep.study.storage or f"sqlite:///{folder}/study.db?timeout=60"  # seconds of a lock
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats are
+    folder = Path(sweep.output.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in flat({"space": sweep.space, "base": sweep.base}).items()
-                if not k.startswith(("base.wandb.", "base.output."))}
-    with lock(folder / ".lock", wait=True):  # two workers would both create the tables
-        address = url.split("@")[-1].split("?")[0]  # without a password
-        with user_error(f"study.storage: cannot open {address}"):
-            retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
-            storage = optuna.storages.RDBStorage(
-                url, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
-                heartbeat_stale_trial_callback=retry)
-            study = optuna.create_study(
-                study_name=sweep.study.name, storage=storage, load_if_exists=True,
-                direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
-        stored = study.user_attrs.get("settings", settings)
-        if changed := [k for k in settings | stored if settings.get(k) != stored.get(k)]:
-            raise UserError(f"study.name: {sweep.study.name} exists with another "
-                            f"{', '.join(changed)}; choose another name and output.dir")
-        if not study.get_trials(deepcopy=False) and [*folder.glob("trial_*")]:
-            raise UserError(f"output.dir: {folder} holds trials of another study")
-        study.set_user_attr("settings", settings)
+    with locked(folder / ".lock", wait=True):  # two workers would both create the tables
+        study = create_study(sweep)
+        check_study(study, sweep)
+        # Workers whose samplers have equal seeds would suggest equal values.
+        worker = study.user_attrs.get("workers", 0)
+        study.set_user_attr("workers", worker + 1)
+    study.sampler = optuna.samplers.TPESampler(
+        seed=(sweep.study.seed + worker) % 2**32,
+        n_startup_trials=min(10, 1 + sweep.study.trials // 4))
     return study
 
-def best_trials(study: Any, num: int) -> list[Any]:
-    """The `num` best complete trials by value, repeats aside."""
-    trials = [t for t in study.get_trials(deepcopy=False)
-              if t.state.name == "COMPLETE" and "repeats" not in t.user_attrs]
-    return sorted(trials, key=lambda t: -t.value)[:num]
 
-def next_trial(sweep: Sweep, study: Any, deadline: float) -> Any:
-    """The lock under which this worker, and no other, takes its next trial; None at the end. After
-    the search, repeats of the best trials with two more seeds are enqueued. It waits while other
-    workers run the last trials."""
-    while time.time() < deadline:
-        taking = lock(Path(sweep.output.dir, ".lock"), wait=True)
-        import_optional("optuna").storages.fail_stale_trials(study)
-        trials = [t for t in study.get_trials(deepcopy=False)
-                  if t.state.name != "FAIL" or "reason" in t.user_attrs]  # else it was killed
-        states = {t.state.name for t in trials}
-        searched = [t for t in trials if "repeats" not in t.user_attrs]
-        if len(searched) < sweep.study.trials or "WAITING" in states:
-            return taking
-        if "RUNNING" not in states:
-            seed = sweep.config({}).train.seed
-            enqueued = [t.user_attrs.get("repeats") for t in trials]
-            repeats = [(t.params, [t.number, {"train.seed": (seed + k) % 2**32}])
-                       for t in best_trials(study, sweep.study.repeat_best) for k in (1, 2)]
-            missing = [repeat for repeat in repeats if repeat[1] not in enqueued]
-            for params, repeat in missing:
-                study.enqueue_trial(params, user_attrs={"repeats": repeat})
-            return taking if missing else None
-        taking.close()
-        time.sleep(1)
-
-def run_trial(sweep: Sweep, taking: Any, trial: Any) -> float:
-    """The objective. Raises: UserError or RuntimeError, the reason of its failure; TrialPruned;
-    SystemExit after a signal: the trial is run again once its heartbeat is stale."""
-    taking.close()  # of SQLite, two workers could take one waiting trial
+def create_study(sweep: SweepConfig) -> optuna.Study:
+    """Create or load. Raises: UserError."""
     optuna = import_optional("optuna")
-    # A sampler for each trial: workers with equal samplers would suggest equal parameters.
-    trial.study.sampler = optuna.samplers.TPESampler(
-        seed=(sweep.study.seed + trial.number) % 2**32,
-        n_startup_trials=min(10, 1 + sweep.study.trials // 4))
-    _, settings = trial.user_attrs.get("repeats", (None, {}))
-    reporter = optuna.trial.FixedTrial({}) if settings else trial  # no repeat is pruned
-    try:
-        for key, spec in sweep.space.items():
-            suggest(trial, key, spec)
-        cfg = sweep.config(trial.params | settings, f"trial_{trial.number}")
-        return train(cfg, reporter)["bertscore_composite"]
-    except (UserError, RuntimeError) as e:
-        reason = (str(e) or repr(e)).splitlines()[0]
-        trial.set_user_attr("reason", reason)
-        print(f"trial {trial.number} failed: {reason}")
-        raise
+    from sqlalchemy.exc import SQLAlchemyError
 
-def write_results(sweep: Sweep, study: Any) -> str:
-    """Write trials.jsonl, sweep.png and best.toml of the trials so far. The best trial has the best
-    mean over seeds among those that are repeated. Returns a line about it."""
-    trials, folder = study.get_trials(deepcopy=False), Path(sweep.output.dir)
-    rows, values = [], {}
-    for t in trials:
-        number, settings = t.user_attrs.get("repeats", (t.number, {}))
-        reason = t.user_attrs.get("reason", "killed" if t.state.name == "FAIL" else None)
-        seconds = None if t.duration is None else t.duration.total_seconds()
-        rows.append(dict(number=t.number, state=t.state.name.lower(), value=t.value,
-                         params=t.params | settings, seconds=seconds, reason=reason))
-        if t.state.name == "COMPLETE":
-            values.setdefault(number, []).append(t.value)
-    write_text(folder / "trials.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-    with atomic_write(folder / "sweep.png") as path:
-        plot = import_optional("optuna.visualization.matplotlib").plot_optimization_history
-        axes = plot(study, target_name="BERTScore composite, validation")
-        axes.figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
-        import_optional("matplotlib.pyplot").close(axes.figure)
-    if not values:
-        return f"{len(trials)} trials, none is complete yet"
-    complete = best_trials(study, len(trials))
-    repeated = [t for t in complete if len(values[t.number]) > 1]
-    best = max(repeated or complete[:1], key=lambda t: np.mean(values[t.number]))
-    cfg = sweep.config(best.params | {"train.eval_steps": best.user_attrs["eval_steps"]})
-    head = f"# trial {best.number} of {study.study_name}: {best.value!r} on the validation split\n"
-    write_text(folder / "best.toml", head + config_text(cfg))
-    by_seed = ", ".join(f"{value:.4f}" for value in values[best.number])
-    return f"{len(trials)} trials, the best is trial {best.number}: {by_seed}"
+    # timeout: seconds that SQLite waits for another worker
+    url = sweep.study.storage or f"sqlite:///{sweep.output.dir}/study.db?timeout=60"
+    address = url.split("@")[-1].split("?")[0]  # without a password
+    # A trial whose worker was killed misses its heartbeats; another worker begins it again.
+    retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
+    kinds = (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, RuntimeError)
+    with user_error(f"study.storage: cannot open {address}", *kinds):
+        storage = optuna.storages.RDBStorage(
+            url, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
+            heartbeat_stale_trial_callback=retry)
+        return optuna.create_study(
+            study_name=sweep.study.name, storage=storage, load_if_exists=True,
+            direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
 
-def run_sweep(sweep: Sweep) -> None:
-    """One worker: it runs trials until all workers together have run study.trials and the repeats
-    of the best. Killed, it is started again. Raises: UserError; SystemExit after a signal."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+
+def check_study(study: optuna.Study, sweep: SweepConfig) -> None:
+    """Store the settings with a new study. Raises: UserError if it has others, or if the folder
+    holds trials of another study."""
+    folder = Path(sweep.output.dir)
+    settings = flatten({"space": sweep.space, "base": sweep.base})
+    for key in list(settings):
+        if key.startswith(("base.wandb.", "base.output.")):
+            del settings[key]
+    stored = study.user_attrs.get("settings", settings)
+    changed = [key for key in settings | stored if settings.get(key) != stored.get(key)]
+    if changed:
+        raise UserError(f"study.name: {sweep.study.name} exists with another {', '.join(changed)}; "
+                        "choose another name and output.dir")
+    if not study.get_trials(deepcopy=False) and list(folder.glob("trial_*")):
+        raise UserError(f"output.dir: {folder} holds trials of another study; choose another place")
+    study.set_user_attr("settings", settings)
+
+
+class TrialTrainer(Trainer):
+    """A trial of a sweep: without checkpoints and report, on the worker's LLM and scorer. It tells
+    Optuna its score at each quarter, and returns the last one alone."""
+
+    def __init__(self, cfg: Config, worker: SweepWorker, trial: optuna.Trial):
+        self.worker = worker
+        self.trial = trial
+        super().__init__(cfg)
+        # Quarters, so that trials of different batch sizes are pruned at equal progress.
+        self.eval_steps = math.ceil(self.total_steps / 4)
+        trial.set_user_attr("eval_steps", self.eval_steps)
+
+    def check_embedder(self) -> None:
+        pass
+
+    def load_llm(self) -> PreTrainedModel:
+        return self.worker.load_llm(self.cfg, self.device)
+
+    def save(self, *more_names: str) -> None:
+        pass
+
+    def validate(self) -> None:
+        super().validate()
+        step = self.state.step
+        if 0 < step < self.total_steps and self.trial.should_prune():
+            self.log.wandb.finish(0)
+            raise import_optional("optuna").TrialPruned
+
+    def validation_losses(self) -> dict[str, float]:
+        losses = super().validation_losses()
+        step = self.state.step
+        if 0 < step < self.total_steps:
+            losses["val_bertscore"] = self.score()
+            self.trial.report(losses["val_bertscore"], step // self.eval_steps)
+        return losses
+
+    def score(self) -> float:
+        return self.worker.score(self.elm, self.splits["val"], self.cfg.eval)
+
+    def report(self) -> dict[str, Any]:
+        self.elm.eval().adapter.load_state_dict(self.state.best_adapter)
+        return {"bertscore_composite": self.score()}
+
+
+class SweepWorker:
+    """A process that runs trials, until all workers together have run study.trials. The scorer, and
+    the LLM unless ZeRO 3 shares it out, are kept between trials."""
+
+    def __init__(self, sweep: SweepConfig):
+        """Opens and checks all that the trials need. Raises: UserError."""
+        self.sweep = sweep
+        cfg = trial_config(sweep, {}, "check")
+        device = start_distributed()
+        open_inputs(cfg, ("train", "val"), cfg.model.tokens, None)
+        self.study = open_study(sweep)
+        self.scorer = load_scorer(cfg.eval, device)
+        self._llm: PreTrainedModel | None = None
+        self._llm_key: tuple[str, bool] | None = None
+
+    def load_llm(self, cfg: Config, device: torch.device) -> PreTrainedModel:
+        key = (cfg.model.llm, cfg.model.bf16)
+        if self._llm is None or self._llm_key != key or cfg.deepspeed.zero_stage == 3:
+            self._llm = None  # free the one before
+            free_memory()
+            self._llm = load_llm(
+                cfg.model.llm, device, cfg.model.bf16, deepspeed=cfg.deepspeed)
+            self._llm_key = key
+        return self._llm
+
+    def score(self, elm: ELM, split: Split, cfg: EvalConfig) -> float:
+        """The bertscore_composite that a report would find, and nothing else."""
+        row_ids = pick_samples(split, cfg.samples)
+        vector_ids = split.index["vector_id"][row_ids]
+        answers = generate_answers(elm, split, row_ids, vector_ids, cfg.max_new_tokens)
+        references = [row.response for row in split.read(row_ids)]
+        composite = bert_scores(self.scorer, answers, references)[:, 3]
+        return float(composite.mean())
+
+    def run_trial(self, trial: optuna.Trial) -> float:
+        """The objective. Raises: UserError or RuntimeError, kept as the trial's `reason`;
+        TrialPruned; SystemExit after a signal: the trial is begun again once its heartbeat is
+        stale."""
+        try:
+            for key, spec in self.sweep.space.items():
+                suggest(trial, key, spec)
+            cfg = trial_config(self.sweep, trial.params, f"trial_{trial.number}")
+            return TrialTrainer(cfg, self, trial).run()["bertscore_composite"]
+        except (UserError, RuntimeError) as e:
+            reason = (str(e) or repr(e)).splitlines()[0]
+            trial.set_user_attr("reason", reason)
+            print(f"trial {trial.number} failed: {reason}")
+            raise
+
+    def run(self) -> None:
+        """Raises: UserError if no trial was completed; SystemExit after a signal."""
+        optuna = import_optional("optuna")
+        ended_states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED,
+                        optuna.trial.TrialState.FAIL)
+        limit = optuna.study.MaxTrialsCallback(self.sweep.study.trials, states=ended_states)
+        ended = self.study.get_trials(deepcopy=False, states=ended_states)
+        if len(ended) < self.sweep.study.trials:
+            self.study.optimize(
+                self.run_trial, timeout=3600 * self.sweep.study.timeout_hours,
+                catch=(UserError, RuntimeError), callbacks=[limit, self.after_trial],
+                gc_after_trial=True)
+        self.write_results()
+        if not self.complete_trials():
+            raise UserError(f"{self.sweep.study.name}: no trial was completed")
+
+    def after_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        torch.cuda.empty_cache()
+        self.write_results()
+
+    def complete_trials(self) -> list[optuna.trial.FrozenTrial]:
+        trials = self.study.get_trials(deepcopy=False)
+        return [trial for trial in trials if trial.state.name == "COMPLETE"]
+
+    def write_results(self) -> None:
+        """Write trials.jsonl, sweep.png and best.toml of the trials so far, and print the best."""
+        folder = Path(self.sweep.output.dir)
+        with locked(folder / ".lock", wait=True):  # other workers write them, too
+            trials = self.study.get_trials(deepcopy=False)
+            write_text(folder / "trials.jsonl", jsonl(describe_trial(trial) for trial in trials))
+            plot_sweep(folder / "sweep.png", self.study)
+            complete = self.complete_trials()
+            if not complete:
+                print(f"{len(trials)} trials, none is complete yet", flush=True)
+                return
+            best = max(complete, key=lambda trial: trial.value)
+            settings = best.params | {"train.eval_steps": best.user_attrs["eval_steps"]}
+            cfg = trial_config(self.sweep, settings, "best")
+            title = (f"# trial {best.number} of {self.study.study_name}: {best.value!r} on the "
+                     "validation split\n")
+            write_text(folder / "best.toml", title + config_text(cfg))
+        message = f"{len(trials)} trials, the best is trial {best.number}: {best.value:.4f}"
+        print(message, flush=True)
+
+
+def describe_trial(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    reason = trial.user_attrs.get("reason")
+    if reason is None and trial.state.name == "FAIL":
+        reason = "killed"
+    return {
+        "number": trial.number,
+        "state": trial.state.name.lower(),
+        "value": trial.value,
+        "params": trial.params,
+        "seconds": trial.duration.total_seconds() if trial.duration else None,
+        "reason": reason}
+
+
+def plot_sweep(path: Path, study: optuna.Study) -> None:
+    """sweep.png: the values of all trials and the best so far."""
+    plot = import_optional("optuna.visualization.matplotlib").plot_optimization_history
+    axes = plot(study, target_name="BERTScore composite, validation")
+    with atomic_write(path) as temporary:
+        axes.figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+    import_optional("matplotlib.pyplot").close(axes.figure)
+
+
+def run_sweep(sweep: SweepConfig) -> None:
+    """One worker. Raises: UserError; SystemExit after a signal."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("sweep: a worker is one process; start one for each GPU by hand")
     import_optional("matplotlib").use("Agg")
-    cfg = sweep.config({})
-    rt = start_runtime(cfg)._replace(quiet=True)
-    open_inputs(cfg, SPLITS[:2], cfg.model.tokens, rt)  # its errors come first
-    study, deadline = open_study(sweep), time.time() + 3600 * sweep.study.timeout_hours
-    file = Path(sweep.output.dir, ".lock")
-    while taking := next_trial(sweep, study, deadline):
-        study.optimize(partial(run_trial, sweep, taking), n_trials=1, gc_after_trial=True,
-                       catch=(UserError, RuntimeError))
-        torch.cuda.empty_cache()
-        with lock(file, wait=True):
-            print(write_results(sweep, study), flush=True)
-    with lock(file, wait=True):
-        print(write_results(sweep, study))
-    if not best_trials(study, 1):
-        raise UserError(f"{sweep.study.name}: no trial was completed")
+    level = log.level
+    log.setLevel(logging.WARNING)  # of a trial its warnings alone
+    try:
+        SweepWorker(sweep).run()
+    finally:
+        log.setLevel(level)
+
+
+# -----------------------------------------------------------------------------
+# Commands
+
+
+class EvalOptions(Config):
+    adapter: PathStr  # a file, a run's folder, or a name on the hub
+    report_dir: PathStr | None = None  # of the report, a new folder; none: beside the adapter,
+    #   eval_SPLIT_step_N. The tables of the training's TOML file follow:
+
+
+class GenerateOptions(Table):
+    adapter: PathStr  # a file, a run's folder, or a name on the hub
+    embeddings: PathStr  # a .safetensors or .npy file of one table
+    query: str  # about each vector; <EMB> in it is where the vector goes
+    rows: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = None  # of the
+    #   table: rows=[0,7]; none: all
+    llm: PathStr | None = None  # another place of the adapter's LLM; none: the one of training
+    max_new_tokens: PositiveInt = 256  # of an answer
+    temperature: NonNegativeFloat = 0.0  # of sampling; 0: greedy
+    seed: Seed = 42  # of sampling
+    zero_stage: Literal[0, 3] = 0  # 3: the LLM is shared out among the launcher's processes
+
+
+def evaluate(options: EvalOptions) -> dict[str, Any]:
+    """The report of a training's end on any adapter: returns the dict of eval.json. Raises:
+    UserError."""
+    device = start_distributed()
+    split_name = report_split_name(options)
+    path = Path(options.adapter)
+    adapter, metadata = Adapter.load(path)
+    step = metadata.get("step")  # None: of one's own loop
+    run_folder = (path if path.is_dir() else path.parent).resolve()
+    if options.report_dir is not None:
+        folder = Path(options.report_dir)
+    else:
+        name = path.stem if step is None else f"step_{step}"
+        folder = run_folder / f"eval_{split_name}_{name}"
+    run_on_rank0(lambda: check_new(folder / "metrics.jsonl", folder / "eval.json"))
+
+    splits = open_inputs(options, (split_name,), adapter.tokens, metadata.get("prompt"))
+    split = splits[split_name]
+    check_vectors(split.vectors[:8192], adapter, f"data.dir: {split_name}")
+    embedder = options.eval.embedder
+    if options.eval.samples and embedder:
+        run_on_rank0(lambda: compare_embedder(embedder, options.model.bf16, device, splits))
+    elm = ELM.from_adapter(
+        adapter, metadata, path, options.model.llm, options.model.bf16, options.deepspeed)
+    check_llm(elm, options.data.max_seq_length)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    measured = measure(elm, split, options.eval)
+    del elm, adapter
+    free_memory()
+    if rank() > 0:
+        return {}
+    header = {"split": split_name, "step": step, "adapter_step": step}
+    return write_report(measured, split, options, device, folder, run_folder, header)
+
+
+def generate(options: GenerateOptions) -> None:
+    """Print answers about the vectors of a file as lines of JSON, as they come. Raises:
+    UserError."""
+    vectors = open_vectors(Path(options.embeddings))
+    adapter, metadata = Adapter.load(options.adapter)
+    row_ids = range(len(vectors)) if options.rows is None else options.rows
+    for row_id in row_ids:
+        if not 0 <= row_id < len(vectors):
+            raise UserError(f"rows: no row {row_id} among {len(vectors)}")
+    Prompt.split_query(options.query)
+    for start in range(0, len(row_ids), 1024):  # a bad one is named before the first answer
+        part = row_ids[start : start + 1024]
+        check_vectors(vectors[list(part)], adapter, options.embeddings, part)
+
+    device = start_distributed()
+    zero = DeepSpeedConfig(zero_stage=options.zero_stage)
+    elm = ELM.from_adapter(adapter, metadata, options.adapter, options.llm, deepspeed=zero)
+    sampling = {"temperature": options.temperature} if options.temperature else {}
+    torch.manual_seed(options.seed)
+    size = GENERATION_BATCH[device.type]
+    is_utf8 = str(sys.stdout.encoding).lower() == "utf-8"
+    starts = range(0, len(row_ids), size)
+    if not sys.stdout.isatty():
+        starts = progress(starts, "answers", unit="batch")
+    for start in starts:
+        part = list(row_ids[start : start + size])
+        queries = [options.query] * len(part)
+        answers = elm.answer_batch(
+            vectors[part].float(), queries, options.max_new_tokens, **sampling)
+        if rank() > 0:
+            continue
+        for row_id, answer in zip(part, answers, strict=True):
+            entry = {"row": row_id, "query": options.query, "answer": answer}
+            print(json.dumps(entry, ensure_ascii=not is_utf8), flush=True)
+
 
 # -----------------------------------------------------------------------------
 # Command line
 
-COMMANDS = {  # by name: what `key=value` sets, the operands, and the function of both
-    "train": (Config, ["TRAIN.TOML"], train),
-    "eval": (EvalOptions, ["TRAIN.TOML"], evaluate),
-    "generate": (GenerateOptions, [], generate),
-    "embed": (EmbedOptions, ["TEXTS", "OUT"], embed_file),
-    "synthesize": (SynthesizeOptions, ["TEXTS", "OUT"], synthesize),
-    "filter": (Config, ["TRAIN.TOML", "OUT"], filter_tasks),
-    "sweep": (Sweep, ["SWEEP.TOML"], run_sweep)}
 
-def start_command(*arguments: str) -> None:
-    options = [a for a in arguments if re.match(r"[\w.\"]+\s*=", a)]
-    command, *paths = [expand_path(a) for a in arguments if a not in options] or [""]
-    if command not in COMMANDS and (Path(command).suffix == ".toml" or Path(command).exists()):
-        command, paths = "train", [command, *paths]
-    if command not in COMMANDS:
-        raise UserError(f"{command}: no command{did_you_mean(command, COMMANDS)}; nor a TOML file "
-                        "to train by: elm.py TRAIN.TOML")
-    kind, operands, function = COMMANDS[command]
-    if len(paths) != len(operands):
-        raise UserError(f"{command}: takes {' '.join([*operands, 'key=value …'])}, in quotes "
-                        f"where it has spaces; given: {' '.join(paths) or 'no path'}")
-    if command == "sweep":
-        return run_sweep(load_sweep(*paths, options))
-    if command == "eval" and not any(re.match(r"output(\.dir)?\s*=", o) for o in options):
-        function = partial(evaluate, beside=True)
-    toml = paths.pop(0) if "TRAIN.TOML" in operands else None
-    function(load_config(toml, options, kind), *map(Path, paths))
+class Command(NamedTuple):
+    name: str
+    operand: str | None  # the name of the TOML file that it takes
+    config_class: type[Table]  # what `key=value` sets
+    example: str
+    run: Callable[[argparse.Namespace], Any]
+
+
+def run_train(args: argparse.Namespace) -> None:
+    train(load_config(args.toml, args.settings))
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    if "output.dir" in parse_overrides(args.settings):
+        raise UserError("output.dir: eval writes its report to report_dir=NEW")
+    evaluate(load_config(args.toml, args.settings, EvalOptions))
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    generate(load_config(None, args.settings, GenerateOptions))
+
+
+def run_sweep_file(args: argparse.Namespace) -> None:
+    run_sweep(load_sweep(args.toml, args.settings))
+
+
+COMMANDS = (
+    Command("train", "TRAIN.TOML", Config, "deepspeed elm.py train.toml train.lr=2e-4", run_train),
+    Command("eval", "TRAIN.TOML", EvalOptions,
+            "python elm.py eval train.toml adapter=data/checkpoints/tiny", run_eval),
+    Command("generate", None, GenerateOptions,
+            "python elm.py generate adapter=data/checkpoints/tiny rows=[0] "
+            "embeddings=data/tiny/embeddings/test_embeddings.safetensors 'query=What is it about?'",
+            run_generate),
+    Command("sweep", "SWEEP.TOML", SweepConfig, "python elm.py sweep sweep.toml study.trials=20",
+            run_sweep_file))
+
+
+def describe_tables(config_class: type[Table], name: str = "") -> str:
+    """The fields of a config and of its tables, as they stand in a source file with their comments.
+    They end at the first blank line of the class."""
+    source = Path(inspect.getfile(config_class)).read_text("utf-8")
+    start = source.index(f"\nclass {config_class.__name__}(")
+    class_line, _, fields = source[start + 1 :].partition("\n\n")[0].partition("\n")
+    text = f"\n[{name}]\n{fields}\n" if name else f"\n{fields}\n"
+    if config_class is Config:
+        text = ""  # its fields are the tables
+    for field_name, info in config_class.model_fields.items():
+        if isinstance(info.default, Table):
+            text += describe_tables(type(info.default), field_name)
+    return text
+
+
+class ShowHelp(argparse.Action):
+    """--help of a command: usage, an example, and its settings as they stand in the file."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        command = parser.get_default("command")
+        print(parser.format_usage())
+        print(f"for example: {command.example}")
+        print("\nSettings, as name=value in the words of TOML; none restores a default:")
+        print(describe_tables(command.config_class))
+        parser.exit()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "elm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"elm {__version__}")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # of launchers
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        add_command(subparsers, command)
+    return parser
+
+
+def add_command(subparsers: Any, command: Command) -> None:
+    """A sub-command with its TOML file, settings, and --help."""
+    subparser = subparsers.add_parser(command.name, help=command.example, add_help=False)
+    subparser.set_defaults(command=command)
+    subparser.add_argument("-h", "--help", nargs=0, action=ShowHelp)
+    if command.operand:
+        subparser.add_argument("toml", metavar=command.operand, type=operand_path)
+    subparser.add_argument("settings", metavar="section.key=value", nargs="*")
+
+
+def operand_path(text: str) -> str:
+    """Raises: ArgumentTypeError where a setting stands in the place of a file."""
+    if "=" in text and not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} is a setting; the file comes first")
+    return text
+
+
+def name_command(arguments: list[str]) -> list[str]:
+    """`TRAIN.TOML …` -> `train TRAIN.TOML …`."""
+    names = [command.name for command in COMMANDS]
+    for i, argument in enumerate(arguments):
+        if argument.startswith("-"):
+            continue
+        is_file = argument.endswith(".toml") or Path(argument).exists()
+        if argument not in names and is_file:
+            return [*arguments[:i], "train", *arguments[i:]]
+        break
+    return arguments
+
+
+def run_command(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    """Parse, run, and turn what the user can correct into lines on stderr. Returns the exit code: 0
+    only if the job is done."""
+    try:
+        args = parser.parse_args(arguments)
+        args.command.run(args)
+        return 0
+    except UserError as e:
+        return print_error(str(e))
+    except torch.OutOfMemoryError as e:
+        return print_error(f"{e}\nless is needed with model.grad_checkpoint = true, or "
+                           "data.max_seq_length = 512, or on several GPUs deepspeed.zero_stage = 3")
+    except OSError as e:
+        if e.filename is None:  # no file of the user's
+            raise
+        return print_error(f"{e.filename}: {e.strerror}")
+    except SystemExit as e:
+        return exit_code(e)
+    except KeyboardInterrupt:
+        print("elm: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def print_error(text: str) -> int:
+    for line in text.splitlines():
+        print(f"elm: {line[:1000]}", file=sys.stderr)
+    return 2
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 only if the job is done, 2 after an error its user can mend."""
+    """Returns the exit code; 2 after an error that the user can correct."""
     given = sys.argv[1:] if arguments is None else arguments
-    given = [a for a in given if not re.fullmatch(r"--local_rank=\d+", a)]  # of the launcher
-    if "--version" in given:
-        print(f"elm {__version__}")
-        return 0
-    if not given or given[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if given else 2
-    if {"-h", "--help"} & set(given):
-        kind, *_ = COMMANDS.get(given[0], COMMANDS["train"])
-        options = list_options(kind).items()
-        print(*(f"{name}: {x}" for name, x in options if "Config()" not in x), sep="\n")
-        return 0
-    try:
-        start_command(*given)
-        return 0
-    except (UserError, OSError, torch.OutOfMemoryError) as e:
-        text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
-        if isinstance(e, torch.OutOfMemoryError):
-            text += ("\nless is needed with model.grad_checkpoint = true, or data.max_seq_length = "
-                     "512, or on several GPUs deepspeed.zero_stage = 3")
-        if os.environ.get("RANK", "0") != "0":  # if process 0 says the same, this one ends here
-            time.sleep(5)
-        tqdm.write("\n".join(f"elm: {line[:1000]}" for line in text.splitlines()), sys.stderr)
-        return 2
-    except SystemExit as stopped:
-        return stopped.code
-    except KeyboardInterrupt:
-        tqdm.write("elm: stopped", sys.stderr)
-        return 128 + signal.SIGINT
+    return run_command(make_parser(), name_command(given))
+
+
+def exit_process(code: int) -> None:
+    """End at once: threads of torch and DeepSpeed now and then abort when the interpreter ends."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
 
 def run() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
-    code = main()
-    print(end="", flush=True)
-    os._exit(code)  # threads of torch and DeepSpeed abort now and then when the interpreter ends
+    exit_process(main())
+
 
 if __name__ == "__main__":
     run()

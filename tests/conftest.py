@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order; a core for each process
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "data" / "tiny")]
+sys.path[:0] = [str(ROOT / name) for name in (".", "tests", "data", "data/tiny")]
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import elm
 
-RT = elm.Runtime()
+CPU = torch.device("cpu")
 NO_TABLES = os.devnull  # a TOML file of defaults
 ARCHITECTURES = {
     "qwen3": dict(head_dim=8, tie_word_embeddings=True),
@@ -35,7 +35,14 @@ ARCHITECTURES = {
     "gemma": dict(head_dim=8),
     "gemma2": dict(head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
     "gemma3_text": dict(head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
+    "cohere": dict(logit_scale=0.25),
+    "granite": dict(logits_scaling=4.0, embedding_multiplier=2.0),
 }
+QUICK_ARCHITECTURES = ("qwen3", "gemma2", "gpt2")  # the others are tested with -m ""
+EVERY_ARCHITECTURE = [
+    kind if kind in QUICK_ARCHITECTURES else pytest.param(kind, marks=pytest.mark.slow)
+    for kind in ARCHITECTURES
+]
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -95,11 +102,11 @@ def make_data(folder: Path, num_rows=40, num_vectors=10, width=12, scale=1.0) ->
 
 
 def vectors_path(folder: Path, split: str = "train") -> Path:
-    return elm.split_paths(elm.DataConfig(dir=str(folder)), split)[0]
+    return elm.vectors_path(str(folder), split)
 
 
 def rows_path(folder: Path, split: str = "train") -> Path:
-    return elm.split_paths(elm.DataConfig(dir=str(folder)), split)[1]
+    return elm.rows_path(str(folder), split)
 
 
 def read_table(folder: Path, split: str = "train") -> torch.Tensor:
@@ -112,17 +119,16 @@ def write_rows(folder: Path, split: str, rows: list) -> None:
 
 
 def open_train(folder: Path, prompt, num_soft=1, limit=256, tasks=elm.TASKS) -> elm.Split:
-    data = elm.DataConfig(dir=str(folder), max_seq_length=limit, tasks=tasks)
-    return elm.open_split(data, "train", prompt, num_soft, RT)
+    return elm.open_split(str(folder), "train", tasks, elm.Encoder(prompt, num_soft, limit))
 
 
 def build_elm(llm: Path, split: elm.Split, device="cpu", bf16=False, **settings) -> elm.ELM:
     """A fresh adapter, the same each time, on an LLM."""
     model = elm.load_llm(str(llm), torch.device(device), bf16)
     torch.manual_seed(1)
-    settings |= dict(hidden_dim=24, tokens=split.num_soft)
+    settings |= dict(hidden_dim=24, tokens=split.encoder.num_soft_tokens)
     adapter = elm.fresh_adapter(model, split.statistics, **settings)
-    return elm.ELM(model, adapter.to(device), split.prompt).eval()
+    return elm.ELM(model, adapter.to(device), split.encoder.prompt).eval()
 
 
 def limit_memory(monkeypatch, most: int) -> None:
@@ -163,14 +169,6 @@ def refused(message: str, *words) -> str:
     return said
 
 
-def run(*arguments: str, launcher: tuple[str, ...] = (), **environment: str):
-    """`elm.py` as a user starts it, in a process of its own."""
-    start = launcher or (sys.executable,)
-    return subprocess.run(
-        [*start, str(ROOT / "elm.py"), *map(str, arguments)], capture_output=True, text=True,
-        timeout=300, env={**os.environ, **environment})  # fmt: skip
-
-
 def anonymous_memory() -> int:
     """Bytes of this process that are not of a mapped file."""
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
@@ -185,6 +183,47 @@ def free_port() -> int:
 def deepspeed_launcher(processes: int) -> tuple[str, ...]:
     script = str(Path(sys.executable).parent / "deepspeed")
     return script, f"--num_gpus={processes}", f"--master_port={free_port()}"
+
+
+def start_elm(*arguments, launcher: tuple[str, ...] = (), **environment: str):
+    """`elm.py` as a user starts it, in a process of its own, to its end."""
+    start = launcher or (sys.executable,)
+    return subprocess.run(
+        [*start, str(ROOT / "elm.py"), *map(str, arguments)], capture_output=True, text=True,
+        timeout=300, env={**os.environ, **environment})  # fmt: skip
+
+
+# ------------------------------------------------------------------ what pytest does here
+
+
+@pytest.fixture
+def processes():
+    """For tests that start processes: whoever asks for it is slow."""
+
+
+@pytest.fixture
+def run(processes):
+    """See start_elm."""
+    return start_elm
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "processes" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """In CI a test that is skipped fails, unless it needs a GPU or a real model that is not there."""
+    report = yield
+    if report.skipped and os.environ.get("CI") and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2]
+        if not re.search(r"GPU|real model", reason):
+            report.outcome = "failed"
+            report.longrepr = f"skipped in CI: {reason}"
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -230,3 +269,12 @@ def make_settings(llm: Path, data: Path, out: Path) -> list[str]:
 def one_thread():
     """Sums in one order, so that equal means equal."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def trained(llm_dir, tmp_path_factory):
+    """(report, folder, settings) of a run of six steps. For tests that only read it."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = make_settings(llm_dir, make_data(folder / "data"), folder / "out")
+    report, out = go(settings)
+    return report, out, settings

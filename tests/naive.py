@@ -12,7 +12,7 @@ import elm
 
 def token_rows(split, rows):
     """[(ids with -1 for soft tokens, number of response tokens, vector)] of the split's rows."""
-    return [(torch.from_numpy(e.ids), e.num_labels, split.vectors[int(split.rows["vector"][i])])
+    return [(torch.from_numpy(e.ids), e.num_labels, split.vectors[int(split.index["vector_id"][i])])
             for i, e in zip(rows, split.examples(rows), strict=True)]
 
 
@@ -50,16 +50,15 @@ def naive_step(llm, adapter, batches):
     return total, torch.cat([p.grad.flatten() for p in adapter.parameters()])
 
 
-def elm_step(model, split, rows, budget, rt):
+def elm_step(model, split, rows, budget):
     """(mean loss, flat adapter gradient, number of micro-batches) of a step of elm's loop."""
     model.adapter.zero_grad()
-    step = elm.prepare_step(split, budget, rt, (0, len(rows), rows))
-    terms = elm.loss_terms(elm.LossConfig(), model, None)
-    soft = model(torch.cat([batch["embeddings"] for _, batch in step.micros]))
-    (nll, _), gradient = elm.soft_gradient(model, soft, step.micros, terms, step.counts)
-    soft.backward(gradient / step.counts["labels"])
+    step = elm.prepare_step(split, budget, elm.RowsOfStep(0, len(rows), rows))
+    soft_tokens = model(torch.cat([batch.embeddings for batch in step.batches]))
+    sums, gradient = elm.soft_gradient(model, soft_tokens, step, elm.LossConfig(), None)
+    soft_tokens.backward(gradient / step.num_labels)
     gradient = torch.cat([p.grad.flatten() for p in model.adapter.parameters()])
-    return nll.item() / step.counts["labels"], gradient, len(step.micros)
+    return sums.nll.item() / step.num_labels, gradient, len(step.batches)
 
 
 def naive_ridge(x, y, held):
