@@ -81,6 +81,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from textwrap import shorten
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -102,11 +103,15 @@ if TYPE_CHECKING:  # imported where they are used: --help must not wait for them
     import pandas as pd
     from bert_score import BERTScorer
     from sentence_transformers import SentenceTransformer
+    from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __version__ = "0.1.0"
 
+S = TypeVar("S")
 T = TypeVar("T")
+Json = dict[str, Any]  # an object of JSON, a table of TOML
+Vectors = Tensor | np.ndarray  # [n, E] or [E]
 
 
 class UserError(ValueError):
@@ -134,6 +139,8 @@ KEYS_SET_BY_ELM = (
 
 
 def expand_path(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("a path cannot hold a NUL character")
     return os.path.expanduser(os.path.expandvars(path))
 
 
@@ -154,13 +161,13 @@ class Table(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=F
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def restore_defaults(cls, values: Any) -> Any:
+    def restore_defaults(cls, values: object) -> object:
         """None, which `key=none` on the command line gives, means the default again."""
         if not isinstance(values, dict):
             return values
         return {k: v for k, v in values.items() if v is not None or k not in cls.model_fields}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """The tables as TOML can hold them: without None."""
         return self.model_dump(mode="json", exclude_none=True)
 
@@ -290,7 +297,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f", did you mean {' or '.join(matches)}?"
 
 
-def format_error(error: dict[str, Any], config_class: type[Table]) -> str:
+def format_error(error: Json, config_class: type[Table]) -> str:
     """One line for an error of pydantic, in its words, after the dotted key."""
     key = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")
@@ -305,7 +312,7 @@ def format_error(error: dict[str, Any], config_class: type[Table]) -> str:
 
 
 def parse_config(
-    tables: dict[str, Any], config_class: type[ConfigClass] = Config, source: str = ""
+    tables: Json, config_class: type[ConfigClass] = Config, source: str = ""
 ) -> ConfigClass:
     """Nested dicts as a config. Raises: UserError with one line per mistake, all at once, each
     after the name of the file, `source`."""
@@ -333,19 +340,19 @@ def parse_override(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+def parse_overrides(texts: Iterable[str]) -> Json:
     """Values by dotted name; of equal names the last counts."""
     return dict(parse_override(text) for text in texts)
 
 
-def read_toml(path: str) -> dict[str, Any]:
+def read_toml(path: str) -> Json:
     """Raises: OSError; UserError if it is no TOML."""
     data = Path(expand_path(path)).read_bytes()
     with user_error(f"{path}: not valid TOML", ValueError, RecursionError):
         return tomllib.loads(data.decode("utf-8-sig"))
 
 
-def apply_overrides(tables: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def apply_overrides(tables: Json, overrides: Json) -> Json:
     """Set values by dotted name in nested tables, in place. Raises: UserError."""
     for name, value in overrides.items():
         *parents, key = name.split(".")
@@ -369,7 +376,7 @@ def load_config(
     return parse_config(tables, config_class, path or "")
 
 
-def flatten(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tables: Json, prefix: str = "") -> Json:
     """Nested tables as values by dotted name. {low, high} tables, ranges of a sweep, stay whole."""
     values = {}
     for key, value in tables.items():
@@ -381,7 +388,7 @@ def flatten(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def toml_value(value: Any) -> str:
+def toml_value(value: object) -> str:
     """A value as TOML writes it. JSON strings are TOML strings, but for one control character."""
     if isinstance(value, dict):
         pairs = [f"{toml_value(k)} = {toml_value(v)}" for k, v in value.items()]
@@ -452,7 +459,7 @@ def log_to_file(path: str | None) -> Iterator[None]:
         handler.close()
 
 
-def progress(items: Iterable[T] | None, label: str, **options: Any) -> Any:
+def progress(items: Iterable[T] | None, label: str, **options: Any) -> tqdm[T]:
     """tqdm over `items`, or by hand, on process 0's terminal; none while the log is quiet."""
     from tqdm import tqdm
 
@@ -472,7 +479,7 @@ def user_error(message: str, *exception_types: type[Exception]) -> Iterator[None
         raise UserError(f"{message}: {shorten(str(e) or repr(e), 300)}") from e
 
 
-def import_optional(package: str) -> Any:
+def import_optional(package: str) -> ModuleType:
     """A module. Raises: UserError that says what to install."""
     try:
         return importlib.import_module(package)
@@ -521,7 +528,7 @@ def start_distributed() -> torch.device:
 
     # Objects and CPU tensors go by gloo, CUDA tensors by NCCL.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    options: dict[str, Any] = {"timeout": LONGEST_WAIT}
+    options: Json = {"timeout": LONGEST_WAIT}
     if num_processes == 1:
         store = torch.distributed.HashStore()  # a store without a TCP port
         options |= {"store": store, "rank": 0, "world_size": 1}
@@ -566,7 +573,7 @@ def run_on_rank0(function: Callable[[], T]) -> T:
     return result
 
 
-def prefetch(function: Callable[[Any], T], items: Iterable[Any], num_threads: int) -> Iterator[T]:
+def prefetch(function: Callable[[S], T], items: Iterable[S], num_threads: int) -> Iterator[T]:
     """Yield function(item) for each item, in order, computed by threads that are up to 2 *
     num_threads items ahead; by one thread, one item ahead, if num_threads is 0."""
     items = iter(items)
@@ -633,7 +640,7 @@ def append_text(path: Path, text: str) -> None:
         f.write(text)
 
 
-def jsonl(entries: Iterable[dict[str, Any]]) -> str:
+def jsonl(entries: Iterable[Json]) -> str:
     """One line of JSON per entry."""
     return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
@@ -683,7 +690,7 @@ SOFT_TOKEN = -1  # the id that marks a soft token in Example.ids
 MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, template: dict[str, Any]) -> dict[str, str]:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, template: Json) -> dict[str, str]:
     """What the chat template puts around a user turn, as texts: {"prefix", "suffix", "end"}.
 
     `end` ends an assistant's turn, up to its first control token. Without a chat template: what the
@@ -734,7 +741,7 @@ class Prompt:
     suffix_ids: list[int]  # between query and response
     end_ids: list[int]  # after the response
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: dict[str, Any] | None = None,
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Json | None = None,
                  stored_parts: dict[str, str] | None = None):
         """`template` are arguments of the chat template. `stored_parts` are those that an adapter
         was trained with; they win over what the template renders now. Raises: UserError."""
@@ -1019,7 +1026,7 @@ def parse_json(line: bytes) -> Any:
     return pydantic_core.from_json(line.removeprefix(codecs.BOM_UTF8))
 
 
-def validate_row(fields: Any, row_class: type[RowClass]) -> RowClass:
+def validate_row(fields: object, row_class: type[RowClass]) -> RowClass:
     """Raises: ValueError that names the field."""
     try:
         return row_class.model_validate(fields)
@@ -1294,7 +1301,7 @@ class Adapter(nn.Module):
         return self.norm(out + residual) * self.scale
 
     @staticmethod
-    def load(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
+    def load(path: str | Path) -> tuple[Adapter, Json]:
         """The adapter of a file, of the folder of a run, or of a repository on the hub, in eval
         mode on the CPU, and its metadata. Raises: UserError."""
         path = find_adapter(path)
@@ -1340,7 +1347,7 @@ def fresh_adapter(llm: PreTrainedModel, statistics: dict[str, Tensor], standardi
     return adapter
 
 
-def check_trained_for(trained_for: dict[str, Any], found: dict[str, Any], where: Any) -> None:
+def check_trained_for(trained_for: Json, found: Json, where: Path | str) -> None:
     """Raises: UserError that names the first property in `found` that differs from training."""
     for key, value in found.items():
         if value != trained_for.get(key):
@@ -1348,7 +1355,7 @@ def check_trained_for(trained_for: dict[str, Any], found: dict[str, Any], where:
                             "here; give it what it was trained with")
 
 
-def check_norm(trained_norms: Tensor, norm: float, where: Any) -> None:
+def check_norm(trained_norms: Tensor, norm: float, where: Path | str) -> None:
     """Raises: UserError if a root mean square norm is far from the norms in training: least, root
     mean square, greatest. NaN, an unknown norm on either side, passes."""
     least, rms, greatest = trained_norms.tolist()
@@ -1357,7 +1364,7 @@ def check_norm(trained_norms: Tensor, norm: float, where: Any) -> None:
         check_trained_for({name: f"{rms:.4g}"}, {name: f"{norm:.4g}"}, where)
 
 
-def check_vectors(embeddings: Any, adapter: Adapter, where: Any = "vectors",
+def check_vectors(embeddings: Vectors, adapter: Adapter, where: Path | str = "vectors",
                   row_ids: Sequence[int] | None = None) -> Tensor:
     """[n, E] or [E], numpy or torch -> [n, E] fp32. Messages name rows by row_ids, if given.
     Raises: UserError at another width, a vector that is zero, NaN or infinite, or a norm far from
@@ -1447,7 +1454,7 @@ class Zero3Flag:
     """What transformers asks in order to build a model in parts: accelerate's HfDeepSpeedConfig,
     without accelerate. transformers holds it by a weak reference."""
 
-    def __init__(self, config: dict[str, Any]):
+    def __init__(self, config: Json):
         self.config = config
 
     def is_zero3(self) -> bool:
@@ -1734,7 +1741,7 @@ class ELM(nn.Module):
         return cls.from_adapter(adapter, metadata, path, llm, bf16, deepspeed)
 
     @classmethod
-    def from_adapter(cls, adapter: Adapter, metadata: dict[str, Any], path: str | Path,
+    def from_adapter(cls, adapter: Adapter, metadata: Json, path: str | Path,
                      llm: str | None = None, bf16: bool | None = None,
                      deepspeed: DeepSpeedConfig | None = None) -> ELM:
         """As `load`, of what Adapter.load returns for `path`."""
@@ -1759,8 +1766,8 @@ class ELM(nn.Module):
         return elm
 
     @classmethod
-    def create(cls, llm: str, embeddings: Any, bf16: bool = True, hidden_dim: int = 4096,
-               template: dict[str, Any] | None = None, **settings: Any) -> ELM:
+    def create(cls, llm: str, embeddings: Vectors, bf16: bool = True, hidden_dim: int = 4096,
+               template: Json | None = None, **settings: Any) -> ELM:
         """A fresh adapter for vectors like `embeddings` [n, E], numpy or torch, which it
         standardises by their mean and deviation. `template` are arguments of the chat template,
         `settings` further ones of Adapter. Raises: UserError."""
@@ -1865,7 +1872,7 @@ class ELM(nn.Module):
         soft_tokens = None if batch.embeddings is None else self(batch.embeddings)
         return self.sequence_nll(self.forward_hidden(batch, soft_tokens), batch)
 
-    def loss(self, embeddings: Any, queries: str | list[str], responses: str | list[str],
+    def loss(self, embeddings: Vectors, queries: str | list[str], responses: str | list[str],
              max_tokens: int = 2048) -> Tensor:
         """Mean cross-entropy over all response tokens: a scalar with its graph, from one packed
         pass. Vectors [n, E], numpy or torch; n queries or one; n responses or one. Raises:
@@ -1882,14 +1889,14 @@ class ELM(nn.Module):
 
     # Answers
 
-    def prompt_embeds(self, embeddings: Any, query: str | list[str]) -> Tensor | list[Tensor]:
+    def prompt_embeds(self, embeddings: Vectors, query: str | list[str]) -> Tensor | list[Tensor]:
         """[E] and a query -> [T, D] in the LLM's dtype, the prompt with the vector in its place;
         [n, E] and one query or n -> a list of n. Raises: UserError."""
         vectors = check_vectors(embeddings, self.adapter)
         prompts = self._prompt_embeds(vectors, repeat_per_vector(query, len(vectors)))
         return prompts[0] if np.ndim(embeddings) == 1 else prompts
 
-    def generate(self, embeddings: Any, query: str | list[str], max_new_tokens: int = 256,
+    def generate(self, embeddings: Vectors, query: str | list[str], max_new_tokens: int = 256,
                  batch_size: int = 16, **options: Any) -> list[str]:
         """[n, E] or [E], numpy or torch, and one query or n -> n answers; greedy, unless `options`
         of the LLM's own `generate` say otherwise. Raises: UserError."""
@@ -2066,9 +2073,7 @@ def drift_loss(probe: Probe, target: float, adapter: Adapter, hidden: Tensor,
                batch: Batch) -> Tensor:
     """max(0, target - cosine) of each response's projected hidden state and its embedding: [n]."""
     embeddings = adapter.standardize(batch.embeddings)
-    # In this order of additions: 1 - cosine is computed first.
-    distance = 1 - probe.cosine(response_hidden(hidden, batch), embeddings)
-    return F.relu(target - 1 + distance)
+    return F.relu(target - probe.cosine(response_hidden(hidden, batch), embeddings))
 
 
 class LossSums(NamedTuple):
@@ -2343,10 +2348,10 @@ class TrainState:
 class Checkpoint:
     state: TrainState
     adapter: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizer: Json
     probe: dict[str, Tensor] | None  # of the drift loss
-    trained_for: dict[str, Any]  # see ELM
-    config: dict[str, Any]
+    trained_for: Json  # see ELM
+    config: Json
     prompt: dict[str, str]  # see render_prompt
 
 
@@ -2425,7 +2430,7 @@ def check_no_later_files(folder: Path, step: int) -> None:
                             f"from step {step}, choose another output.dir")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Json]:
     """The lines of metrics.jsonl, without one that a killed run did not end; none if there is no
     file. Raises: UserError that names a damaged line."""
     if not path.exists():
@@ -2502,7 +2507,7 @@ class SignalWatch:
             self._handlers[number] = signal.signal(number, self._note)
         return self
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
 
     def __exit__(self, *exception: Any) -> None:
@@ -2554,7 +2559,7 @@ class WandbRun:
             with self._failures_logged():
                 self._run.log_artifact(str(path), type="adapter")
 
-    def summarize(self, report: dict[str, Any]) -> None:
+    def summarize(self, report: Json) -> None:
         if self._run is not None:
             with self._failures_logged():
                 self._run.summary.update(report)
@@ -2841,7 +2846,7 @@ class Trainer:
         steps_of_rest = math.ceil(rest_of_epoch / self.rows_per_step)
         return self.state.step + steps_of_rest + later_epochs * steps_of_epoch
 
-    def find_finished_report(self, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+    def find_finished_report(self, checkpoint: Checkpoint | None) -> Json | None:
         """The report of a run that has nothing left to do, if it is whole."""
         path = self.folder / "eval.json"
         if checkpoint is None or checkpoint.config["model"] != self.cfg.model.to_dict():
@@ -2921,7 +2926,7 @@ class Trainer:
 
     # Training
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Json:
         """Train and report: returns the dict of eval.json. Raises: UserError; SystemExit(128 +
         signal) after a signal, with a checkpoint."""
         if self.finished_report is not None:
@@ -3082,9 +3087,9 @@ class Trainer:
         log.info(f"stopped after step {self.state.step}; train.resume=auto goes on from there")
         raise SystemExit(128 + max(received, default=signal.SIGTERM))
 
-    def report(self) -> dict[str, Any]:
-        """Report on the best adapter. It ends the trainer's hold on the models: the scorers need
-        their memory."""
+    def report(self) -> Json:
+        """Report on the best adapter. Frees the models, whose memory the scorers need: the trainer
+        cannot go on after it."""
         split = self.splits[self.report_split]
         header = {"split": self.report_split, "step": self.state.step,
                   "adapter_step": self.state.best_step}
@@ -3098,7 +3103,7 @@ class Trainer:
             measured, split, self.cfg, self.device, self.folder, self.folder, header)
 
 
-def train(cfg: Config) -> dict[str, Any]:
+def train(cfg: Config) -> Json:
     """Train an adapter and report on it: returns the dict of eval.json, of other processes than 0
     {}. Raises: UserError; SystemExit(128 + signal) after a signal, with a checkpoint."""
     with log_to_file(cfg.output.log_file):
@@ -3484,11 +3489,11 @@ def resampled_sums(sums: np.ndarray, num_resamples: int) -> np.ndarray:
 
 
 def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
-              num_resamples: int = 1000) -> dict[str, Any]:
+              num_resamples: int = 1000) -> Json:
     """RATIOS and mean scores over rows (see Measured and score), with bootstrap 95 % intervals:
     vectors are drawn with replacement, with all their rows. gap_closed is left out unless the
     interval of its denominator lies above 0."""
-    result: dict[str, Any] = {
+    result: Json = {
         "rows": len(losses), "rows_text": int(losses["nll_text"].notna().sum())}
     measures = list(RATIOS)
     if scores is not None:
@@ -3518,7 +3523,7 @@ def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
 
 
 def write_report(measured: Measured, split: Split, cfg: Config, device: torch.device, folder: Path,
-                 run_folder: Path, header: dict[str, Any]) -> dict[str, Any]:
+                 run_folder: Path, header: Json) -> Json:
     """Score the answers, write predictions.jsonl, eval.json and report.png into `folder`, print the
     table, and return the dict of eval.json, which begins with `header`. `run_folder` has the
     metrics of the training. On process 0 alone."""
@@ -3567,7 +3572,7 @@ def gap_closed(loss: float, loss_shuffled: float, loss_text: float) -> float | N
     return (loss_shuffled - loss) / (loss_shuffled - loss_text)
 
 
-def describe_gap(result: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+def describe_gap(result: Json, metrics: list[Json]) -> str:
     """The gap closed of a report, and on the validation split at its first and last validation."""
     if "gap_closed" in result:
         text = f"{result['gap_closed']:.4f} on {result['split']}"
@@ -3593,8 +3598,8 @@ LOSS_COLORS = {
 TASK_LOSS_COLORS = {"loss_shuffled": "tab:red", "loss": "tab:blue", "loss_text": "tab:green"}
 
 
-def plot_report(path: Path, metrics: list[dict[str, Any]], name: str,
-                result: dict[str, Any] | None = None) -> None:
+def plot_report(path: Path, metrics: list[Json], name: str,
+                result: Json | None = None) -> None:
     """report.png: the losses over the steps and, with the dict of eval.json, those of each task at
     the end."""
     pd = import_optional("pandas")
@@ -3630,8 +3635,8 @@ REPORT_COLUMNS = {
 FEWEST_SAMPLES = 20  # a mean of fewer answers says little
 
 
-def print_report(result: dict[str, Any], predictions: list[dict[str, Any]],
-                 metrics: list[dict[str, Any]]) -> None:
+def print_report(result: Json, predictions: list[Json],
+                 metrics: list[Json]) -> None:
     """Five answers beside their references, the table, and lines of `key: value`."""
     lines = [""]
     stride = max(1, len(predictions) // 5)
@@ -3652,7 +3657,7 @@ def print_report(result: dict[str, Any], predictions: list[dict[str, Any]],
     log.info("\n".join(lines))
 
 
-def report_table(result: dict[str, Any]) -> str:
+def report_table(result: Json) -> str:
     """All rows, half the width of their intervals, and each task, the best gap first."""
     pd = import_optional("pandas")
     half_widths = {key: (high - low) / 2 for key, (low, high) in result["intervals"].items()}
@@ -3693,7 +3698,7 @@ class LLMEngine:
 
     num_threads = 1  # that may call `answer` at a time
 
-    def __init__(self, model: str, bf16: bool, template: dict[str, Any], max_new_tokens: int):
+    def __init__(self, model: str, bf16: bool, template: Json, max_new_tokens: int):
         """Loads the LLM. Raises: UserError."""
         self.max_new_tokens = max_new_tokens
         tokenizer = load_tokenizer(model, "model")
@@ -3728,7 +3733,7 @@ class ServerEngine:
     batch_size = 1
     name = "server"
 
-    def __init__(self, endpoint: str, model: str, template: dict[str, Any], max_new_tokens: int,
+    def __init__(self, endpoint: str, model: str, template: Json, max_new_tokens: int,
                  concurrency: int):
         """`endpoint` ends in /v1. Raises: UserError if the client is not installed."""
         self.endpoint = endpoint
@@ -3819,7 +3824,7 @@ HEARTBEAT_SECONDS = 30
 GRACE_SECONDS = 120  # a trial without a heartbeat for so long was killed
 
 
-def trial_config(sweep: SweepConfig, settings: dict[str, Any], name: str) -> Config:
+def trial_config(sweep: SweepConfig, settings: Json, name: str) -> Config:
     """The training with these settings, by dotted name. It reports on the validation split. Raises:
     UserError."""
     fixed = {
@@ -3858,7 +3863,7 @@ def load_sweep(path: str, overrides: Iterable[str]) -> SweepConfig:
     return sweep
 
 
-def check_space(sweep: SweepConfig, key: str, spec: Any) -> None:
+def check_space(sweep: SweepConfig, key: str, spec: object) -> None:
     """Raises: ValueError or TypeError if a setting cannot have the values of `spec`."""
     from optuna.trial import FixedTrial
 
@@ -3877,7 +3882,7 @@ def check_space(sweep: SweepConfig, key: str, spec: Any) -> None:
         suggest(FixedTrial({key: value}), key, spec)
 
 
-def suggest(trial: optuna.trial.BaseTrial, key: str, spec: dict[str, Any] | list[Any]) -> None:
+def suggest(trial: optuna.trial.BaseTrial, key: str, spec: Json | list[Any]) -> None:
     """Let the trial choose a value. Raises: what Optuna raises at a wrong spec."""
     if isinstance(spec, list):
         trial.suggest_categorical(key, spec)
@@ -3986,7 +3991,7 @@ class TrialTrainer(Trainer):
     def score(self) -> float:
         return self.worker.score(self.elm, self.splits["val"], self.cfg.eval)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Json:
         self.elm.eval().adapter.load_state_dict(self.state.best_adapter)
         return {"bertscore_composite": self.score()}
 
@@ -4085,7 +4090,7 @@ class SweepWorker:
         print(message, flush=True)
 
 
-def describe_trial(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+def describe_trial(trial: optuna.trial.FrozenTrial) -> Json:
     reason = trial.user_attrs.get("reason")
     if reason is None and trial.state.name == "FAIL":
         reason = "killed"
@@ -4143,7 +4148,7 @@ class GenerateOptions(Table):
     zero_stage: Literal[0, 3] = 0  # 3: the LLM is shared out among the launcher's processes
 
 
-def evaluate(options: EvalOptions) -> dict[str, Any]:
+def evaluate(options: EvalOptions) -> Json:
     """The report of a training's end on any adapter: returns the dict of eval.json. Raises:
     UserError."""
     device = start_distributed()
@@ -4224,7 +4229,7 @@ class Command(NamedTuple):
     operand: str | None  # the name of the TOML file that it takes
     config_class: type[Table]  # what `key=value` sets
     example: str
-    run: Callable[[argparse.Namespace], Any]
+    run: Callable[[argparse.Namespace], None]
 
 
 def run_train(args: argparse.Namespace) -> None:
