@@ -196,12 +196,12 @@ class DataConfig(Table):
 
 
 class TrainConfig(Table):
-    batch_size: PositiveInt = 16  # rows; a step has batch_size * grad_accum * processes of them
-    grad_accum: PositiveInt = 2  # how the rows are cut into micro-batches is decided by memory
+    batch_size: PositiveInt = 16  # a step takes batch_size * grad_accum rows on each process;
+    grad_accum: PositiveInt = 2  #   into which micro-batches they are cut is decided by memory
     epochs: PositiveInt = 3
     max_steps: NonNegativeInt | None = None  # none: by epochs; 0: the closed-form adapter alone
-    lr: PositiveFloat = 1e-4  # after warm-up, from where it falls linearly to 0
-    warmup_steps: NonNegativeInt = 1000  # of linear warm-up
+    lr: PositiveFloat = 1e-4  # the peak, after warm-up; from there linear decay to 0
+    warmup_steps: NonNegativeInt = 1000  # steps in which the rate rises linearly
     weight_decay: NonNegativeFloat = 0.01  # of AdamW
     max_grad_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
     eval_steps: PositiveInt = 500  # between two validations; a checkpoint is saved before each
@@ -217,7 +217,7 @@ class TrainConfig(Table):
 
 class LossConfig(Table):
     drift_weight: NonNegativeFloat = 0.0  # of the drift loss; 0: it is not computed
-    drift_target: Cosine = 1.0  # cosine of answer and embedding from which on there is no drift
+    drift_target: Cosine = 1.0  # no drift where response and embedding have this cosine, or more
 
 
 class EvalConfig(Table):
@@ -242,14 +242,15 @@ class DeepSpeedConfig(Table, extra="allow"):
     def check_keys(self) -> DeepSpeedConfig:
         """Refuse keys that elm sets, misspelled ones, and those that nothing would read."""
         for key in sorted(self.model_fields_set - {"zero_stage"}):
-            sets_stage = key == "zero_optimization" and "stage" in (self.zero_optimization or {})
-            if key in KEYS_SET_BY_ELM or sets_stage:
-                raise ValueError(f"{key} is set by elm, from [train], [model] and zero_stage")
+            if key in KEYS_SET_BY_ELM:
+                raise ValueError(f"{key} is set by elm, from [train] and [model]")
             hint = did_you_mean(key, type(self).model_fields)
             if key in self.model_extra and hint:
                 raise ValueError(f"{key}: unknown key{hint}")
             if self.zero_stage < 3:
                 raise ValueError(f"{key} has no effect unless deepspeed.zero_stage = 3")
+        if "stage" in (self.zero_optimization or {}):
+            raise ValueError("zero_optimization.stage is set by elm, from zero_stage")
         return self
 
 
@@ -302,8 +303,9 @@ def format_error(error: Json, config_class: type[Table]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        known = [k for k in dotted_keys(config_class) if k.count(".") >= key.count(".")]
-        return f"{key}: unknown key{did_you_mean(key, known)}"
+        # A key of a table is no misspelled table.
+        candidates = [k for k in dotted_keys(config_class) if k.count(".") >= key.count(".")]
+        return f"{key}: unknown key{did_you_mean(key, candidates)}"
     if error["type"] == "missing":
         return f"{key}: is missing"
     if error["type"] == "value_error":  # of a validator of this file
@@ -575,7 +577,7 @@ def run_on_rank0(function: Callable[[], T]) -> T:
 
 def prefetch(function: Callable[[S], T], items: Iterable[S], num_threads: int) -> Iterator[T]:
     """Yield function(item) for each item, in order, computed by threads that are up to 2 *
-    num_threads items ahead; by one thread, one item ahead, if num_threads is 0."""
+    num_threads items ahead; if num_threads is 0, by one thread, each when it is asked for."""
     items = iter(items)
     pool = ThreadPoolExecutor(max(1, num_threads))
     pending = deque()
@@ -759,8 +761,8 @@ class Prompt:
         self.prefix_ids = self._encode_part("prefix")
         self.suffix_ids = self._encode_part("suffix")
         self.end_ids = self._encode_part("end")
-        # A fast tokenizer keeps the mode of its last call. From here on it is that of plain text:
-        # reader threads share the tokenizer, and must never switch it.
+        # split_special_tokens, which `encode` sets, is a mode of the tokenizer that stays after the
+        # call. Switch now: later calls come from several threads and must not change it.
         self.encode([""])
 
     def _encode_part(self, name: str) -> list[int]:
@@ -879,6 +881,9 @@ class Batch:
 
 def collate(examples: list[Example], embeddings: Tensor | None = None,
             weight: float = 1.0) -> Batch:
+    """Concatenate n examples, with their embeddings [n, E]; in pinned memory where there is a GPU.
+    In the layout "response" the first token of an example has nothing before it that predicts it:
+    such a batch has hidden states, but no loss."""
     lengths = [len(example.ids) for example in examples]
     num_labels = [example.num_labels for example in examples]
     ids = np.concatenate([example.ids for example in examples])
@@ -980,9 +985,9 @@ def scan_vectors(
         if len(invalid):
             i = len(first_copy) + int(invalid[0])
             raise UserError(f"{where}: vector {i} is zero, NaN or infinite; embed its text again")
-        for row in chunk.contiguous().view(torch.uint8).numpy():
+        for vector_bytes in chunk.contiguous().view(torch.uint8).numpy():
             index = len(first_copy)
-            first_copy.append(index_of_hash.setdefault(hash(row.tobytes()), index))
+            first_copy.append(index_of_hash.setdefault(hash(vector_bytes.tobytes()), index))
         used64 = chunk64[chunk_is_used]
         total += used64.sum(0)
         total_square += used64.square().sum(0)
@@ -1197,12 +1202,14 @@ def open_split(data_dir: str, name: str, tasks: tuple[str, ...], encoder: Encode
 
 
 def shuffled_vectors(split: Split) -> np.ndarray:
-    """[N]: for each row a vector that is not its own, the same for all rows of a vector."""
+    """[N]: for each row a vector that is not its own, the same for all rows of a vector; always the
+    same ones. check_splits sees that a split has two vectors."""
     vector_ids, inverse = np.unique(split.index["vector_id"], return_inverse=True)
-    order = np.random.default_rng(0).permutation(len(vector_ids))
-    other = np.empty_like(vector_ids)
-    other[order] = vector_ids[np.roll(order, 1)]
-    return other[inverse]
+    # The vectors stand in a random circle; each is exchanged for the one before it.
+    circle = np.random.default_rng(0).permutation(len(vector_ids))
+    before = np.empty_like(circle)
+    before[circle] = np.roll(circle, 1)
+    return vector_ids[before[inverse]]
 
 
 # Steps
@@ -1241,7 +1248,8 @@ class Step:
 def prepare_step(split: Split, micro_batch_tokens: int, rows: RowsOfStep) -> Step:
     """Tokenise and pack the rows of a step. Runs in reader threads.
 
-    Every process prepares the whole step and takes its share, so that none has to tell the others.
+    Every process tokenises the whole step and takes its share: that costs little beside the LLM,
+    and none has to wait for the others.
     A process without rows repeats one at weight 0: ZeRO 3 needs equally many passes on each.
     """
     examples = split.examples(rows.row_ids)
@@ -1360,8 +1368,8 @@ def check_norm(trained_norms: Tensor, norm: float, where: Path | str) -> None:
     mean square, greatest. NaN, an unknown norm on either side, passes."""
     least, rms, greatest = trained_norms.tolist()
     if norm < least / 1.5 or norm > greatest * 1.5:
-        name = "the vectors' norm"
-        check_trained_for({name: f"{rms:.4g}"}, {name: f"{norm:.4g}"}, where)
+        raise UserError(f"{where}: the vectors' norm was {rms:.4g} in training and is {norm:.4g} "
+                        "here; give it what it was trained with")
 
 
 def check_vectors(embeddings: Vectors, adapter: Adapter, where: Path | str = "vectors",
@@ -1406,8 +1414,8 @@ def report_load_errors(name: str, key: str) -> Iterator[None]:
     else:
         transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # silence the load report
-    # Of a broken folder libraries raise any kind, tokenizers even bare Exceptions. Nothing of
-    # this file runs in here.
+    # At a broken folder libraries raise exceptions of any type, tokenizers even Exception itself.
+    # Only their code runs in here.
     with user_error(f"{key}: cannot load {name}", Exception):
         is_here = Path(name).is_dir() or huggingface_hub.try_to_load_from_cache(name, "config.json")
         if not is_here and not huggingface_hub.is_offline_mode():
@@ -1501,19 +1509,19 @@ def is_partitioned(llm: PreTrainedModel) -> bool:
 
 
 def max_positions(llm: PreTrainedModel) -> int:
-    """The number of tokens that the LLM reads."""
+    """The LLM's maximum context length, in tokens."""
     limit = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
     return limit or 2**31
 
 
 @torch.no_grad()
-def weights_hash(llm: PreTrainedModel) -> str:
+def weights_hash(model: nn.Module) -> str:
     """A hash of 16 to 31 values of each parameter, in bf16, so that it is the same for any dtype.
     Under ZeRO 3 all processes take part."""
     samples = []
-    for parameter in llm.parameters():
+    for parameter in model.parameters():
         gathered = contextlib.nullcontext()
-        if is_partitioned(llm):
+        if hasattr(parameter, "ds_id"):
             gathered = import_optional("deepspeed").zero.GatheredParameters(parameter)
         with gathered:
             stride = max(1, parameter.numel() // 16)
@@ -1549,7 +1557,8 @@ def packed_attention(
     examples = zip(
         query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     outs = [causal_attention(q, k, v, scaling, sliding_window, softcap) for q, k, v in examples]
-    return torch.cat(outs, dim=2).transpose(1, 2), None
+    # Contiguous, as transformers' own are: some LLMs (JetMoE) take a view of it.
+    return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float | None,
@@ -1639,6 +1648,19 @@ def recompute_layers(llm: PreTrainedModel, count: int) -> None:
         layer.forward = functools.partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False,
             context_fn=lambda: (contextlib.nullcontext(), packed_attention_enabled(llm)))
+
+
+@contextlib.contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it the module runs `forward` in place of its own."""
+    original = vars(module).get("forward")  # None: that of its class
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if original is not None:
+            module.forward = original
 
 
 class BackboneOutput(dict):
@@ -1746,12 +1768,12 @@ class ELM(nn.Module):
                      deepspeed: DeepSpeedConfig | None = None) -> ELM:
         """As `load`, of what Adapter.load returns for `path`."""
         message = f"{path}: does not say which LLM it was trained for"
-        with user_error(message, LookupError, TypeError):
+        with user_error(message, LookupError, TypeError, ValueError):
             name = metadata["llm"]["name"]
             trained_in_bf16 = metadata["llm"]["bf16"]
             template = metadata["llm"]["template"]
             parts = metadata["prompt"]
-            trained_for = metadata["trained_for"]
+            trained_for = dict(metadata["trained_for"])
         name = llm or name
         device = find_device()
         tokenizer = load_tokenizer(name, "llm")
@@ -1845,12 +1867,8 @@ class ELM(nn.Module):
         LLMs (Cohere, Granite, Gemma) scale or cap their logits there, each in its own way, and
         transformers has no method for the head alone.
         """
-        backbone = self.llm.base_model
-        backbone.forward = lambda *args, **kwargs: BackboneOutput(hidden[None])
-        try:
+        with forward_replaced(self.llm.base_model, lambda *_, **__: BackboneOutput(hidden[None])):
             return self.llm(inputs_embeds=hidden[None], use_cache=False).logits[0]
-        finally:
-            del backbone.forward  # the class's own is seen again
 
     def sequence_nll(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Hidden states of forward_hidden -> the summed token cross-entropy of each response [n]
@@ -1957,9 +1975,10 @@ def check_llm(elm: ELM, max_tokens: int = 0) -> None:
         raise UserError(f"data.max_seq_length = {max_tokens}: the LLM reads {limit}")
     name = type(elm.llm).__name__
     message = f"model.llm: {name} cannot be used, as rows are packed and prompts are embeddings"
-    # What the code of an LLM raises that cannot take packed rows or embeddings; and ValueError from
-    # the checks.
-    with user_error(message, ValueError, TypeError, NotImplementedError):
+    # What the code of an LLM raises that cannot take packed rows or embeddings (MPT and Llama 4
+    # AttributeError, Gemma 4 RuntimeError); and ValueError from the checks.
+    kinds = (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError)
+    with user_error(message, *kinds):
         check_attention(elm)
         embed = elm.llm.get_input_embeddings()
         ids = torch.arange(20, device=elm.device) % embed.num_embeddings
@@ -2045,6 +2064,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        # The loss of a row depends on its hidden state alone.
         (at_hidden,) = ctx.saved_tensors
         return (gradient[:, None] * at_hidden).to(at_hidden.dtype), None, None, None
 
@@ -2058,7 +2078,8 @@ class Probe(NamedTuple):
     embedding_mean: Tensor  # [E]
 
     def cosine(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
-        """Of projected hidden states [n, D] and standardised embeddings [n, E]: [n]."""
+        """The cosine between projected hidden states [n, D] and standardised embeddings [n, E]:
+        [n]."""
         projected = (hidden - self.hidden_mean) @ self.matrix
         return F.cosine_similarity(projected, embeddings - self.embedding_mean, dim=1)
 
@@ -2085,14 +2106,14 @@ class LossSums(NamedTuple):
 
 def soft_gradient(elm: ELM, soft_tokens: Tensor, step: Step, cfg: LossConfig,
                   probe: Probe | None) -> tuple[LossSums, Tensor]:
-    """The loss sums over this process's examples, and the gradient of the step's loss, times
-    step.num_labels, at their soft tokens [n, K, D]: all that the adapter needs of the frozen LLM.
+    """The loss sums over this process's examples, and the gradient of the step's loss at their soft
+    tokens [n, K, D]: all that the adapter needs of the frozen LLM.
 
     Without a probe there is no drift. Nothing in here waits for the device.
     """
     nll_sum = soft_tokens.new_zeros((), dtype=torch.float64)
     drift_sum = torch.zeros_like(nll_sum)
-    drift_factor = cfg.drift_weight * step.num_labels / len(step.rows.row_ids)
+    num_rows = len(step.rows.row_ids)
     gradients = []
     parts = soft_tokens.detach().split([len(batch.lengths) for batch in step.batches])
     for batch, part in zip(step.batches, parts, strict=True):
@@ -2100,13 +2121,13 @@ def soft_gradient(elm: ELM, soft_tokens: Tensor, step: Step, cfg: LossConfig,
         hidden = elm.forward_hidden(batch, part.requires_grad_())
         nll = elm.sequence_nll(hidden, batch).sum() * batch.weight
         nll_sum += nll.detach()
-        objective = nll
+        loss = nll / step.num_labels  # of all processes, as is num_rows
         if probe is not None:
             drift = drift_loss(probe, cfg.drift_target, elm.adapter, hidden, batch)
             drift = drift.sum() * batch.weight
             drift_sum += drift.detach()
-            objective = objective + drift_factor * drift
-        gradients += torch.autograd.grad(objective, part)
+            loss = loss + cfg.drift_weight * drift / num_rows
+        gradients += torch.autograd.grad(loss, part)
     return LossSums(nll_sum, drift_sum), torch.cat(gradients)
 
 
@@ -2229,24 +2250,20 @@ def warm_start(elm: ELM, split: Split) -> None:
 
 
 def read_words(split: Split, vector_ids: np.ndarray, num_parts: int) -> list[np.ndarray]:
-    """The token ids, each once, of each of the num_parts equal parts of each vector's text; without
-    a text, of all its responses. [n * num_parts] arrays."""
+    """The token ids, each once, of each of the num_parts equal parts of each vector's text; where
+    none of its rows has a text, of all its responses. [n * num_parts] arrays."""
+    own_rows = np.isin(split.index["vector_id"], vector_ids)
     text_of: dict[int, str] = {}
-    responses_of: dict[int, list[str]] = {int(vector_id): [] for vector_id in vector_ids}
-    for i in np.flatnonzero(np.isin(split.index["vector_id"], vector_ids)):
-        vector_id = int(split.index["vector_id"][i])
-        if vector_id in text_of:
-            continue
-        (row,) = split.read([i])
-        if row.text:
-            text_of[vector_id] = row.text
-        else:
-            responses_of[vector_id].append(row.response)
+    rows_with_text = np.flatnonzero(own_rows & split.index["has_text"])
+    with_text, first = np.unique(split.index["vector_id"][rows_with_text], return_index=True)
+    for vector_id, row in zip(with_text, split.read(rows_with_text[first]), strict=True):
+        text_of[vector_id] = row.text
+    rows_without = np.flatnonzero(own_rows & ~np.isin(split.index["vector_id"], with_text))
+    for i, row in zip(rows_without, split.read(rows_without), strict=True):
+        vector_id = split.index["vector_id"][i]
+        text_of[vector_id] = text_of.get(vector_id, "") + f"{row.response}\n"
 
-    texts = []
-    for vector_id, responses in responses_of.items():
-        joined = "".join(f"{response}\n" for response in responses)
-        texts.append(text_of.get(vector_id, joined))
+    texts = [text_of[vector_id] for vector_id in vector_ids]
     words = []
     for block in in_blocks(texts, 1024):
         for ids in split.encoder.prompt.encode(block):
@@ -2443,6 +2460,8 @@ def read_metrics(path: Path) -> list[Json]:
             entry = json.loads(line)
             if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
                 raise ValueError("without a step")
+            if not all(isinstance(value, int | float) for value in entry.values()):
+                raise ValueError("not all values are numbers")
             entries.append(entry)
     return entries
 
@@ -2484,7 +2503,7 @@ def memory_gib() -> float:
 
 
 def exit_code(error: BaseException | None) -> int:
-    """Of a process that ends with this exception."""
+    """The exit code of a process that ends with this exception."""
     if error is None:
         return 0
     if isinstance(error, UserError):
@@ -2576,8 +2595,10 @@ class MetricLog:
     """Console, progress bar, metrics.jsonl, report.png and W&B, all written by process 0. As a
     context it ends the bar, and W&B's run with the exit code."""
 
-    def __init__(self, cfg: Config, state: TrainState, total_steps: int):
+    def __init__(self, cfg: Config, state: TrainState, total_steps: int, plots: bool):
+        """`plots`: whether report.png is drawn at each validation."""
         self.folder = Path(cfg.output.dir)
+        self.plots = plots
         self.total_steps = total_steps
         self.wandb = WandbRun(cfg, state.wandb_id)
         self._bar = progress(None, "steps", total=total_steps, initial=state.step, unit="step")
@@ -2597,7 +2618,7 @@ class MetricLog:
         self._num_tokens += num_tokens
         self._bar.update()
 
-    def log_training(self, step: int, entry: dict[str, float]) -> None:
+    def write_training(self, step: int, entry: dict[str, float]) -> None:
         """Log a step, with the speed since the last line and the time that is left."""
         now = time.perf_counter()
         passed = now - self._start_time
@@ -2606,10 +2627,9 @@ class MetricLog:
         entry = entry | {"tokens_per_second": speed, "memory_gib": memory_gib()}
         self._write(step, entry, f"  {format_seconds(passed)} passed, {format_seconds(left)} left")
 
-    def log_validation(self, step: int, losses: dict[str, float]) -> None:
+    def write_validation(self, step: int, losses: dict[str, float]) -> None:
         self._write(step, losses)
-        is_trial = not log.isEnabledFor(logging.INFO)
-        if rank() == 0 and step > 0 and not is_trial:
+        if rank() == 0 and step > 0 and self.plots:
             metrics = read_metrics(self.folder / "metrics.jsonl")
             plot_report(self.folder / "report.png", metrics, self.folder.name)
 
@@ -2695,15 +2715,6 @@ def open_inputs(cfg: Config, names: tuple[str, ...], num_soft_tokens: int,
     return splits
 
 
-def claim_folder(cfg: Config, state: TrainState) -> None:
-    """Write config.toml, and drop what a run logged after `state`."""
-    folder = Path(cfg.output.dir)
-    if cfg.train.resume not in (None, "auto"):
-        check_no_later_files(folder, state.step)
-    keep_metrics(folder, state)
-    write_text(folder / "config.toml", config_text(cfg))
-
-
 # The plan of memory
 
 
@@ -2743,13 +2754,16 @@ def fits_in_memory(elm: ELM, num_tokens: int, max_seq_length: int, loss_cfg: Los
     """Whether a training pass over num_tokens in rows of up to max_seq_length, beside what the
     optimizer will allocate, fits on every process. All processes take part."""
     step = trial_step(num_tokens, max_seq_length, elm.adapter)
-    failed = torch.zeros((), device=elm.device)
-    try:
+
+    def run_trial_pass() -> None:
         # For each parameter its gradient, two moments, and as much again for the update.
         reserve = [torch.empty_like(p) for p in elm.adapter.parameters() for _ in range(4)]
-        soft_tokens = elm(step.batches[0].embeddings)
-        soft_gradient(elm, soft_tokens, step, loss_cfg, probe)
-        del reserve, soft_tokens
+        soft_gradient(elm, elm(step.batches[0].embeddings), step, loss_cfg, probe)
+        del reserve
+
+    failed = torch.zeros((), device=elm.device)
+    try:
+        run_trial_pass()
     except torch.OutOfMemoryError:
         failed += 1
     torch.cuda.empty_cache()
@@ -2774,7 +2788,8 @@ def trial_step(num_tokens: int, max_seq_length: int, adapter: Adapter) -> Step:
 
 
 class Trainer:
-    """A training run. __init__ opens, checks and resumes everything; run() trains and reports.
+    """A training run. __init__ opens, checks and resumes everything, and writes nothing; run()
+    trains and reports.
 
     The order within the loop: update, log, save, leave after a signal, validate, end. All processes
     run all of it; process 0 alone writes.
@@ -2824,14 +2839,9 @@ class Trainer:
         self.micro_batch_tokens = plan_memory(
             self.elm, cfg.data.max_seq_length, cfg.model.grad_checkpoint, cfg.loss, self.probe)
 
-        # From here on files are written.
-        self.resources = contextlib.ExitStack()  # the folder's lock and the log
-        run_on_rank0(self.claim_folder)
-        self.log = self.resources.enter_context(MetricLog(cfg, self.state, self.total_steps))
-        self.state.wandb_id = self.log.wandb.id
-        self.announce()
-
     # Setting up
+
+    plots = True  # whether report.png is drawn
 
     def count_steps(self) -> int:
         """The steps of the whole run. A resumed run may have another batch size or another number
@@ -2910,9 +2920,14 @@ class Trainer:
             self.probe = Probe(**tensors)
 
     def claim_folder(self) -> None:
+        """Lock output.dir until self.resources is closed, drop what a run logged there after this
+        state, write config.toml. On process 0. Raises: UserError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.resources.enter_context(locked(self.folder / ".lock"))
-        claim_folder(self.cfg, self.state)
+        if self.cfg.train.resume not in (None, "auto"):
+            check_no_later_files(self.folder, self.state.step)
+        keep_metrics(self.folder, self.state)
+        write_text(self.folder / "config.toml", config_text(self.cfg))
 
     def announce(self) -> None:
         warmup = self.cfg.train.warmup_steps
@@ -2931,7 +2946,12 @@ class Trainer:
         signal) after a signal, with a checkpoint."""
         if self.finished_report is not None:
             return self.finished_report
-        with self.resources:
+        with contextlib.ExitStack() as self.resources:  # the folder's lock and the log
+            run_on_rank0(self.claim_folder)
+            self.log = MetricLog(self.cfg, self.state, self.total_steps, self.plots)
+            self.resources.enter_context(self.log)
+            self.state.wandb_id = self.log.wandb.id
+            self.announce()
             if self.is_resumed:  # the file may be of a step that the checkpoint does not know
                 self.save_best_adapter()
             with self.signals:
@@ -2943,6 +2963,7 @@ class Trainer:
         return report
 
     def fit(self) -> None:
+        """The loop: from where the run stands to its last step, or until patience ends."""
         if self.validation_is_missing():
             self.validate()
         for step in self.remaining_steps():
@@ -2990,13 +3011,15 @@ class Trainer:
         soft_tokens = self.elm(torch.cat([batch.embeddings for batch in step.batches]))
         sums, gradient = soft_gradient(self.elm, soft_tokens, step, self.cfg.loss, self.probe)
         self.optimizer.zero_grad()
-        soft_tokens.backward(gradient / step.num_labels)  # num_labels is of all processes
+        soft_tokens.backward(gradient)
         for parameter in adapter.parameters():
             all_reduce_sum(parameter.grad)
         norm = nn.utils.clip_grad_norm_(adapter.parameters(), cfg.max_grad_norm).double()
 
-        # The step's one wait for the device: all that the host must know before it updates.
+        # The step's one wait for the device (a logged step has another, for the similarity): all
+        # that the host must know before it updates.
         num_signals = torch.full_like(norm, len(self.signals.received))
+        # The norm is the same everywhere: its share, summed, is the norm again.
         numbers = torch.stack([sums.nll, sums.drift, norm / world_size(), num_signals])
         nll_sum, drift_sum, grad_norm, num_signals = all_reduce_sum(numbers).tolist()
         self.check_finite([nll_sum, drift_sum, grad_norm], step)
@@ -3034,7 +3057,7 @@ class Trainer:
         if self.probe is not None:
             losses["drift_loss"] = state.drift_sum / state.num_rows
             losses["loss"] += self.cfg.loss.drift_weight * losses["drift_loss"]
-        self.log.log_training(state.step, {
+        self.log.write_training(state.step, {
             "epoch": state.epoch, **losses, "lr": lr, "grad_norm": grad_norm,
             "similarity": similarity})
         state.forget_sums()
@@ -3043,7 +3066,7 @@ class Trainer:
 
     def validate(self) -> None:
         losses = self.validation_losses()
-        self.log.log_validation(self.state.step, losses)
+        self.log.write_validation(self.state.step, losses)
         if self.state.record_validation(losses["val_loss"], self.elm.adapter):
             self.save_best_adapter()
 
@@ -3116,7 +3139,7 @@ def train(cfg: Config) -> Json:
 # Losses by the right vector, by another row's (shuffled) and by the text; answers by the first two,
 # and their scores. measure() needs the LLM, score() the answers alone, write_report() the scores.
 
-# Rows of a batch, unless data.max_seq_length makes them more tokens than the second number.
+# A batch has this many rows, fewer if they could have more than EVAL_BATCH_TOKENS.
 EVAL_BATCH_ROWS = 16
 EVAL_BATCH_TOKENS = 32768
 EMBEDDER_CHECK_TEXTS = 32  # texts of each split whose vectors are compared with the stored ones
@@ -3177,7 +3200,7 @@ def validation_losses(elm: ELM, split: Split, with_text: bool) -> dict[str, floa
     texts: the ceiling, which does not change during training. It is left out unless every row's
     text fits."""
     was_training = elm.training
-    elm.eval()
+    elm.eval()  # the adapter does not drop out
     losses = {}
     own = evaluate_nll(elm, split, split.index["vector_id"])
     losses["val_loss"] = float(own.nll.sum() / own.num_tokens.sum())
@@ -3206,7 +3229,8 @@ class Measured:
 
 
 def measure(elm: ELM, split: Split, cfg: EvalConfig) -> Measured:
-    """All processes take part, and get the same."""
+    """The losses of all rows, and the answers about some, by an ELM in eval mode. All processes
+    take part, and get the same. Raises: UserError."""
     pd = import_optional("pandas")
     vector_ids = split.index["vector_id"]
     other_ids = shuffled_vectors(split)
@@ -3448,6 +3472,7 @@ class Ratio(NamedTuple):
     name: str
     numerator: str  # columns of summands()
     denominator: str
+    needs_interval_above_0: bool = False  # of the denominator; else the measure is left out
 
 
 RATIOS = (
@@ -3455,7 +3480,7 @@ RATIOS = (
     Ratio("loss_shuffled", "nll_shuffled", "tokens"),
     Ratio("gap", "gap", "tokens"),
     Ratio("loss_text", "nll_text", "tokens_text"),
-    Ratio("gap_closed", "gap_with_text", "gap_text"))
+    Ratio("gap_closed", "gap_with_text", "gap_text", needs_interval_above_0=True))
 
 
 def summands(losses: pd.DataFrame, scores: pd.DataFrame | None) -> pd.DataFrame:
@@ -3506,10 +3531,10 @@ def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
     resampled = {name: resamples[:, i] for i, name in enumerate(by_vector.columns)}
 
     intervals = {}
-    for name, numerator, denominator in measures:
+    for name, numerator, denominator, needs_interval_above_0 in measures:
         if totals[denominator] <= 0:
             continue
-        if name == "gap_closed" and np.percentile(resampled[denominator], 2.5) <= 0:
+        if needs_interval_above_0 and np.percentile(resampled[denominator], 2.5) <= 0:
             continue
         result[name] = float(totals[numerator] / totals[denominator])
         if len(by_vector) > 1 and (resampled[denominator] > 0).all():
@@ -3578,7 +3603,7 @@ def describe_gap(result: Json, metrics: list[Json]) -> str:
         text = f"{result['gap_closed']:.4f} on {result['split']}"
     else:
         text = "none: no text that this LLM reads better than another row's vector"
-    validations = [entry for entry in metrics if "val_loss_shuffled" in entry]
+    validations = [entry for entry in metrics if {"val_loss", "val_loss_shuffled"} <= entry.keys()]
     ceilings = [entry["val_loss_text"] for entry in validations if "val_loss_text" in entry]
     if not ceilings:
         return text
@@ -3686,6 +3711,8 @@ def print_next_command(adapter: Path, table: Path, query: str) -> None:
 # Engines that answer queries about texts, in this process or by a server, and the file that keeps
 # what they answered.
 
+SERVER_RETRIES = 5  # of a request, after waits that grow to eight seconds
+
 
 @dataclass(frozen=True)
 class Question:
@@ -3745,8 +3772,8 @@ class ServerEngine:
             self.extra_body["chat_template_kwargs"] = template
         self._openai = import_optional("openai")
         self._client = self._openai.OpenAI(
-            base_url=endpoint, api_key=os.environ.get("OPENAI_API_KEY") or "none",
-            max_retries=5, timeout=600)
+            base_url=endpoint, api_key=os.environ.get("OPENAI_API_KEY", "").strip() or "none",
+            max_retries=SERVER_RETRIES, timeout=600)
 
     def answer(self, questions: list[Question], seed: int, temperature: float) -> list[Answer]:
         """Raises: UserError if the server refuses, or cannot be reached."""
@@ -3760,12 +3787,13 @@ class ServerEngine:
             reply = self._client.chat.completions.create(
                 model=self.model, messages=[message], max_tokens=self.max_new_tokens, seed=seed,
                 temperature=temperature, extra_body=self.extra_body)
-            choices = getattr(reply, "choices", None)  # a page of HTML has none
-            if not choices:
-                raise ValueError(f"not a chat completion: {reply}")
-        text = choices[0].message.content or ""
-        text = text.encode(errors="replace").decode()  # half a character at a limit of tokens
-        return Answer(text, choices[0].finish_reason == "stop")
+        try:
+            choice = reply.choices[0]
+            text = choice.message.content or ""
+            text = text.encode(errors="replace").decode()  # half a character at a limit of tokens
+            return Answer(text, choice.finish_reason == "stop")
+        except (AttributeError, TypeError, IndexError):  # a page of HTML has no choices
+            raise UserError(f"{where}: no chat completion: {shorten(str(reply), 300)}") from None
 
 
 class AnswerLog:
@@ -3824,31 +3852,40 @@ HEARTBEAT_SECONDS = 30
 GRACE_SECONDS = 120  # a trial without a heartbeat for so long was killed
 
 
-def trial_config(sweep: SweepConfig, settings: Json, name: str) -> Config:
+def trial_config(sweep: Sweep, settings: Json, name: str) -> Config:
     """The training with these settings, by dotted name. It reports on the validation split. Raises:
     UserError."""
     fixed = {
-        "eval.split": "val", "output.dir": f"{sweep.output.dir}/{name}", "wandb.run_name": name}
+        "eval.split": "val", "output.dir": f"{sweep.output_dir}/{name}", "wandb.run_name": name}
     return parse_config(apply_overrides({}, sweep.base | settings | fixed))
 
 
-def load_sweep(path: str, overrides: Iterable[str]) -> SweepConfig:
-    """A sweep file under overrides; `base` and `space` by dotted name, `base` with all of its TOML
-    file. Both ends of each range, and each choice, are checked as settings of a training. Raises:
-    UserError with one line per mistake."""
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file says, settings by dotted name."""
+
+    study: StudyConfig
+    output_dir: str
+    base: Json  # all settings of the trainings that differ from the defaults
+    space: Json  # a range or choices by setting
+
+
+def load_sweep(path: str, overrides: Iterable[str]) -> Sweep:
+    """A sweep file under overrides. Both ends of each range, and each choice, are checked as
+    settings of a training. Raises: UserError with one line per mistake."""
     values = flatten(read_toml(path)) | parse_overrides(overrides)
-    sweep = parse_config(apply_overrides({}, values), SweepConfig, path)
-    own = flatten(sweep.base)
-    train_toml = own.pop("config", None) or "train.toml"
-    base = flatten(read_toml(str(train_toml))) | own
-    # The sweep's own tables come before those of the training.
+    given = parse_config(apply_overrides({}, values), SweepConfig, path)
+    base_settings = flatten(given.base)
+    train_toml = base_settings.pop("config", None) or "train.toml"
+    # Of equal settings those of the sweep's own tables count, then [base], then the training's
+    # file.
+    settings = flatten(read_toml(str(train_toml))) | base_settings
     for section in ("wandb", "output"):
-        given = getattr(sweep, section).model_dump(exclude_unset=True)
-        for key, value in given.items():
-            base[f"{section}.{key}"] = value
-    cfg = parse_config(apply_overrides({}, dict(base)), Config, path)
-    sweep = sweep.model_copy(
-        update={"base": base, "space": flatten(sweep.space), "output": cfg.output})
+        own_table = getattr(given, section).model_dump(exclude_unset=True)
+        for key, value in own_table.items():
+            settings[f"{section}.{key}"] = value
+    cfg = parse_config(apply_overrides({}, settings), Config, path)
+    sweep = Sweep(given.study, cfg.output.dir, settings, flatten(given.space))
 
     errors = []
     if not cfg.eval.samples or not sweep.space:
@@ -3863,7 +3900,7 @@ def load_sweep(path: str, overrides: Iterable[str]) -> SweepConfig:
     return sweep
 
 
-def check_space(sweep: SweepConfig, key: str, spec: object) -> None:
+def check_space(sweep: Sweep, key: str, spec: object) -> None:
     """Raises: ValueError or TypeError if a setting cannot have the values of `spec`."""
     from optuna.trial import FixedTrial
 
@@ -3894,13 +3931,13 @@ def suggest(trial: optuna.trial.BaseTrial, key: str, spec: Json | list[Any]) -> 
         trial.suggest_int(key, **spec)
 
 
-def open_study(sweep: SweepConfig) -> optuna.Study:
+def open_study(sweep: Sweep) -> optuna.Study:
     """The Optuna study of a sweep, created or loaded, with a sampler of this worker's own. Raises:
     UserError if its storage cannot be opened, or if it was created with other settings."""
     optuna = import_optional("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats are
-    folder = Path(sweep.output.dir)
+    folder = Path(sweep.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", wait=True):  # two workers would both create the tables
         study = create_study(sweep)
@@ -3914,13 +3951,13 @@ def open_study(sweep: SweepConfig) -> optuna.Study:
     return study
 
 
-def create_study(sweep: SweepConfig) -> optuna.Study:
-    """Create or load. Raises: UserError."""
+def create_study(sweep: Sweep) -> optuna.Study:
+    """The study of this name, which another worker may have created. Raises: UserError."""
     optuna = import_optional("optuna")
     from sqlalchemy.exc import SQLAlchemyError
 
     # timeout: seconds that SQLite waits for another worker
-    url = sweep.study.storage or f"sqlite:///{sweep.output.dir}/study.db?timeout=60"
+    url = sweep.study.storage or f"sqlite:///{sweep.output_dir}/study.db?timeout=60"
     address = url.split("@")[-1].split("?")[0]  # without a password
     # A trial whose worker was killed misses its heartbeats; another worker begins it again.
     retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
@@ -3934,10 +3971,10 @@ def create_study(sweep: SweepConfig) -> optuna.Study:
             direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
 
 
-def check_study(study: optuna.Study, sweep: SweepConfig) -> None:
+def check_study(study: optuna.Study, sweep: Sweep) -> None:
     """Store the settings with a new study. Raises: UserError if it has others, or if the folder
     holds trials of another study."""
-    folder = Path(sweep.output.dir)
+    folder = Path(sweep.output_dir)
     settings = flatten({"space": sweep.space, "base": sweep.base})
     for key in list(settings):
         if key.startswith(("base.wandb.", "base.output.")):
@@ -3963,6 +4000,8 @@ class TrialTrainer(Trainer):
         # Quarters, so that trials of different batch sizes are pruned at equal progress.
         self.eval_steps = math.ceil(self.total_steps / 4)
         trial.set_user_attr("eval_steps", self.eval_steps)
+
+    plots = False
 
     def check_embedder(self) -> None:
         pass
@@ -4000,7 +4039,7 @@ class SweepWorker:
     """A process that runs trials, until all workers together have run study.trials. The scorer, and
     the LLM unless ZeRO 3 shares it out, are kept between trials."""
 
-    def __init__(self, sweep: SweepConfig):
+    def __init__(self, sweep: Sweep):
         """Opens and checks all that the trials need. Raises: UserError."""
         self.sweep = sweep
         cfg = trial_config(sweep, {}, "check")
@@ -4057,7 +4096,8 @@ class SweepWorker:
                 self.run_trial, timeout=3600 * self.sweep.study.timeout_hours,
                 catch=(UserError, RuntimeError), callbacks=[limit, self.after_trial],
                 gc_after_trial=True)
-        self.write_results()
+        else:
+            self.write_results()
         if not self.complete_trials():
             raise UserError(f"{self.sweep.study.name}: no trial was completed")
 
@@ -4071,7 +4111,7 @@ class SweepWorker:
 
     def write_results(self) -> None:
         """Write trials.jsonl, sweep.png and best.toml of the trials so far, and print the best."""
-        folder = Path(self.sweep.output.dir)
+        folder = Path(self.sweep.output_dir)
         with locked(folder / ".lock", wait=True):  # other workers write them, too
             trials = self.study.get_trials(deepcopy=False)
             write_text(folder / "trials.jsonl", jsonl(describe_trial(trial) for trial in trials))
@@ -4112,7 +4152,7 @@ def plot_sweep(path: Path, study: optuna.Study) -> None:
     import_optional("matplotlib.pyplot").close(axes.figure)
 
 
-def run_sweep(sweep: SweepConfig) -> None:
+def run_sweep(sweep: Sweep) -> None:
     """One worker. Raises: UserError; SystemExit after a signal."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("sweep: a worker is one process; start one for each GPU by hand")
@@ -4155,7 +4195,7 @@ def evaluate(options: EvalOptions) -> Json:
     split_name = report_split_name(options)
     path = Path(options.adapter)
     adapter, metadata = Adapter.load(path)
-    step = metadata.get("step")  # None: of one's own loop
+    step = metadata.get("step")  # None: saved by ELM.save
     run_folder = (path if path.is_dir() else path.parent).resolve()
     if options.report_dir is not None:
         folder = Path(options.report_dir)
@@ -4226,7 +4266,7 @@ def generate(options: GenerateOptions) -> None:
 
 class Command(NamedTuple):
     name: str
-    operand: str | None  # the name of the TOML file that it takes
+    operands: dict[str, str]  # the paths that it takes: argument -> name in the usage
     config_class: type[Table]  # what `key=value` sets
     example: str
     run: Callable[[argparse.Namespace], None]
@@ -4251,15 +4291,16 @@ def run_sweep_file(args: argparse.Namespace) -> None:
 
 
 COMMANDS = (
-    Command("train", "TRAIN.TOML", Config, "deepspeed elm.py train.toml train.lr=2e-4", run_train),
-    Command("eval", "TRAIN.TOML", EvalOptions,
+    Command("train", {"toml": "TRAIN.TOML"}, Config, "deepspeed elm.py train.toml train.lr=2e-4",
+            run_train),
+    Command("eval", {"toml": "TRAIN.TOML"}, EvalOptions,
             "python elm.py eval train.toml adapter=data/checkpoints/tiny", run_eval),
-    Command("generate", None, GenerateOptions,
+    Command("generate", {}, GenerateOptions,
             "python elm.py generate adapter=data/checkpoints/tiny rows=[0] "
             "embeddings=data/tiny/embeddings/test_embeddings.safetensors 'query=What is it about?'",
             run_generate),
-    Command("sweep", "SWEEP.TOML", SweepConfig, "python elm.py sweep sweep.toml study.trials=20",
-            run_sweep_file))
+    Command("sweep", {"toml": "SWEEP.TOML"}, SweepConfig,
+            "python elm.py sweep sweep.toml study.trials=20", run_sweep_file))
 
 
 def describe_tables(config_class: type[Table], name: str = "") -> str:
@@ -4267,7 +4308,7 @@ def describe_tables(config_class: type[Table], name: str = "") -> str:
     They end at the first blank line of the class."""
     source = Path(inspect.getfile(config_class)).read_text("utf-8")
     start = source.index(f"\nclass {config_class.__name__}(")
-    class_line, _, fields = source[start + 1 :].partition("\n\n")[0].partition("\n")
+    _, _, fields = source[start + 1 :].partition("\n\n")[0].partition("\n")
     text = f"\n[{name}]\n{fields}\n" if name else f"\n{fields}\n"
     if config_class is Config:
         text = ""  # its fields are the tables
@@ -4289,32 +4330,34 @@ class ShowHelp(argparse.Action):
         parser.exit()
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(
+    program: str, description: str, commands: Sequence[Command]
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "elm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"elm {__version__}")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # of launchers
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in COMMANDS:
+    for command in commands:
         add_command(subparsers, command)
     return parser
 
 
 def add_command(subparsers: Any, command: Command) -> None:
-    """A sub-command with its TOML file, settings, and --help."""
+    """A sub-command with its operands, settings, and --help."""
     subparser = subparsers.add_parser(command.name, help=command.example, add_help=False)
     subparser.set_defaults(command=command)
     subparser.add_argument("-h", "--help", nargs=0, action=ShowHelp)
-    if command.operand:
-        subparser.add_argument("toml", metavar=command.operand, type=operand_path)
-    subparser.add_argument("settings", metavar="section.key=value", nargs="*")
+    for argument, name in command.operands.items():
+        subparser.add_argument(argument, metavar=name, type=operand_path)
+    subparser.add_argument("settings", metavar="section.key=value", nargs="*", default=[])
 
 
 def operand_path(text: str) -> str:
-    """Raises: ArgumentTypeError where a setting stands in the place of a file."""
+    """A path, expanded. Raises: ArgumentTypeError where a setting stands in the place of a file."""
     if "=" in text and not Path(text).exists():
         raise argparse.ArgumentTypeError(f"{text} is a setting; the file comes first")
-    return text
+    return expand_path(text)
 
 
 def name_command(arguments: list[str]) -> list[str]:
@@ -4362,7 +4405,7 @@ def print_error(text: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code; 2 after an error that the user can correct."""
     given = sys.argv[1:] if arguments is None else arguments
-    return run_command(make_parser(), name_command(given))
+    return run_command(make_parser("elm.py", __doc__, COMMANDS), name_command(given))
 
 
 def exit_process(code: int) -> None:
@@ -4372,9 +4415,9 @@ def exit_process(code: int) -> None:
     os._exit(code)
 
 
-def run() -> None:
+def run(entry: Callable[[], int] = main) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
-    exit_process(main())
+    exit_process(entry())
 
 
 if __name__ == "__main__":

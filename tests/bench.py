@@ -21,6 +21,7 @@ import copy
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -63,16 +64,15 @@ SHAPES = {
 class MadeSplit:
     """Random rows as an opened split has them."""
 
-    num_soft = 1
-
-    def __init__(self, made, width, seed):
-        self.made, self.rows = made, np.zeros(len(made), elm.ROW)
-        self.rows["vector"] = np.arange(len(made))
+    def __init__(self, made: list[elm.Example], width: int, seed: int):
+        self.made = made
+        self.index = np.zeros(len(made), elm.ROW_INDEX)
+        self.index["vector_id"] = np.arange(len(made))
         generator = torch.Generator().manual_seed(seed)
         self.vectors = torch.randn(len(made), width, generator=generator)
 
-    def examples(self, rows):
-        return [self.made[i] for i in rows]
+    def examples(self, row_ids):
+        return [self.made[i] for i in row_ids]
 
     def embeddings(self, vector_ids):
         return self.vectors[torch.from_numpy(vector_ids.astype(np.int64))]
@@ -88,9 +88,116 @@ def make_split(num_rows: int, vocab: int, width: int, seed: int) -> MadeSplit:
         rest = rng.integers(10, 41) - len(shared)
         response = int(min(512, max(1, rng.lognormal(np.log(80), 0.8))))
         own = rng.integers(0, vocab, rest + response)
-        own[0] = -1  # the soft token's place
+        own[0] = elm.SOFT_TOKEN
         made.append(elm.Example(np.r_[shared, own], response, False))
     return MadeSplit(made, width, seed)
+
+
+def make_llm(shape: dict, device: torch.device, dtype: torch.dtype) -> Qwen3ForCausalLM:
+    """A frozen Qwen3 with random weights."""
+    torch.manual_seed(0)
+    config = Qwen3Config(**shape, tie_word_embeddings=True)
+    with torch.device(device):
+        llm = Qwen3ForCausalLM(config)
+    return llm.to(dtype).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------ time and memory
+
+
+class Meter:
+    """Seconds (of the CPU, or of CUDA events) and peak bytes between begin and end."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.seconds: list[float] = []
+        self.peak: list[int] = []
+
+    def begin(self) -> None:
+        gc.collect()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.base = torch.cuda.memory_allocated()
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self.events[0].record()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+            self.base = read_status("VmRSS")
+            self.start = time.process_time()
+
+    def end(self) -> None:
+        if self.cuda:
+            self.events[1].record()
+            torch.cuda.synchronize()
+            self.seconds.append(self.events[0].elapsed_time(self.events[1]) / 1000)
+            self.peak.append(torch.cuda.max_memory_allocated() - self.base)
+        else:
+            self.seconds.append(time.process_time() - self.start)
+            self.peak.append(read_status("VmHWM") - self.base)
+
+
+def read_status(key: str) -> int:
+    """Bytes that Linux counts of this process."""
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
+
+
+def measure_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured rate of a large matrix product."""
+    n = 8192
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / Timer("a @ b", globals=dict(a=a, b=b)).timeit(20).mean / 1e12
+
+
+# ------------------------------------------------------------------ contestants
+#
+# Each has its own copy of an adapter and AdamW. A step takes all rows of the split.
+
+
+class ElmLoop:
+    name = "elm"
+
+    def __init__(self, llm, adapter, split, budget: int, num_recomputed: int):
+        self.model = elm.ELM(llm, copy.deepcopy(adapter), None).train()
+        self.split = split
+        self.budget = budget
+        self.num_recomputed = num_recomputed
+        parameters = self.model.adapter.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step(self, meter: Meter) -> float:
+        elm.recompute_layers(self.model.llm, self.num_recomputed)
+        rows = np.arange(len(self.split.index))
+        meter.begin()
+        loss, _, _ = elm_step(self.model, self.split, rows, self.budget)
+        torch.nn.utils.clip_grad_norm_(self.model.adapter.parameters(), 1.0)
+        self.optimizer.step()
+        meter.end()
+        elm.recompute_layers(self.model.llm, 0)  # the others share it
+        return loss
+
+
+class NaiveLoop:
+    name = "naive loop"
+
+    def __init__(self, llm, adapter, split, batch_size: int):
+        self.llm = llm
+        self.adapter = copy.deepcopy(adapter)
+        examples = token_rows(split, range(len(split.index)))
+        starts = range(0, len(examples), batch_size)
+        self.batches = [examples[start : start + batch_size] for start in starts]
+        self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=1e-4)
+
+    def step(self, meter: Meter) -> float:
+        self.llm.train()  # checkpointing works in no other mode; Qwen3 has no dropout
+        meter.begin()
+        loss, _ = naive_step(self.llm, self.adapter, self.batches)
+        torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), 1.0)
+        self.optimizer.step()
+        meter.end()
+        self.llm.gradient_checkpointing_disable()
+        self.llm.eval()
+        return loss
 
 
 class TrainerModel(torch.nn.Module):
@@ -98,7 +205,8 @@ class TrainerModel(torch.nn.Module):
 
     def __init__(self, llm, adapter):
         super().__init__()
-        self.llm, self.adapter = llm, adapter
+        self.llm = llm
+        self.adapter = adapter
 
     def forward(self, batch, mask, labels, vectors):
         embeds = self.llm.get_input_embeddings()(batch.clamp(min=0))
@@ -106,6 +214,12 @@ class TrainerModel(torch.nn.Module):
         embeds = embeds.masked_scatter((batch == -1)[..., None], soft)
         out = self.llm(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False)
         return {"loss": out.loss}
+
+
+def collate_naively(examples) -> dict[str, torch.Tensor]:
+    batch, mask, labels = naive_batch(examples)
+    vectors = torch.stack([vector for _, _, vector in examples]).float()
+    return dict(batch=batch, mask=mask, labels=labels, vectors=vectors)
 
 
 class InOrder(Trainer):
@@ -116,7 +230,7 @@ class InOrder(Trainer):
 class Clock(TrainerCallback):
     """Leaves the making of the Trainer out of its time."""
 
-    def __init__(self, meter):
+    def __init__(self, meter: Meter):
         self.meter = meter
 
     def on_train_begin(self, *_, **__):
@@ -126,108 +240,38 @@ class Clock(TrainerCallback):
         self.meter.end()
 
 
-class Meter:
-    """Seconds (of the CPU, or of CUDA events) and peak bytes between begin and end."""
+class HFTrainer:
+    name = "HF Trainer"
 
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
-        self.seconds, self.peak = [], []
+    def __init__(self, llm, adapter, split, batch_size: int):
+        self.model = TrainerModel(llm, copy.deepcopy(adapter))
+        self.examples = token_rows(split, range(len(split.index)))
+        self.batch_size = batch_size
 
-    def begin(self):
-        gc.collect()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.base = torch.cuda.memory_allocated()
-            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            self.events[0].record()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-            self.base = self.status("VmRSS")
-            self.start = time.process_time()
-
-    def end(self):
-        if self.cuda:
-            self.events[1].record()
-            torch.cuda.synchronize()
-            self.seconds.append(self.events[0].elapsed_time(self.events[1]) / 1000)
-            self.peak.append(torch.cuda.max_memory_allocated() - self.base)
-        else:
-            self.seconds.append(time.process_time() - self.start)
-            self.peak.append(self.status("VmHWM") - self.base)
-
-    @staticmethod
-    def status(key):
-        return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
-
-
-def peak_tflops(device, dtype) -> float:
-    """Measured rate of a large matrix product."""
-    n = 8192
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / Timer("a @ b", globals=dict(a=a, b=b)).timeit(20).mean / 1e12
-
-
-def contestants(llm, first, split, rows, batch_size, budget, recomputed):
-    """{name: step(meter)}, each with its own copy of an adapter and AdamW, over the same rows."""
-    rt = elm.Runtime(0, 1, llm.device)
-    ours, naive, trainers = (copy.deepcopy(first).to(llm.device) for _ in range(3))
-    model = elm.ELM(llm, ours).train()
-    optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=1e-4, fused=True)
-    examples = token_rows(split, rows)
-    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    adam = torch.optim.AdamW(naive.parameters(), lr=1e-4)
-
-    def run_elm(meter):
-        elm.recompute_layers(llm, recomputed)
-        meter.begin()
-        loss = elm_step(model, split, rows, budget, rt)[0]
-        torch.nn.utils.clip_grad_norm_(model.adapter.parameters(), 1.0)
-        optimizer.step()
-        meter.end()
-        for m in llm.modules():  # the others share it
-            m.__dict__.pop("forward", None)
-        return loss
-
-    def run_naive(meter):
-        # Checkpointing works in train mode only, which elm denies this LLM; Qwen3 has no dropout.
-        torch.nn.Module.train(llm, True)
-        meter.begin()
-        loss = naive_step(llm, naive, batches)[0]
-        torch.nn.utils.clip_grad_norm_(naive.parameters(), 1.0)
-        adam.step()
-        meter.end()
-        llm.gradient_checkpointing_disable()
-        torch.nn.Module.train(llm, False)
-        return loss
-
-    def collate(examples):
-        batch, mask, labels = naive_batch(examples)
-        vectors = torch.stack([v for _, _, v in examples]).float()
-        return dict(batch=batch, mask=mask, labels=labels, vectors=vectors)
-
-    def run_trainer(meter):
-        os.environ.pop("LOCAL_RANK", None)  # with it, the Trainer would wrap the model in DDP
+    def step(self, meter: Meter) -> None:
+        is_cpu = self.model.llm.device.type == "cpu"
+        num_batches = math.ceil(len(self.examples) / self.batch_size)
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
-                folder, per_device_train_batch_size=batch_size, max_steps=1, report_to="none",
-                gradient_accumulation_steps=len(batches), remove_unused_columns=False,
-                save_strategy="no", use_cpu=llm.device.type == "cpu", disable_tqdm=True,
-                logging_strategy="no")  # fmt: skip
-            data = dict(data_collator=collate, train_dataset=examples)
-            trainer = InOrder(TrainerModel(llm, trainers), arguments, **data)
+                folder, per_device_train_batch_size=self.batch_size, max_steps=1,
+                gradient_accumulation_steps=num_batches, remove_unused_columns=False,
+                save_strategy="no", logging_strategy="no", report_to="none", use_cpu=is_cpu,
+                disable_tqdm=True)  # fmt: skip
+            trainer = InOrder(
+                self.model, arguments, data_collator=collate_naively, train_dataset=self.examples)
             trainer.add_callback(Clock(meter))
             trainer.remove_callback(PrinterCallback)
             trainer.train()
 
-    return {"elm": run_elm, "naive loop": run_naive, "HF Trainer": run_trainer}
+
+# ------------------------------------------------------------------ the comparison
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     pass
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.add_argument("--shape", choices=SHAPES, default="cpu")
     p.add_argument("--layers", type=int, help="in place of the shape's")
@@ -235,8 +279,7 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=32, help="of an optimizer step")
     p.add_argument("--batch", type=int, default=8, help="rows of a padded batch")
     p.add_argument("--budget", type=int, help="tokens of one of elm's micro-batches")
-    p.add_argument("--checkpoint", action="store_const", const=True, default="auto",
-                   help="elm recomputes every layer")  # fmt: skip
+    p.add_argument("--checkpoint", action="store_true", help="elm recomputes every layer")
     p.add_argument("--rounds", type=int, default=5, help="after one that warms up")
     p.add_argument("--seed", type=int, default=0, help="of the data")
     p.add_argument("--peak-tflops", type=float, help="of the GPU; measured if not given")
@@ -246,81 +289,132 @@ def main() -> None:
         p.error("rows, batch, rounds, layers and vocab must be at least 1")
     if a.shape == "qwen3-4b" and not torch.cuda.is_available():
         p.error("--shape qwen3-4b needs a GPU")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers.logging.set_verbosity_error()
+    return a
 
-    shape = SHAPES[a.shape]
-    shape |= {"num_hidden_layers": a.layers or shape["num_hidden_layers"]}
-    shape |= {"vocab_size": a.vocab or shape["vocab_size"]}
-    width = shape["hidden_size"]
-    bf16 = a.shape != "cpu"
-    rt = elm.start_runtime(elm.load_config(None, [f"model.bf16={str(bf16).lower()}"]))
-    torch.manual_seed(0)
-    with torch.device(rt.device):
-        config = Qwen3Config(**shape, tie_word_embeddings=True)
-        llm = Qwen3ForCausalLM(config).to(torch.bfloat16 if bf16 else torch.float32).eval()
-    llm.requires_grad_(False)
-    split = make_split(a.rows, shape["vocab_size"], width, a.seed)
-    like = dict(mean=torch.zeros(width), norms=torch.ones(3))
-    first = elm.fresh_adapter(llm, like, False, hidden_dim=4096 * width // 2560)
-    rows = np.arange(a.rows)
-    lengths = np.array([len(example.ids) for example in split.made])
-    batches = [lengths[i : i + a.batch] for i in range(0, a.rows, a.batch)]
-    padded = sum(len(batch) * batch.max() for batch in batches)
-    efficiency, tokens = lengths.sum() / padded, int(lengths.sum())
-    budget = a.budget or elm.MICRO_TOKENS[rt.device.type]
-    recomputed = shape["num_hidden_layers"] * (a.checkpoint is True)
-    steps = contestants(llm, first, split, rows, a.batch, budget, recomputed)
-    meters = {name: Meter(rt.device) for name in steps}
-    losses = {}
-    for k in range(a.rounds + 1):  # the first one warms up
-        for name, step in steps.items():
-            loss = step(meters[name])
-            losses.setdefault(name, loss)
-            told = f"round {k} of {a.rounds}: {name} {meters[name].seconds[-1]:.2f} s"
-            print(told, file=sys.stderr)
-    error = abs(losses["elm"] - losses["naive loop"]) / losses["naive loop"]
 
+def chosen_shape(a: argparse.Namespace) -> dict:
+    shape = dict(SHAPES[a.shape])
+    if a.layers:
+        shape["num_hidden_layers"] = a.layers
+    if a.vocab:
+        shape["vocab_size"] = a.vocab
+    return shape
+
+
+def make_contestants(a: argparse.Namespace, llm, split: MadeSplit) -> list:
+    width = llm.config.hidden_size
+    statistics = dict(mean=torch.zeros(width), norms=torch.ones(3))
+    adapter = elm.fresh_adapter(llm, statistics, False, hidden_dim=4096 * width // 2560)
+    adapter = adapter.to(llm.device)
+    budget = a.budget or elm.MICRO_BATCH_TOKENS[llm.device.type]
+    num_recomputed = llm.config.num_hidden_layers if a.checkpoint else 0
+    return [
+        ElmLoop(llm, adapter, split, budget, num_recomputed),
+        NaiveLoop(llm, adapter, split, a.batch),
+        HFTrainer(llm, adapter, split, a.batch),
+    ]
+
+
+def run_rounds(contestants: list, meters: dict[str, Meter], num_rounds: int) -> dict:
+    """The losses of the first round, by name."""
+    first_losses = {}
+    for number in range(num_rounds + 1):  # the first one warms up
+        for contestant in contestants:
+            name = contestant.name
+            loss = contestant.step(meters[name])
+            first_losses.setdefault(name, loss)
+            seconds = meters[name].seconds[-1]
+            print(f"round {number} of {num_rounds}: {name} {seconds:.2f} s", file=sys.stderr)
+    return first_losses
+
+
+def padding_efficiency(lengths: np.ndarray, batch_size: int) -> float:
+    starts = range(0, len(lengths), batch_size)
+    batches = [lengths[start : start + batch_size] for start in starts]
+    num_padded = sum(len(batch) * batch.max() for batch in batches)
+    return float(lengths.sum() / num_padded)
+
+
+def describe_run(device: torch.device) -> dict:
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    result = dict(
-        command="python " + " ".join(["tests/bench.py", *sys.argv[1:]]),
-        commit=subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        machine=torch.cuda.get_device_name() if bf16 and rt.device.type == "cuda" else cpu_name(),
-        torch=torch.__version__, transformers=transformers.__version__, rows=a.rows,
-        tokens=tokens, padding_efficiency=round(float(efficiency), 3), loss_error=error,
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+    return dict(
+        command="python " + " ".join(["tests/bench.py", *sys.argv[1:]]), commit=commit,
+        machine=machine, torch=torch.__version__, transformers=transformers.__version__,
     )  # fmt: skip
-    for key, value in result.items():
-        print(f"{key:20}{value}")
-    params = sum(p.numel() for p in llm.parameters())  # tied: the head's weights count once
-    peak = 0.0
-    if rt.device.type == "cuda":
-        peak = a.peak_tflops or peak_tflops(rt.device, llm.dtype)
-        print(f"{'peak_tflops':20}{peak:.0f}")
-    median = {n: statistics.median(m.seconds[1:]) for n, m in meters.items()}
-    memory = {n: max(m.peak[1:]) for n, m in meters.items()}
-    print(f"\n{'':14}{'tokens/s':>10}{'over naive':>12}{'over Trainer':>14}{'peak MiB':>10}"
-          f"{'of naive':>10}{'of Trainer':>12}{'of 4N':>8}")  # fmt: skip
-    result["contestants"] = {}
-    for n in steps:
-        share = tokens / median[n] * 4 * params / (peak * 1e12) if peak else None
-        line = dict(
-            tokens_per_second=tokens / median[n], over_naive=median["naive loop"] / median[n],
-            over_trainer=median["HF Trainer"] / median[n], peak_mib=memory[n] / 2**20,
-            of_naive=memory[n] / memory["naive loop"], of_trainer=memory[n] / memory["HF Trainer"],
-            of_bound=share, seconds=meters[n].seconds)  # fmt: skip
-        result["contestants"][n] = line
-        print(f"{n:14}{line['tokens_per_second']:10,.0f}{line['over_naive']:12.2f}"
-              f"{line['over_trainer']:14.2f}{line['peak_mib']:10,.0f}{line['of_naive']:10.2f}"
-              f"{line['of_trainer']:12.2f}{f'{share:8.0%}' if share else ''}")  # fmt: skip
-    if a.json:
-        result["peak_tflops"] = peak or None
-        a.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} thread(s)"
+    name = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+    return f"{name}, {torch.get_num_threads()} thread(s)"
+
+
+def compare(meters: dict[str, Meter], num_tokens: int, bound: float | None) -> dict:
+    """A dict for each contestant; `bound` is the tokens a second that are possible."""
+    seconds = {name: statistics.median(meter.seconds[1:]) for name, meter in meters.items()}
+    memory = {name: max(meter.peak[1:]) for name, meter in meters.items()}
+    compared = {}
+    for name, meter in meters.items():
+        rate = num_tokens / seconds[name]
+        compared[name] = dict(
+            tokens_per_second=rate,
+            over_naive=seconds["naive loop"] / seconds[name],
+            over_trainer=seconds["HF Trainer"] / seconds[name],
+            peak_mib=memory[name] / 2**20,
+            of_naive=memory[name] / memory["naive loop"],
+            of_trainer=memory[name] / memory["HF Trainer"],
+            of_bound=rate / bound if bound else None,
+            seconds=meter.seconds,
+        )  # fmt: skip
+    return compared
+
+
+def print_table(compared: dict) -> None:
+    print(f"\n{'':14}{'tokens/s':>10}{'over naive':>12}{'over Trainer':>14}{'peak MiB':>10}"
+          f"{'of naive':>10}{'of Trainer':>12}{'of 4N':>8}")  # fmt: skip
+    for name, line in compared.items():
+        share = f"{line['of_bound']:8.0%}" if line["of_bound"] else ""
+        print(f"{name:14}{line['tokens_per_second']:10,.0f}{line['over_naive']:12.2f}"
+              f"{line['over_trainer']:14.2f}{line['peak_mib']:10,.0f}{line['of_naive']:10.2f}"
+              f"{line['of_trainer']:12.2f}{share}")  # fmt: skip
+
+
+def main() -> None:
+    a = parse_arguments()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.logging.set_verbosity_error()
+
+    device = elm.start_distributed()
+    shape = chosen_shape(a)
+    dtype = torch.float32 if a.shape == "cpu" else torch.bfloat16
+    llm = make_llm(shape, device, dtype)
+    split = make_split(a.rows, shape["vocab_size"], shape["hidden_size"], a.seed)
+    contestants = make_contestants(a, llm, split)
+    meters = {contestant.name: Meter(device) for contestant in contestants}
+    losses = run_rounds(contestants, meters, a.rounds)
+
+    lengths = np.array([len(example.ids) for example in split.made])
+    num_tokens = int(lengths.sum())
+    result = describe_run(device)
+    result["rows"] = a.rows
+    result["tokens"] = num_tokens
+    result["padding_efficiency"] = round(padding_efficiency(lengths, a.batch), 3)
+    result["loss_error"] = abs(losses["elm"] / losses["naive loop"] - 1)
+    bound = None
+    if device.type == "cuda":
+        result["peak_tflops"] = a.peak_tflops or measure_tflops(device, llm.dtype)
+        num_parameters = sum(p.numel() for p in llm.parameters())  # tied: the head counts once
+        bound = result["peak_tflops"] * 1e12 / (4 * num_parameters)
+    for key, value in result.items():
+        print(f"{key:20}{value}")
+    result["contestants"] = compare(meters, num_tokens, bound)
+    print_table(result["contestants"])
+    if a.json:
+        a.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from transformers import AutoTokenizer
 
 import elm
 
-CUDA = elm.Runtime(0, 1, torch.device("cuda"))
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-def parts(tmp_path, kind="qwen3", bf16=True, **shape):
+def make_parts(tmp_path, kind="qwen3", bf16=True, **shape):
+    """(ELM on the GPU, split, the LLM's folder)."""
     folder = make_llm(tmp_path / "llm", kind, **shape)
     prompt = elm.Prompt(AutoTokenizer.from_pretrained(folder))
     split = open_train(make_data(tmp_path / "data"), prompt, 2)
@@ -35,68 +35,73 @@ def test_packed_rows_agree_with_the_naive_reference(tmp_path, kind, head_dim, re
     """In fp32 by segments to 1e-4, in bf16 by varlen_attn to what bf16 can hold; Gemma's layers
     have sliding windows."""
     rows = np.arange(12)
-    naive, split, folder = parts(tmp_path, kind, False, head_dim=head_dim)
+    naive, split, folder = make_parts(tmp_path, kind, False, head_dim=head_dim)
     loss, gradient = naive_step(naive.llm, naive.adapter, [token_rows(split, rows)])
     for bf16, tolerance in ((False, 1e-4), (True, 5e-2)):
         model = build_elm(folder, split, "cuda", bf16)
         elm.check_llm(model)
         elm.recompute_layers(model.llm, recomputed)
         for budget in (100_000, 150):
-            found, at_adapter, _ = elm_step(model, split, rows, budget, CUDA)
+            found, at_adapter, _ = elm_step(model, split, rows, budget)
             assert abs(found - loss) / loss < tolerance
             assert (at_adapter - gradient).norm() / gradient.norm() < tolerance
 
 
-def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch):
-    """In the gradient of the soft tokens nothing waits; `train` waits where it says so."""
-    model, split, _ = parts(tmp_path)
-    elm_step(model, split, np.arange(12), 1000, CUDA)
-    step = elm.prepare_step(split, 1000, CUDA, (0, 12, np.arange(12)))
-    terms = elm.loss_terms(elm.LossConfig(), model, None)
-    soft = model(torch.cat([batch["embeddings"] for _, batch in step.micros]))
+def test_a_step_waits_for_the_device_once(tmp_path):
+    """In the gradient of the soft tokens nothing waits; the Trainer waits where it says so."""
+    model, split, _ = make_parts(tmp_path)
+    rows = np.arange(12)
+    elm_step(model, split, rows, 1000)  # whatever is compiled or allocated at first use
+    step = elm.prepare_step(split, 1000, elm.RowsOfStep(0, len(rows), rows))
+    soft_tokens = model(torch.cat([batch.embeddings for batch in step.batches]))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        elm.soft_gradient(model, soft, step.micros, terms, step.counts)
+        elm.soft_gradient(model, soft_tokens, step, elm.LossConfig(), None)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_trial_pass_needs_what_a_step_needs(tmp_path):
-    model, split, _ = parts(tmp_path)
-    terms = elm.loss_terms(elm.LossConfig(), model, None)
-    assert elm.fits_memory(model, 512, 256, terms, CUDA)
-    hog = torch.empty(int(torch.cuda.mem_get_info()[0] * 0.999), dtype=torch.uint8, device="cuda")
-    assert not elm.fits_memory(model, 2**20, 2**20, terms, CUDA)
+    model, _, _ = make_parts(tmp_path)
+    assert elm.fits_in_memory(model, 512, 256, elm.LossConfig(), None)
+    free_bytes, _ = torch.cuda.mem_get_info()
+    hog = torch.empty(int(free_bytes * 0.999), dtype=torch.uint8, device="cuda")
+    assert not elm.fits_in_memory(model, 2**20, 2**20, elm.LossConfig(), None)
     del hog
 
 
 @pytest.mark.parametrize("limit, setting, plan", [
-    (8192, "auto", (8192, 0)), (4100, "auto", (4096, 0)), (2048, True, (2048, 2)),
-    (1000, "auto", None)])  # fmt: skip
+    (8192, "auto", (8192, 0)),
+    (4100, "auto", (4096, 0)),
+    (2048, True, (2048, 2)),
+    (1000, "auto", None),
+])
 def test_the_plan_is_the_first_that_fits(tmp_path, monkeypatch, limit, setting, plan):
-    model, _, _ = parts(tmp_path)
-    overrides = ["data.max_seq_length=256", f"model.grad_checkpoint={elm.to_toml(setting)}"]
-    cfg, terms = elm.load_config(None, overrides), elm.loss_terms(elm.LossConfig(), model, None)
+    """A plan: (tokens of a micro-batch, layers that are recomputed)."""
+    model, _, _ = make_parts(tmp_path)
     limit_memory(monkeypatch, limit)
-    if not plan:
+    if plan is None:
         with pytest.raises(torch.OutOfMemoryError):
-            elm.plan_memory(cfg, model, terms, CUDA)
+            elm.plan_memory(model, 256, setting, elm.LossConfig(), None)
         return
-    budget = elm.plan_memory(cfg, model, terms, CUDA)
-    assert (budget, sum("forward" in vars(m) for m in model.llm.modules())) == plan
+    budget = elm.plan_memory(model, 256, setting, elm.LossConfig(), None)
+    recomputed = [module for module in model.llm.modules() if "forward" in vars(module)]
+    assert (budget, len(recomputed)) == plan
 
 
 def test_train_end_to_end(settings):
     result, folder = go(settings, "model.bf16=true", "train.max_steps=4")
-    assert result["step"] == 4 and (folder / "report.png").exists()
+    assert result["step"] == 4
+    assert (folder / "report.png").exists()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
-def test_two_gpus(settings, tmp_path):
+def test_two_gpus(processes, settings, tmp_path):
     from test_distributed import launch, losses
 
     _, one = go(settings, f"output.dir={tmp_path / 'one'}")
     for stage in (0, 3):
+        two = tmp_path / f"stage_{stage}"
         launch(tmp_path, NO_TABLES, *settings, "train.batch_size=8",
-               f"deepspeed.zero_stage={stage}", f"output.dir={tmp_path / str(stage)}")
-        assert losses(tmp_path / str(stage)) == pytest.approx(losses(one), rel=1e-4)
+               f"deepspeed.zero_stage={stage}", f"output.dir={two}")
+        assert losses(two) == pytest.approx(losses(one), rel=1e-4)

@@ -1,10 +1,13 @@
 """The small functions, on whatever Hypothesis finds."""
 
+import os
+from collections import Counter
 from itertools import islice
-from unittest import mock
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import (
     PROMPT,
     byte_tokenizer,
@@ -20,23 +23,27 @@ from tokenizers import normalizers
 
 import elm
 
+EXAMPLES = 150 if os.environ.get("CI") else 40
 few = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+    max_examples=EXAMPLES, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
 lengths = st.lists(st.integers(1, 3000), min_size=1, max_size=80).map(np.array)
 
 
 @few
 @given(lengths, st.integers(1, 8), st.integers(1, 4000))
-def test_make_micro_batches(lengths, bins, budget):
+def test_pack_micro_batches(lengths, num_processes, budget):
     """Every example once, none of several over the budget, as many for each process, and no more
     micro-batches than a lower bound times what first fit may waste."""
-    micros = elm.make_micro_batches(lengths, bins, budget)
-    assert sorted(i for m in micros for i in m) == list(range(len(lengths)))
-    assert len(micros) % bins == 0
-    assert all(len(m) == 1 or lengths[m].sum() <= budget for m in micros if m)
-    needed = max(np.ceil(lengths.sum() / budget), (lengths * 2 > budget).sum(), 1)
-    assert len(micros) <= bins * np.ceil(2 * needed / bins)
+    micro_batches = elm.pack_micro_batches(lengths, num_processes, budget)
+    assert sorted(i for members in micro_batches for i in members) == list(range(len(lengths)))
+    assert len(micro_batches) % num_processes == 0
+    for members in micro_batches:
+        assert len(members) <= 1 or lengths[members].sum() <= budget
+    by_sum = np.ceil(lengths.sum() / budget)
+    by_pairs = (lengths * 2 > budget).sum()  # no two of these fit together
+    needed = max(by_sum, by_pairs, 1)
+    assert len(micro_batches) <= num_processes * np.ceil(2 * needed / num_processes)
 
 
 @few
@@ -47,24 +54,27 @@ def test_step_rows(num_rows, seed, size, epochs):
     steps = list(islice(elm.step_rows(num_rows, seed, size, 0, 0), epochs * per_epoch))
     for epoch in range(epochs):
         mine = steps[epoch * per_epoch : (epoch + 1) * per_epoch]
-        assert {e for e, *_ in mine} == {epoch}
-        assert sorted(np.concatenate([rows for *_, rows in mine])) == list(range(num_rows))
-    for done in range(1, len(steps)):
-        epoch, position, _ = steps[done - 1]
-        again = next(elm.step_rows(num_rows, seed, size, epoch, position))
-        assert again[:2] == steps[done][:2] and (again[2] == steps[done][2]).all()
+        assert {step.epoch for step in mine} == {epoch}
+        assert sorted(np.concatenate([step.row_ids for step in mine])) == list(range(num_rows))
+    for done, following in zip(steps, steps[1:], strict=False):
+        again = next(elm.step_rows(num_rows, seed, size, done.epoch, done.position))
+        assert (again.epoch, again.position) == (following.epoch, following.position)
+        assert (again.row_ids == following.row_ids).all()
 
 
 def normalizing_tokenizer(normalizer):
-    tok = byte_tokenizer()
-    tok.backend_tokenizer.normalizer = normalizer
-    return tok
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    return tokenizer
 
 
-PROMPTS = [elm.Prompt(t) for t in (
-    byte_tokenizer(), byte_tokenizer(None),
-    normalizing_tokenizer(normalizers.NFC()), normalizing_tokenizer(normalizers.NFKC()),
-    normalizing_tokenizer(normalizers.Prepend("_")))]  # fmt: skip
+TOKENIZERS = {
+    "chat": byte_tokenizer(),
+    "plain": byte_tokenizer(None),
+    "NFC": normalizing_tokenizer(normalizers.NFC()),
+    "NFKC": normalizing_tokenizer(normalizers.NFKC()),
+    "prefix": normalizing_tokenizer(normalizers.Prepend("_")),
+}
 # NFC makes three characters of one of these Hebrew letters, NFKC eighteen of the Arabic ligature.
 alphabets = st.sampled_from(["ab ", "aé ", "\u0958", "\ufb2c", "\ufdfa"])
 pairs = alphabets.flatmap(lambda letters: st.tuples(*[st.text(letters, max_size=25)] * 2))
@@ -75,64 +85,99 @@ def made_data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("made"))
 
 
-@pytest.mark.parametrize("prompt", PROMPTS, ids=["chat", "plain", "NFC", "NFKC", "prefix"])
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @few
-@given(st.lists(pairs, min_size=1, max_size=3), st.booleans(), st.integers(1, 3),
-       st.sampled_from([1, 0, -1, -2, -3, -20]))  # fmt: skip
-def test_what_is_cut_and_what_is_refused(prompt, made_data, made, slot, num_soft, beyond):
+@given(
+    texts=st.lists(pairs, min_size=1, max_size=3), has_slot=st.booleans(),
+    num_soft=st.integers(1, 3), beyond=st.sampled_from([1, 0, -1, -2, -3, -20]))  # fmt: skip
+def test_what_is_cut_and_refused(tokenizer, made_data, texts, has_slot, num_soft, beyond):
     """open_split tokenises few rows, yet misses none that tokenising everything finds."""
+    prompt = elm.Prompt(TOKENIZERS[tokenizer])
     row = read_jsonl(rows_path(made_data))[0]
-    rows = [row | dict(query=q + "<EMB>" * slot, response=r + "b") for q, r in made]
-    write_rows(made_data, "train", rows)
-    named = [(f"{rows_path(made_data)}:{i}", elm.Row(**r)) for i, r in enumerate(rows, 1)]
-    whole = elm.tokenize(prompt, named, num_soft, 10**6)
+    slot = "<EMB>" if has_slot else ""
+    made = [row | dict(query=query + slot, response=response + "b") for query, response in texts]
+    write_rows(made_data, "train", made)
+    rows = [elm.Row(**fields) for fields in made]
+    names = [f"{rows_path(made_data)}:{number}" for number in range(1, len(made) + 1)]
+
+    unlimited = elm.Encoder(prompt, num_soft, max_tokens=10**6)
+    whole = unlimited.encode(rows, names)
     limit = max(1, len(whole[0].ids) + beyond)
-    too_long = [i for i, e in enumerate(whole, 1) if len(e.ids) - e.num_labels >= limit]
+    too_long = []
+    for number, encoded in enumerate(whole, start=1):
+        if len(encoded.ids) - encoded.num_labels >= limit:
+            too_long.append(number)
     if too_long:
         with pytest.raises(elm.UserError, match=f"jsonl:{too_long[0]}: the prompt takes all"):
             open_train(made_data, prompt, num_soft, limit)
         return
+
     split = open_train(made_data, prompt, num_soft, limit)
-    assert split.counts["responses_cut"] == sum(len(e.ids) > limit for e in whole)
-    for source in ("embedding", "text"):
-        found = split.examples(range(len(rows)), source)
-        full = elm.tokenize(prompt, named, num_soft, 10**6, source)
-        for cut, uncut, long in zip(found, whole, full, strict=True):
-            prompt_length = len(uncut.ids) - uncut.num_labels
-            answer = uncut.ids[prompt_length:limit]
+    num_cut = sum(len(encoded.ids) > limit for encoded in whole)
+    assert split.counts["responses_cut"] == num_cut
+    for layout in ("embedding", "text"):
+        found = split.examples(range(len(made)), layout)
+        uncut = unlimited.encode(rows, names, layout)
+        for cut, by_vector, full in zip(found, whole, uncut, strict=True):
+            prompt_length = len(by_vector.ids) - by_vector.num_labels
+            answer = by_vector.ids[prompt_length:limit]
             assert (cut.ids[len(cut.ids) - len(answer) :] == answer).all()
-            assert cut.num_labels == len(answer) and len(cut.ids) <= limit
-            assert cut.truncated == (max(len(uncut.ids), len(long.ids)) > limit)
-            if source == "embedding":
-                assert (cut.ids == uncut.ids[:limit]).all()
+            assert cut.num_labels == len(answer)
+            assert len(cut.ids) <= limit
+            assert cut.truncated == (max(len(by_vector.ids), len(full.ids)) > limit)
+            if layout == "embedding":
+                assert (cut.ids == by_vector.ids[:limit]).all()
 
 
 @few
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=60).filter(lambda v: len(set(v)) > 1))
-def test_shuffled_vectors(vectors):
+def test_shuffled_vectors(vector_ids):
     """A permutation of the vectors that moves each one."""
-    rows = np.zeros(len(vectors), elm.ROW)
-    rows["vector"] = vectors
-    split = elm.Split(None, rows, None, {}, {}, PROMPT, 1, elm.DataConfig())
+    index = np.zeros(len(vector_ids), elm.ROW_INDEX)
+    index["vector_id"] = vector_ids
+    split = elm.Split(
+        path=Path("rows.jsonl"), index=index, vectors=torch.ones(31, 4), statistics={},
+        counts=Counter(), tasks=elm.TASKS, encoder=elm.Encoder(PROMPT, 1, 256))  # fmt: skip
     other = elm.shuffled_vectors(split)
-    assert (other != rows["vector"]).all()
-    mapped = dict(zip(vectors, other.tolist(), strict=True))
-    assert sorted(mapped.values()) == sorted(set(vectors))
-    assert all(mapped[v] == o for v, o in zip(vectors, other, strict=True))
+    assert (other != index["vector_id"]).all()
+    mapped = dict(zip(vector_ids, other.tolist(), strict=True))
+    assert sorted(mapped.values()) == sorted(set(vector_ids))
+    assert [mapped[v] for v in vector_ids] == other.tolist()
 
 
 anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
 
 
+@pytest.fixture(scope="module")
+def without_git():
+    """git, which config_text asks for the commit, takes its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.which", lambda name: None)
+        yield
+
+
 @few
-@given(anything, anything, st.floats(1e-30, 1e30), st.booleans(), st.lists(
-    st.sampled_from(elm.TASKS), min_size=1, max_size=5))  # fmt: skip
-@example("\U0001f600 \x7f", "\x7f\u2028\U0001f600", 1e-4, True, ["summary"])
-def test_config_written_and_read_again(llm, project, lr, flag, tasks):
-    deepspeed = dict(zero_stage=3, zero_optimization={"x": {llm: [lr, flag, {}]}})
-    tables = dict(model=dict(llm=llm, standardize=flag, template={project: lr}),
-                  train=dict(lr=lr), data=dict(tasks=tasks), wandb=dict(project=project),
-                  deepspeed=deepspeed)  # fmt: skip
-    cfg = elm.build(elm.Config, tables)
-    with mock.patch("shutil.which", return_value=None):  # git, for the commit, takes its time
-        assert elm.build(elm.Config, elm.tomllib.loads(elm.config_text(cfg))) == cfg
+@given(
+    llm=anything, project=anything, lr=st.floats(1e-30, 1e30), flag=st.booleans(),
+    tasks=st.lists(st.sampled_from(elm.TASKS), min_size=1, max_size=5))  # fmt: skip
+@example(
+    llm="\U0001f600 \x7f", project="\x7f\u2028\U0001f600", lr=1e-4, flag=True, tasks=["summary"])
+def test_config_written_and_read_again(without_git, llm, project, lr, flag, tasks):
+    tables = {
+        "model": {"llm": llm, "standardize": flag, "template": {project: lr}},
+        "train": {"lr": lr},
+        "data": {"tasks": tasks},
+        "wandb": {"project": project},
+        "deepspeed": {"zero_stage": 3, "zero_optimization": {"x": {llm: [lr, flag, {}]}}},
+    }
+    cfg = elm.parse_config(tables)
+    assert elm.parse_config(elm.tomllib.loads(elm.config_text(cfg))) == cfg
+
+
+@few
+@given(st.lists(st.integers(), max_size=40), st.integers(1, 9))
+def test_in_blocks(items, size):
+    blocks = list(elm.in_blocks(iter(items), size))
+    assert [item for block in blocks for item in block] == items
+    assert all(len(block) == size for block in blocks[:-1])
+    assert all(1 <= len(block) <= size for block in blocks)

@@ -1,70 +1,206 @@
+"""The repository itself: its style, what its documents name, what a command costs to ask."""
+
 import ast
 import re
+import resource
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, command
 
 import elm
 
-SOURCE = (ROOT / "elm.py").read_text()
-MAX_LINES = 2765  # of elm.py
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text("utf-8")
+SOURCE = (ROOT / "elm.py").read_text("utf-8")
+TREE = ast.parse(SOURCE)
+PROGRAMS = [ROOT / "elm.py", *sorted((ROOT / "data").glob("*.py"))]
+HEAVY = {
+    "accelerate", "bert_score", "deepspeed", "huggingface_hub", "jinja2", "matplotlib", "optuna",
+    "pandas", "scipy", "sentence_transformers", "sklearn", "tokenizers", "transformers",
+    "wandb"}  # fmt: skip
 
 
-def test_size_of_the_one_file():
-    lines = SOURCE.splitlines()
-    assert len(lines) <= MAX_LINES and max(map(len, lines)) <= 100
-    assert f"at most {MAX_LINES:,}" in README
-
-
-def test_size_of_the_readme():
-    lines = README.splitlines()
-    assert len(lines) <= 220
-    assert all(len(line) <= 100 or line.startswith("|") for line in lines)
-    shown = re.sub(r"<details>.*?</details>", "", README, flags=re.DOTALL)
-    assert len(shown.splitlines()) <= 110
-
-
-def test_sections_in_the_order_of_reading():
-    titles = re.findall(r"^# -{77}\n# (\w+)", SOURCE, re.MULTILINE)
-    assert titles == ["Config", "Runtime", "Data", "Model", "Losses", "Checkpoint", "Training",
-                      "Evaluation", "Commands", "Synthesis", "Sweep", "Command"]  # fmt: skip
-
-
-def test_only_the_loop_is_long():
-    for node in ast.walk(ast.parse(SOURCE)):
-        for inner in ast.iter_child_nodes(node):
-            if isinstance(inner, ast.FunctionDef) and inner.name != "train":
-                most = 12 if isinstance(node, ast.FunctionDef) else 60
-                assert inner.end_lineno - inner.lineno < most, inner.name
-
-
-def test_nothing_runs_code_from_files_or_trusts_remote_code():
-    assert "weights_only=False" not in SOURCE and "pickle" not in SOURCE
-    assert SOURCE.count(".from_pretrained(") == SOURCE.count(".SentenceTransformer(") == 1
-    assert SOURCE.count("trust_remote_code=False") == 2
-    assert SOURCE.count("torch.load(") == SOURCE.count("weights_only=True")
-
-
-def test_readme_names_every_key_metric_and_option():
-    keys = """step epoch loss lm_loss drift_loss lr grad_norm tokens_per_second memory_gib
-        similarity val_loss val_loss_shuffled val_loss_text loss_shuffled loss_text gap_closed
-        bertscore_precision empty_rate repetition consistency mrr top1 intervals samples""".split()
-    told = set()
-    for section, names in re.findall(r"^\| (\w+)\.([\w, ]+) \|", README, re.MULTILINE):
-        told |= {f"{section}.{name}" for name in names.split(", ")}
-    options = elm.list_options(elm.Config).keys() - elm.Config.model_fields.keys()
-    assert told == options - {"deepspeed.zero_optimization"}
-    for kind in (elm.EmbedOptions, elm.GenerateOptions, elm.StudyConfig):
-        keys += kind.model_fields
-    for key in keys:
-        assert key in README, key
+# -----------------------------------------------------------------------------
+# Style
 
 
 def test_ruff():
-    pytest.importorskip("ruff")
     words = [sys.executable, "-m", "ruff", "check", "."]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True)
-    assert done.returncode == 0, done.stdout.decode()
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def nodes(*kinds: type[ast.AST]) -> list:
+    return [node for node in ast.walk(TREE) if isinstance(node, kinds)]
+
+
+def is_assignment_of_unrelated_values(node: ast.Assign) -> bool:
+    """`a, b = x, y`, but not the swap `a, b = b, a`."""
+    if not isinstance(node.value, ast.Tuple):
+        return False
+    values = sorted(ast.unparse(value) for value in node.value.elts)
+    for target in node.targets:
+        if isinstance(target, ast.Tuple):
+            return sorted(ast.unparse(name) for name in target.elts) != values
+    return False
+
+
+def test_elm_is_not_dense():
+    """What a reader has to decode, per 100 lines."""
+    hundreds = len(SOURCE.splitlines()) / 100
+    comprehensions = nodes(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    tuples = [node for node in nodes(ast.Assign) if is_assignment_of_unrelated_values(node)]
+    walruses = nodes(ast.NamedExpr)
+    assert len(comprehensions) / hundreds <= 3
+    assert len(tuples) / hundreds <= 0.5
+    assert len(walruses) / hundreds <= 0.3
+    tests = [node.test for node in nodes(ast.While, ast.If)]
+    assert all(walrus in tests for walrus in walruses)
+
+
+def test_contents_are_the_section_titles():
+    """The table at the end of the docstring, in order."""
+    contents = elm.__doc__.partition("\nContents\n")[2]
+    names = re.findall(r"^    (\S+(?: \S+)*)  +\S", contents, re.MULTILINE)
+    titles = re.findall(r"^# -{77}\n# (.+)", SOURCE, re.MULTILINE)
+    assert names == titles
+    assert len(titles) > 10
+
+
+# -----------------------------------------------------------------------------
+# Security
+
+
+def name_of_call(node: ast.Call) -> str:
+    """The last part of the name of what is called."""
+    if isinstance(node.func, ast.Attribute):
+        return node.func.attr
+    return getattr(node.func, "id", "")
+
+
+def constants(node: ast.Call) -> dict:
+    """The keywords of a call that are constants."""
+    return {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_nothing_runs_code_from_files_or_trusts_remote_code(path):
+    source = path.read_text("utf-8")
+    assert "trust_remote_code=True" not in source
+    assert "weights_only=False" not in source
+    assert "allow_pickle=True" not in source
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "pickle":
+            assert [alias.name for alias in node.names] == ["UnpicklingError"]
+        if isinstance(node, ast.Import):
+            assert not {"pickle", "dill", "joblib"} & {alias.name for alias in node.names}
+        if not isinstance(node, ast.Call):
+            continue
+        name = name_of_call(node)
+        if name in ("from_pretrained", "SentenceTransformer"):
+            assert constants(node)["trust_remote_code"] is False, ast.unparse(node)
+        if ast.unparse(node.func) == "torch.load":
+            assert constants(node)["weights_only"] is True, ast.unparse(node)
+        if isinstance(node.func, ast.Name):
+            assert name not in ("eval", "exec", "compile", "__import__"), ast.unparse(node)
+
+
+def test_models_are_loaded_in_one_place_each():
+    calls = [name_of_call(node) for node in nodes(ast.Call)]
+    assert calls.count("from_pretrained") == 1
+    assert calls.count("SentenceTransformer") == 1
+    assert SOURCE.count("torch.load(") == 1
+
+
+# -----------------------------------------------------------------------------
+# Documents
+
+
+def leaf_keys(config_class: type[elm.Table]) -> set[str]:
+    """Dotted keys but those of tables."""
+    keys = elm.dotted_keys(config_class)
+    tables = {key.rpartition(".")[0] for key in keys}
+    return set(keys) - tables
+
+
+def test_readme_names_every_key():
+    told = set()
+    for section, names in re.findall(r"^\| (\w+)\.([\w, ]+) \|", README, re.MULTILINE):
+        told |= {f"{section}.{name}" for name in names.split(", ")}
+    assert told == leaf_keys(elm.Config) - {"deepspeed.zero_optimization"}
+
+
+METRICS = [
+    "step", "epoch", "loss", "lm_loss", "drift_loss", "lr", "grad_norm", "similarity",
+    "tokens_per_second", "memory_gib", "val_loss", "val_loss_shuffled", "val_loss_text",
+    "loss_shuffled", "loss_text", "gap_closed", "bertscore_precision", "empty_rate", "repetition",
+    "consistency", "mrr", "top1", "intervals", "samples"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names", [METRICS, elm.GenerateOptions.model_fields, elm.StudyConfig.model_fields],
+    ids=["metrics", "generate", "study"])  # fmt: skip
+def test_readme_names_every_metric_and_option(names):
+    missing = [name for name in names if not re.search(rf"\b{name}\b", README)]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", [command.name for command in elm.COMMANDS])
+def test_help_of_a_command_names_every_key(name):
+    (config_class,) = [c.config_class for c in elm.COMMANDS if c.name == name]
+    code, said = command(name, "--help")
+    assert code == 0
+    told = set()
+    section = ""
+    for line in said.splitlines():
+        if re.fullmatch(r"\[\w+\]", line):
+            section = line.strip("[]") + "."
+        field = re.match(r"    (\w+): .*= |    (\w+): \w+(  #|$)", line)
+        if field:
+            told.add(section + (field[1] or field[2]))
+    keys = leaf_keys(config_class)
+    tables = set(elm.dotted_keys(config_class)) - keys
+    assert told - tables == keys
+
+
+# -----------------------------------------------------------------------------
+# The cost of a question
+
+
+def test_questions_import_no_heavy_packages(processes):
+    """Also a mistyped key is told at once."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import elm
+for words in (["--version"], ["--help"], ["train", "--help"], ["eval", "--help"],
+              ["generate", "--help"], ["sweep", "--help"]):
+    assert elm.main(words) == 0, words
+assert elm.main(["train.toml", "train.learning_rat=1"]) == 2
+found = {HEAVY} & set(sys.modules)
+assert not found, found
+"""
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "elm: train.toml: train.learning_rat: unknown key" in done.stderr
+
+
+def cpu_seconds(*words: str) -> float:
+    """The least CPU time of three runs of python."""
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert done.returncode in (0, 2), done.stderr
+    return min(times)
+
+
+def test_questions_cost_little_more_than_torch(processes):
+    limit = 1.3 * cpu_seconds("-c", "import torch")
+    assert cpu_seconds("elm.py", "train", "--help") < limit
+    assert cpu_seconds("elm.py", "--version") < limit
+    assert cpu_seconds("elm.py", "train.toml", "train.learning_rat=1") < limit

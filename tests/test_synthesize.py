@@ -9,272 +9,468 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import make
+import prepare
 import pytest
 import torch
-from conftest import ROOT, command, read_jsonl, refused, rows_path, run, vectors_path
-from test_commands import TINY
+from conftest import CPU, ROOT, read_jsonl, rows_path, vectors_path
+from test_prepare import TINY, assert_refused, names_in, run_prepare
 
 import elm
 
-MODELS = [f"model={TINY / 'llm'}", f"embedder={TINY / 'embedder'}", "bf16=false"]
-MODELS += [f"queries={TINY / 'queries.toml'}", "max_new_tokens=64", "split=[0.7, 0.15, 0.15]"]
-TEXTS = read_jsonl(TINY / "synthesis" / "train_synthesis.jsonl")
-TEXTS = list(dict.fromkeys(row["text"] for row in TEXTS))
+OPTIONS = [
+    f"model={TINY / 'llm'}", f"embedder={TINY / 'embedder'}", "bf16=false",
+    f"queries={TINY / 'queries.toml'}", "max_new_tokens=64", "split=[0.7, 0.15, 0.15]"]
 
 
-def write_texts(path, texts):
-    lines = [t if isinstance(t, dict) else {"text": t} for t in texts]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def read_texts() -> list[str]:
+    rows = read_jsonl(TINY / "synthesis" / "train_synthesis.jsonl")
+    return list(dict.fromkeys(row["text"] for row in rows))
+
+
+TEXTS = read_texts()
+
+
+def write_texts(path: Path, texts: list) -> Path:
+    """A file of texts, or of dicts with a text."""
+    lines = [text if isinstance(text, dict) else {"text": text} for text in texts]
+    path.write_text(elm.jsonl(lines))
     return path
 
 
-def contents(out):
-    return {p.name: p.read_bytes() for p in out.rglob("*_*.*")}  # train.toml names the folder
+def assign_splits(path: Path, texts: list, shares) -> dict[str, str]:
+    return prepare.assign_splits(prepare.read_texts(write_texts(path, texts)), shares)
 
 
-def synthesize(source, out, *more):
-    assert command("synthesize", source, out, *MODELS, *more)[0] == 0
+def contents(out: Path) -> dict[str, bytes]:
+    """The files of a data set, but for train.toml, which names the folder."""
+    return {path.name: path.read_bytes() for path in out.rglob("*_*.*")}
+
+
+def synthesize(source: Path, out: Path, *more: str) -> dict[str, bytes]:
+    code, printed = run_prepare("synthesize", source, out, *OPTIONS, *more)
+    assert code == 0, printed
     assert not list(out.parent.glob(f".{out.name}.*"))
     return contents(out)
 
 
-def all_rows(out):
-    return [row for split in elm.SPLITS for row in read_jsonl(rows_path(out, split))]
+def read_all_rows(out: Path) -> list[dict]:
+    rows = []
+    for split in elm.SPLITS:
+        rows += read_jsonl(rows_path(out, split))
+    return rows
+
+
+FEW_TEXTS = TEXTS[:24]
 
 
 @pytest.fixture
 def texts(tmp_path):
-    return write_texts(tmp_path / "texts.jsonl", TEXTS[:40])
+    return write_texts(tmp_path / "texts.jsonl", FEW_TEXTS)
 
 
-@pytest.mark.slow
-def test_from_texts_to_a_report(tmp_path):
-    source, out = write_texts(tmp_path / "t.jsonl", TEXTS[:300]), tmp_path / "mine"
-    done = run("synthesize", source, out, *MODELS)
-    assert done.returncode == 0 and (out / "train.toml").read_text() in done.stdout
-    more = "model.hidden_dim=64 train.max_steps=100 train.lr=3e-3 train.warmup_steps=5"
-    more += " eval.samples=8 eval.max_new_tokens=48"
-    more = [*more.split(), f"eval.bertscore_model={TINY / 'scorer'}"]
-    done = run(out / "train.toml", *more, f"output.dir={tmp_path / 'run'}")
-    told = json.loads((tmp_path / "run" / "eval.json").read_text())
-    assert told["gap_closed"] > 0.6 and "reconstruct" in told["tasks"]
-    adapter = f"adapter={tmp_path / 'run' / 'adapter_best.safetensors'}"
-    assert "gap_closed: " in run("eval", out / "train.toml", *more, adapter).stdout
+# -----------------------------------------------------------------------------
+# From texts to rows
+
+
+def test_from_texts_to_a_report(tmp_path, run):
+    """The data set trains an adapter that closes most of the gap; `eval` takes its train.toml."""
+    source = write_texts(tmp_path / "texts.jsonl", TEXTS[:300])
+    out = tmp_path / "mine"
+    code, printed = run_prepare("synthesize", source, out, *OPTIONS)
+    assert code == 0
+    assert (out / "train.toml").read_text() in printed
+    assert f"next: deepspeed elm.py {out}/train.toml" in printed
+
+    settings = [
+        "model.hidden_dim=64", "train.max_steps=100", "train.lr=3e-3", "train.warmup_steps=5",
+        "eval.samples=8", "eval.max_new_tokens=48", f"eval.bertscore_model={TINY / 'scorer'}"]
+    done = run(out / "train.toml", *settings, f"output.dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert report["gap_closed"] > 0.6
+    assert "reconstruct" in report["tasks"]
+    adapter = tmp_path / "run" / "adapter_best.safetensors"
+    done = run("eval", out / "train.toml", *settings, f"adapter={adapter}")
+    assert "gap_closed: " in done.stdout
 
 
 def test_rows_vectors_and_queries(texts, tmp_path):
-    synthesize(texts, out := tmp_path / "new" / "mine", "reconstruct=0.5")
-    model, rows = elm.load_embedder(str(TINY / "embedder")), all_rows(out)
+    out = tmp_path / "new" / "mine"
+    synthesize(texts, out, "reconstruct=0.5")
+    embedder = elm.load_embedder(str(TINY / "embedder"), False, CPU)
     for split in elm.SPLITS:
-        table, its = elm.open_vectors(vectors_path(out, split)), read_jsonl(rows_path(out, split))
-        vectors = elm.encode(model, [row["text"] for row in its], "cpu")
-        assert torch.allclose(table[[r["embedding_file_idx"] for r in its]], vectors, atol=1e-5)
-    assert {row["text"] for row in rows} == {*TEXTS[:40]}
-    tasks, queries = Counter(row["task_type"] for row in rows), make.QUERIES
-    assert 10 <= tasks.pop("reconstruct") <= 30 and sum(tasks.values()) == 6 * 40
-    assert elm.read_toml(str(TINY / "queries.toml"), {}) == queries  # which the tiny LLM knows
-    assert elm.QUERIES.keys() == queries.keys() | {elm.RECONSTRUCT}
-    asked = [row for row in rows if row["task_type"] != "reconstruct"]
-    assert all(row["query"] in queries[row["task_type"]] for row in asked)
-    begin = next(row for row in rows if row not in asked)
-    assert begin["text"].startswith(begin["response"]) and begin["response"].count(".") == 2
+        rows = read_jsonl(rows_path(out, split))
+        table = elm.open_vectors(vectors_path(out, split))
+        vectors = table[[row["embedding_file_idx"] for row in rows]]
+        expected = elm.embed_texts(embedder, [row["text"] for row in rows])
+        assert torch.allclose(vectors, expected, atol=1e-5)
+
+    rows = read_all_rows(out)
+    assert {row["text"] for row in rows} == set(FEW_TEXTS)
+    counts = Counter(row["task_type"] for row in rows)
+    num_reconstruct = counts.pop("reconstruct")
+    assert 6 <= num_reconstruct <= 18
+    assert counts.total() == 6 * len(FEW_TEXTS)
+    for row in rows:
+        if row["task_type"] == "reconstruct":
+            assert row["text"].startswith(row["response"])
+            assert row["response"].count(".") == 2
+        else:
+            assert row["query"] in make.QUERIES[row["task_type"]]
 
 
-@pytest.mark.slow
-def test_killed_and_started_again_and_shuffled_ends_with_the_same_bytes(tmp_path):
-    source, out = write_texts(tmp_path / "t.jsonl", TEXTS[:100]), tmp_path / "mine"
-    whole = synthesize(source, tmp_path / "whole", "temperature=0.7")
-    write_texts(source, [*TEXTS[99::-1], TEXTS[3].lower(), f"{TEXTS[4]} "])  # and copies
-    kills, command = 0, [sys.executable, ROOT / "elm.py", "synthesize", source, out, *MODELS]
-
-    def answers():
-        return sum(p.read_bytes().count(b"\n") for p in tmp_path.glob(".mine.work/answers.jsonl"))
-
-    while not out.exists():
-        before, child = answers(), subprocess.Popen([*command, "temperature=0.7"], env=os.environ)
-        while child.poll() is None:
-            if answers() >= before + 15:
-                child.kill()
-                child.wait()
-                with open(*tmp_path.glob(".mine.work/answers.jsonl"), "a") as f:
-                    f.write('\n[["torn')
-                kills += 1
-            time.sleep(0.005)
-        assert out.exists() or answers() > before, "no progress"
-    assert kills >= 2 and contents(out) == whole and not list(tmp_path.glob(".mine.*"))
-
-
-def test_splits_are_stable_and_follow_groups(tmp_path):
-    few = elm.split_texts(write_texts(tmp_path / "a.jsonl", TEXTS[:200]), (0.8, 0.1, 0.1))
-    more = elm.split_texts(write_texts(tmp_path / "b.jsonl", TEXTS[::-1]), (0.8, 0.1, 0.1))
-    assert few == {text: more[text] for text in few} and list(few) == sorted(TEXTS[:200])
-    assert 600 < Counter(more.values())["train"] < 680 and 50 < Counter(more.values())["val"] < 110
-    grouped = [dict(text=t, group=i // 8) for i, t in enumerate(TEXTS)]
-    grouped[0] |= dict(split="test")
-    split = elm.split_texts(write_texts(tmp_path / "c.jsonl", grouped), (0.5, 0.25, 0.25))
-    assert split[TEXTS[0]] == "test"  # and so is its group
-    assert all(len({split[t] for t in TEXTS[i : i + 8]}) == 1 for i in range(0, 800, 8))
-    same = write_texts(tmp_path / "d.jsonl", ["A  b", "a B", *"cdefghij"])
-    assert list(elm.split_texts(same, (0.5, 0.5, 0))) == ["A  b", *"cdefghij"]
-    same = [dict(text="b A", split="test"), "B  a", "C", dict(text="c", group=0), *"de"]
-    same += [dict(text=t, group=0, split="test") for t in "fg"] + [*"hijkl"]
-    split = elm.split_texts(write_texts(tmp_path / "e.jsonl", same), (0.5, 0.5, 0))
-    assert split["B  a"] == split["c"] == "test"
-
-
-@pytest.mark.parametrize("answer, finished, why", [
-    ("It is about frogs.", True, ""), ("It is about", False, "not finished"), (" ", True, "empty"),
-    ("a b c d " * 5, True, "repetitive"), (f"{TEXTS[0].upper()} And more.", True, "copied"),
-    ("Here is a summary.", True, "preamble"), ("Surely it is so.", True, ""),
-    ("<think>\nWell.\n</think>\nIt is about frogs.", True, "preamble")])  # fmt: skip
-def test_filters(answer, finished, why):
-    row = dict(task_type="summary", text=TEXTS[0])
-    assert elm.fault(row, answer, finished) == why
-    said = elm.fault(row | dict(task_type="style_casual"), answer, finished)
-    assert said == ("" if why == "copied" else why)
-
-
-def test_rejected_answers_are_left_out_and_counted(texts, tmp_path):
-    _, said = command("synthesize", texts, tmp_path / "mine", *MODELS, "max_new_tokens=12",
-                      "reconstruct=1")  # fmt: skip
-    assert "not finished  test  train  val\n" in said
-    counts = re.findall(r"^\w+ +(\d+) +(\d+) +(\d+) +(\d+)$", said, re.MULTILINE)
-    lost, *others = (sum(map(int, column)) for column in zip(*counts, strict=True))
-    assert 20 < lost == 7 * 40 - sum(others) == 7 * 40 - len(all_rows(tmp_path / "mine"))
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers by the tiny LLM, but at first each message in the way of one of `ways`."""
-
-    def start(ways=(), status=200):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Handler,), {}))
-        tokenizer = make.AutoTokenizer.from_pretrained(TINY / "llm")
-        llm = elm.load_llm(str(TINY / "llm"), torch.device("cpu"), False)
-        server.ways, server.status, server.asked, server.keys = ways, status, Counter(), set()
-        server.models, server.one = (llm, elm.Prompt(tokenizer)), threading.Lock()
-        server.too_long = "no such text"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return server, f"endpoint=http://127.0.0.1:{server.server_port}/v1"
-
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        server, (llm, prompt) = self.server, self.server.models
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        content = body["messages"][0]["content"]
-        server.asked[content] += 1
-        server.keys.add(self.headers["Authorization"])
-        way = next(iter(server.ways[server.asked[content] - 1 :]), "")
-        way = "400" if server.too_long in content else way
-        status, reply = int(way) if way.isdecimal() else server.status, b"<garbage\xff"
-        if not way and status == 200:
-            ids = torch.tensor(prompt.head + prompt.ids([content])[0] + prompt.tail)
-            with server.one, torch.no_grad():
-                embeds = [llm.get_input_embeddings()(ids)]
-                ((text, end),) = elm.generate_batch(llm, prompt, embeds, body["max_tokens"])
-            reason = "stop" if end else "length"
-            choice = dict(message=dict(content=text), finish_reason=reason)
-            reply = json.dumps(dict(choices=[choice])).encode()
-        if way != "nothing":
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(reply) + 9 * (way == "half")))
-            self.end_headers()
-            self.wfile.write(reply)
-
-
-@pytest.mark.slow
-def test_a_server_that_fails_at_first_gives_the_answers_of_the_llm(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(elm, "WAITS", (0.01,) * 6)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    server, endpoint = Handler.start(("429", "garbage", "half", "nothing", "503"))
-    there = synthesize(texts, tmp_path / "there", endpoint, "concurrency=8")
-    assert set(server.asked.values()) == {6} and server.keys == {"Bearer sk-secret"}
-    assert there == synthesize(texts, tmp_path / "here")
-    assert not any(b"secret" in p.read_bytes() for p in tmp_path.rglob("*.*") if p.is_file())
-
-
-@pytest.mark.slow
-def test_servers_that_are_refused_lose_nothing(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(elm, "WAITS", (0.01,) * 2)
-    start = ["synthesize", texts, tmp_path / "mine", *MODELS, "concurrency=2"]
-    refused("endpoint: .*refused", *start, "endpoint=http://127.0.0.1:9/v1")
-    server, endpoint = Handler.start(status=404)
-    refused("endpoint: .*404.*garbage", *start, endpoint)
-    assert set(server.asked.values()) == {1}
-    for way in ("429", "garbage", "half", "nothing"):
-        server, endpoint = Handler.start((way,) * 9)
-        refused("endpoint: ", *start, endpoint)
-        assert max(server.asked.values()) == 3
-    server, endpoint = Handler.start()
-    server.too_long = sorted(TEXTS[:40], key=len)[-2]
-    refused(f"endpoint: .* about '{server.too_long[:50]}': .*400.*", *start, endpoint)
-    again, endpoint = Handler.start()
-    synthesize(texts, tmp_path / "mine", endpoint)  # it goes on
-    assert any(server.too_long not in content for content in server.asked)
-    assert all(server.too_long in content for content in server.asked if content in again.asked)
-
-
-@pytest.mark.slow
-def test_a_full_disk_loses_nothing_and_other_texts_keep_the_answers(small_disk, tmp_path):
-    source, out = write_texts(tmp_path / "texts.jsonl", TEXTS[:25]), small_disk / "mine"
-    (small_disk / "ballast").write_bytes(bytes(295_000))
-    server, endpoint = Handler.start()
-    words = ["synthesize", source, out, *MODELS, endpoint, "concurrency=1"]
-    refused("/answers.jsonl: cannot be written .*: .* No space left", *words)
-    (small_disk / "ballast").unlink()
-    asked = server.asked.copy()
-    write_texts(source, TEXTS[4:28])
-    there = synthesize(*words[1:3], *words[-2:])
-    again = server.asked - asked
-    assert 20 < len(asked) < 120 and len([*asked & again]) <= 4  # those on their way
-    assert there == synthesize(source, tmp_path / "whole")
-
-
-def test_near_duplicates_between_any_two_splits_are_counted(tmp_path):
-    lines = [dict(text=t, split=elm.SPLITS[i % 3]) for i, t in enumerate(TEXTS[:9])]
-    lines += [dict(text=f"{TEXTS[1]} Indeed.", split="test"), dict(text=TEXTS[0][:-1], split="val")]
-    source = write_texts(tmp_path / "texts.jsonl", lines)
-    _, said = command("synthesize", source, tmp_path / "mine", *MODELS, "tasks=1")
-    assert "2 texts of val and test have a cosine above .95 with one of another split" in said
-
-
-def test_bad_input(texts, tmp_path):
-    new, odd = tmp_path / "new", [dict(text="a", split="dev"), *"bcdefg"]
-    none, gap, few, odd = (write_texts(tmp_path / f"{i}.jsonl", lines) for i, lines in enumerate(
-        ([], ["a", " "], ["a", "b"], odd)))  # fmt: skip
-    (tmp_path / "q.toml").write_text('summary = "Sum it up."')
-    (tmp_path / "taken").mkdir()
-    cases = [
-        (none, "new", "0.jsonl: is empty"), (gap, "new", "1.jsonl:2: not a text"),
-        (few, "new", "2.jsonl: .* train and val need two"), (odd, "new", "'dev': 1.* train and"),
-        (tmp_path / "no.txt", "new", "no.txt: No such file"),
-        (texts, "taken", "model=nonsense/x", "taken: exists already"),
-        (texts, "new", "tasks=some", "tasks = 'some': must be a valid integer"),
-        (texts, "new", "split=[1, 0, 0]", "split.1 = 0: must be greater than 0"),
-        (texts, "new", "endpoint=localhost", "endpoint = 'localhost': .*must match pattern"),
-        (texts, "new", f"queries={tmp_path / 'q.toml'}", "queries.summary = "),
-        (texts, "new", f"embedder={tmp_path / 'none'}", "embedder: cannot load"),
-        (texts, "new", f"model={tmp_path / 'none'}", "model: cannot load"),
-        (texts, "new", "max_new_tokens=1", "answers about .* too few; others: not fini"),
-        (tmp_path / "q.toml", "new", "q.toml:1: not a text")]  # fmt: skip
-    for source, out, *more, message in cases:
-        refused(message, "synthesize", source, tmp_path / out, *MODELS, *more)
-    assert not new.exists()
+def test_queries_are_there_for_every_task():
+    queries = prepare.read_queries(None)
+    assert set(queries) == {*elm.TASKS, elm.RECONSTRUCT}
+    for texts in queries.values():
+        assert len(texts) >= 2
+    # The tiny LLM knows these.
+    assert elm.read_toml(str(TINY / "queries.toml")) == make.QUERIES
+    assert set(make.QUERIES) == set(elm.TASKS)
 
 
 def test_own_tasks_and_all_tasks(tmp_path):
     (tmp_path / "q.toml").write_text('rhyme = ["Rhyme on <EMB>."]\nkeywords = []\n')
-    more = [f"queries={tmp_path / 'q.toml'}", "tasks=all"]
-    o = elm.load_config(None, more, elm.SynthesizeOptions)
-    rows = elm.draw_rows(o.model_copy(update=dict(reconstruct=1)), 0, "One. Two. Three.")
-    tasks = {"reconstruct", "rhyme", *elm.TASKS} - {"keywords"}
-    assert {row["task_type"] for row in rows} == tasks
-    few = elm.draw_rows(o.model_copy(update=dict(tasks=3, reconstruct=0)), 0, "One. Two. Three.")
-    assert len(few) == 3 and all(row in rows for row in few)
-    line = json.dumps(rows[0] | dict(task_type="reconstruct", response="One.")).encode()
+    queries = prepare.read_queries(str(tmp_path / "q.toml"))
+    options = elm.load_config(None, ["tasks=all", "reconstruct=1"], prepare.SynthesizeOptions)
+    rows = prepare.draw_rows("One. Two. Three.", 7, queries, options)
+    tasks = [row.task_type for row in rows]
+    assert tasks == sorted({"reconstruct", "rhyme", *elm.TASKS} - {"keywords"})
+    responses = {row.task_type: row.response for row in rows}
+    assert responses.pop("reconstruct") == "One. Two."
+    assert set(responses.values()) == {""}
+
+    few = elm.load_config(None, ["tasks=3", "reconstruct=0"], prepare.SynthesizeOptions)
+    few_rows = prepare.draw_rows("One. Two. Three.", 7, queries, few)
+    assert len(few_rows) == 3
+    for row in few_rows:
+        assert row in rows
+
+
+def test_rows_of_own_tasks_are_read(tmp_path):
+    row = {"task_type": "reconstruct", "embedding_file_idx": 0, "query": "?", "response": "One."}
+    line = json.dumps(row).encode()
     assert elm.parse_row(line, elm.TASKS, 1).task_type == "reconstruct"
-    line = line.replace(b"reconstruct", b"compare")  # one's own, or of older data sets
-    assert elm.parse_row(line, ("compare",), 1) and not elm.parse_row(line, elm.TASKS, 1)
+    # A task of the user's own, or a pair task of older data sets.
+    line = line.replace(b"reconstruct", b"compare")
+    assert elm.parse_row(line, ("compare",), 1) is not None
+    assert elm.parse_row(line, elm.TASKS, 1) is None
+
+
+# -----------------------------------------------------------------------------
+# Splits
+
+
+def test_splits_are_stable(tmp_path):
+    """Other texts, and another order, leave a text where it is."""
+    shares = (0.8, 0.1, 0.1)
+    few = assign_splits(tmp_path / "few.jsonl", TEXTS[:200], shares)
+    more = assign_splits(tmp_path / "more.jsonl", TEXTS[::-1], shares)
+    assert few == {text: more[text] for text in few}
+    assert list(few) == sorted(TEXTS[:200])
+    counts = Counter(more.values())
+    assert 600 < counts["train"] < 680
+    assert 50 < counts["val"] < 110
+
+
+def test_splits_follow_groups(tmp_path):
+    texts = [{"text": text, "group": i // 8} for i, text in enumerate(TEXTS)]
+    texts[0]["split"] = "test"
+    splits = assign_splits(tmp_path / "texts.jsonl", texts, (0.5, 0.25, 0.25))
+    for i in range(0, len(TEXTS), 8):
+        splits_of_group = {splits[text] for text in TEXTS[i : i + 8]}
+        assert len(splits_of_group) == 1
+    assert splits[TEXTS[0]] == "test"  # and so, by the loop, is its group
+    assert set(splits.values()) == set(elm.SPLITS)
+
+
+def test_texts_that_differ_in_case_and_spaces_alone_are_one(tmp_path):
+    shares = (0.5, 0.5, 0)
+    splits = assign_splits(tmp_path / "a.jsonl", ["A  b", "a B", *"cdefghij"], shares)
+    assert list(splits) == ["A  b", *"cdefghij"]
+
+    texts = [
+        {"text": "b A", "split": "test"}, "B  a",
+        "C", {"text": "c", "group": 0},
+        {"text": "f", "group": 0, "split": "test"},
+        *"dehijkl"]
+    splits = assign_splits(tmp_path / "b.jsonl", texts, shares)
+    assert splits["B  a"] == "test"  # as its copy
+    assert splits["c"] == "test"  # as its group
+    assert "C" not in splits
+
+
+# -----------------------------------------------------------------------------
+# Answers that are rejected
+
+
+@pytest.mark.parametrize("text, finished, reason", [
+    ("It is about frogs.", True, ""),
+    ("It is about", False, "not finished"),
+    (" ", True, "empty"),
+    ("a b c d " * 5, True, "repetitive"),
+    (f"{TEXTS[0].upper()} And more.", True, "copied"),
+    ("Here is a summary.", True, "preamble"),
+    ("Surely it is so.", True, ""),
+    ("<think>\nWell.\n</think>\nIt is about frogs.", True, "preamble")])
+def test_reasons_of_rejection(text, finished, reason):
+    answer = elm.Answer(text, finished)
+    row = prepare.DraftRow("summary", 0, "Summarize it.", TEXTS[0])
+    assert prepare.rejection_reason(row, answer) == reason
+    row.task_type = "style_casual"  # may have the words of the text
+    expected = "" if reason == "copied" else reason
+    assert prepare.rejection_reason(row, answer) == expected
+
+
+def test_rejected_answers_are_left_out_and_counted(texts, tmp_path):
+    out = tmp_path / "mine"
+    code, printed = run_prepare(
+        "synthesize", texts, out, *OPTIONS, "max_new_tokens=12", "reconstruct=1")
+    assert code == 0
+    assert "not finished  test  train  val\n" in printed
+    counts = re.findall(r"^\w+ +(\d+) +(\d+) +(\d+) +(\d+)$", printed, re.MULTILINE)
+    num_rejected = sum(int(columns[0]) for columns in counts)
+    num_written = sum(int(number) for columns in counts for number in columns[1:])
+    assert num_rejected + num_written == 7 * len(FEW_TEXTS)
+    assert num_written == len(read_all_rows(out))
+    assert num_rejected > 20
+
+
+# -----------------------------------------------------------------------------
+# Kills
+
+
+def test_killed_and_started_again_and_shuffled_ends_with_the_same_bytes(tmp_path, processes):
+    source = write_texts(tmp_path / "texts.jsonl", TEXTS[:100])
+    whole = synthesize(source, tmp_path / "whole", "temperature=0.7")
+    copies = [TEXTS[3].lower(), f"{TEXTS[4]} "]
+    write_texts(source, [*TEXTS[99::-1], *copies])
+    out = tmp_path / "mine"
+    log = tmp_path / ".mine.work" / "answers.jsonl"
+    words = [sys.executable, ROOT / "data" / "prepare.py", "synthesize", source, out, *OPTIONS]
+
+    def num_answers() -> int:
+        return log.read_bytes().count(b"\n") if log.exists() else 0
+
+    num_kills = 0
+    while not out.exists():
+        before = num_answers()
+        child = subprocess.Popen([*words, "temperature=0.7"], env=os.environ)
+        while child.poll() is None:
+            if num_answers() >= before + 200:
+                child.kill()
+                child.wait()
+                with open(log, "a") as f:
+                    f.write('\n{"key": "torn')
+                num_kills += 1
+            time.sleep(0.005)
+        assert out.exists() or num_answers() > before, "no progress"
+    assert num_kills >= 2
+    assert contents(out) == whole
+    assert names_in(tmp_path) == ["mine", "texts.jsonl", "whole"]
+
+
+# -----------------------------------------------------------------------------
+# Servers
+
+
+class TinyServer(ThreadingHTTPServer):
+    """Answers by the tiny LLM as an OpenAI-compatible server does. The first requests about each
+    message fail, each in the way that stands at its place in `failures`: a status, "garbage" with
+    status 200, "half" an answer, or "nothing"."""
+
+    daemon_threads = True
+
+    def __init__(self, failures=()):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.failures = failures
+        self.refused_text = None  # requests about it fail with status 400
+        self.num_asked = Counter()  # by message
+        self.keys = set()
+        self.llm = elm.load_llm(str(TINY / "llm"), CPU, bf16=False)
+        self.prompt = elm.Prompt(elm.load_tokenizer(str(TINY / "llm")))
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def endpoint(self) -> str:
+        return f"endpoint=http://127.0.0.1:{self.server_port}/v1"
+
+    def failure_of(self, message: str) -> str:
+        """How to fail at this request, or ""."""
+        self.num_asked[message] += 1
+        number = self.num_asked[message] - 1
+        if self.refused_text is not None and self.refused_text in message:
+            return "400"
+        return self.failures[number] if number < len(self.failures) else ""
+
+    @torch.no_grad()
+    def answer(self, message: str, max_tokens: int) -> bytes:
+        prompt = self.prompt
+        ids = prompt.prefix_ids + prompt.encode([message])[0] + prompt.suffix_ids
+        with self.lock:
+            embeds = self.llm.get_input_embeddings()(torch.tensor(ids))
+            (answer,) = elm.generate_batch(self.llm, prompt, [embeds], max_tokens)
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": answer.text},
+            "finish_reason": "stop" if answer.finished else "length"}
+        return json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        message = body["messages"][0]["content"]
+        self.server.keys.add(self.headers["Authorization"])
+        failure = self.server.failure_of(message)
+        if failure == "nothing":
+            return
+        if failure in ("", "half"):
+            reply = self.server.answer(message, body["max_tokens"])
+        else:
+            reply = b"<garbage\xff"
+        status = int(failure) if failure.isdecimal() else 200
+        missing = 9 if failure == "half" else 0
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(reply) + missing))
+        self.send_header("Retry-After-Ms", "1")  # or the tests would wait as long as users do
+        self.end_headers()
+        self.wfile.write(reply)
+
+
+@pytest.fixture
+def start_server():
+    servers = []
+
+    def start(*failures: str) -> TinyServer:
+        servers.append(TinyServer(failures))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_servers_answers_are_those_of_the_llm(texts, tmp_path, start_server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+    server = start_server("429", "503")
+    there = synthesize(texts, tmp_path / "there", server.endpoint, "concurrency=8", "tasks=2")
+    assert set(server.num_asked.values()) == {3}
+    assert server.keys == {"Bearer sk-secret"}
+    assert there == synthesize(texts, tmp_path / "here", "tasks=2")
+    for path in tmp_path.rglob("*.*"):
+        if path.is_file():
+            assert b"secret" not in path.read_bytes()
+
+
+@pytest.mark.slow
+def test_lost_connections_are_retried(texts, tmp_path, start_server):
+    server = start_server("half", "nothing")
+    there = synthesize(texts, tmp_path / "there", server.endpoint, "tasks=2")
+    assert set(server.num_asked.values()) == {3}
+    assert there == synthesize(texts, tmp_path / "here", "tasks=2")
+
+
+@pytest.mark.parametrize("failure, num_requests", [
+    ("429", 3), ("503", 3), ("404", 1), ("garbage", 1),
+    pytest.param("half", 3, marks=pytest.mark.slow),
+    pytest.param("nothing", 3, marks=pytest.mark.slow)])
+def test_a_server_that_goes_on_failing_is_reported(
+        texts, tmp_path, start_server, monkeypatch, failure, num_requests):
+    monkeypatch.setattr(elm, "SERVER_RETRIES", 2)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    server = start_server(*[failure] * 9)
+    words = ["synthesize", texts, tmp_path / "mine", *OPTIONS, server.endpoint, "concurrency=2"]
+    assert_refused("endpoint: http((?!secret).)*$", *words)
+    assert max(server.num_asked.values()) == num_requests
+    assert names_in(tmp_path) == [".mine.work", "texts.jsonl"]
+
+
+def test_a_server_that_is_not_there_is_reported(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(elm, "SERVER_RETRIES", 0)
+    words = ["synthesize", texts, tmp_path / "mine", *OPTIONS]
+    assert_refused("endpoint: http://127.0.0.1:9/v1 .*", *words, "endpoint=http://127.0.0.1:9/v1")
+
+
+def test_a_refused_request_loses_no_answer(texts, tmp_path, start_server):
+    out = tmp_path / "mine"
+    server = start_server()
+    server.refused_text = sorted(FEW_TEXTS, key=len)[-2]
+    words = ["synthesize", texts, out, *OPTIONS, "tasks=2", server.endpoint, "concurrency=2"]
+    assert_refused(f"endpoint: .* about '{server.refused_text[:50]}': .*400", *words)
+
+    again = start_server()
+    synthesize(texts, out, "tasks=2", again.endpoint)
+    answered = [message for message in server.num_asked if server.refused_text not in message]
+    assert answered
+    assert not set(answered) & set(again.num_asked)
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing_and_other_texts_keep_the_answers(
+        small_disk, tmp_path, start_server):
+    source = write_texts(tmp_path / "texts.jsonl", TEXTS[:25])
+    out = small_disk / "mine"
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(248_000))  # there is room for the vectors and for some answers
+    server = start_server()
+    words = ["synthesize", source, out, *OPTIONS, server.endpoint, "concurrency=1"]
+    assert_refused("/answers.jsonl: cannot be written .*: .* No space left", *words)
+    before = server.num_asked.copy()
+    assert 20 < len(before) < 150
+
+    ballast.unlink()
+    write_texts(source, TEXTS[4:28])
+    there = synthesize(source, out, server.endpoint, "concurrency=1")
+    asked_again = [message for message in before if server.num_asked[message] > before[message]]
+    assert len(asked_again) <= 4  # those on their way
+    assert there == synthesize(source, tmp_path / "whole")
+
+
+# -----------------------------------------------------------------------------
+# Bad input
+
+
+def test_bad_texts(texts, tmp_path):
+    cases = [
+        ([], "is empty"),
+        (["a", " "], ":2: not a text"),
+        (["a", "b"], "train and val need two"),
+        ([{"text": "a", "split": "dev"}, *"bcdefg"], "split = 'dev'")]
+    for i, (lines, message) in enumerate(cases):
+        source = write_texts(tmp_path / f"{i}.jsonl", lines)
+        assert_refused(f"{i}.jsonl.*{message}", "synthesize", source, tmp_path / "new", *OPTIONS)
+    none = tmp_path / "no.txt"
+    assert_refused("no.txt: No such file", "synthesize", none, tmp_path / "new", *OPTIONS)
+    assert not (tmp_path / "new").exists()
+
+
+def test_bad_options(texts, tmp_path):
+    (tmp_path / "taken").mkdir()
+    one_query = tmp_path / "one.toml"
+    one_query.write_text('summary = "Sum it up."')
+    two_places = tmp_path / "two.toml"
+    two_places.write_text('summary = ["<EMB> or <EMB>?"]')
+    assert_refused("taken: exists already", "synthesize", texts, tmp_path / "taken",
+                   "model=nonsense/x")
+    cases = [
+        ("tasks=some", "tasks = 'some': .*valid integer"),
+        ("split=[1, 0, 0]", "split.1 = 0: .*greater than 0"),
+        ("endpoint=localhost", "endpoint = 'localhost': .*match pattern"),
+        (f"queries={one_query}", "one.toml: summary = 'Sum it up.': not a list"),
+        (f"queries={two_places}", "one <EMB> at most"),
+        (f"embedder={tmp_path / 'none'}", "embedder: cannot load"),
+        (f"model={tmp_path / 'none'}", "model: cannot load"),
+        ("max_new_tokens=1", "model: .* accepted answers.* rejected: not finished")]
+    for option, message in cases:
+        assert_refused(message, "synthesize", texts, tmp_path / "new", *OPTIONS, option)
+    assert not (tmp_path / "new").exists()

@@ -1,28 +1,29 @@
+"""Training: what a run leaves, stopped and resumed, settings, what goes wrong, W&B."""
+
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
-from unittest import mock
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
     NO_TABLES,
-    PROMPT,
-    RT,
-    build_elm,
+    ROOT,
     command,
     go,
     limit_memory,
     make_data,
     make_llm,
-    open_train,
     read_jsonl,
+    read_table,
     refused,
     rows_path,
-    run,
     vectors_path,
     write_rows,
 )
@@ -35,7 +36,7 @@ import elm
 
 def final_state(folder, name="final"):
     saved = elm.load_checkpoint(folder / f"checkpoint_{name}.pt")
-    return {k: saved[k] for k in ("adapter", "optimizer")}
+    return {"adapter": saved.adapter, "optimizer": saved.optimizer}
 
 
 def snapshot(folder):
@@ -51,83 +52,125 @@ def steps_of(folder, key="loss"):
     return [m["step"] for m in read_jsonl(folder / "metrics.jsonl") if key in m]
 
 
-def parts_of(settings, *more):
-    """What `train` makes before its loop."""
-    cfg = elm.load_config(None, [*settings, *more])
-    split = elm.open_inputs(cfg, ["train"], cfg.model.tokens, elm.start_runtime(cfg))["train"]
-    llm = elm.load_llm(cfg.model.llm, RT.device, cfg.model.bf16)
-    return cfg, split, elm.build_trainable(cfg, llm, split, None, RT)[0]
+@pytest.fixture
+def copied(trained, tmp_path):
+    """(its report, its folder, settings that name the folder) of a finished run that may change."""
+    report, folder, settings = trained
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    return report, copy, [*settings, f"output.dir={copy}"]
 
 
-def test_what_a_run_leaves(settings, tmp_path):
-    more = ["train.resume=auto", f"output.log_file={tmp_path / 'log.txt'}"]
-    result, folder = go(settings, *more)
+@pytest.fixture
+def brief(settings):
+    """Settings of a run without samples, that validates before its first and after its last step
+    alone."""
+    return [*settings, "eval.samples=0", "train.eval_steps=6"]
+
+
+# ------------------------------------------------------------------ a run
+
+
+def test_what_a_run_leaves(trained):
+    result, folder, settings = trained
     names = [".lock", "config.toml", "metrics.jsonl", "eval.json", "predictions.jsonl"]
     names += ["report.png", "adapter_best.safetensors", "checkpoint_final.pt"]
-    names += [f"adapter_step_{n}.safetensors" for n in (2, 4, 6)]
-    names += [f"checkpoint_step_{n}.pt" for n in (2, 4, 6)]
+    for step in (2, 3, 4, 6):  # each second one is saved, and each third one validated
+        names += [f"adapter_step_{step}.safetensors", f"checkpoint_step_{step}.pt"]
     assert sorted(p.name for p in folder.iterdir()) == sorted(names)
+
     metrics = read_jsonl(folder / "metrics.jsonl")
-    steps, evals = ([m for m in metrics if key in m] for key in ("loss", "val_loss"))
+    steps = [m for m in metrics if "loss" in m]
+    evals = [m for m in metrics if "val_loss" in m]
     assert [m["step"] for m in steps] == [1, 2, 3, 4, 5, 6]
     assert [m["epoch"] for m in steps] == [0, 0, 0, 1, 1, 1]
-    assert set(steps[0]) == {"step", "epoch", "loss", "lm_loss", "drift_loss", "lr", "grad_norm",
-                             "tokens_per_second", "memory_gib", "similarity"}
-    cfg = elm.load_config(None, [*settings, *more])
+    assert set(steps[0]) == {"step", "epoch", "loss", "lm_loss", "lr", "grad_norm", "similarity",
+                             "tokens_per_second", "memory_gib"}  # fmt: skip
+    cfg = elm.load_config(None, settings)
     assert [m["lr"] for m in steps] == [elm.lr_at(n, 6, cfg.train) for n in range(6)]
     assert [m["step"] for m in evals] == [0, 3, 6]
-    assert [set(m) for m in evals] == [{"step", "val_loss", "val_loss_shuffled", *more}
-                                       for more in (["val_loss_text"], [], [])]  # fmt: skip
+    always = {"step", "val_loss", "val_loss_shuffled"}
+    assert [set(m) for m in evals] == [always | {"val_loss_text"}, always, always]
+
     assert json.loads((folder / "eval.json").read_text()) == result
     assert result["split"] == "test" and result["rows"] == 40 and len(result["tasks"]) == 13
     assert result["adapter_step"] == min(evals, key=lambda m: m["val_loss"])["step"]
     predictions = read_jsonl(folder / "predictions.jsonl")
     assert len(predictions) == 6
     assert set(predictions[0]) == {"embedding_file_idx", "task_type", "query", "response",
-                                   "prediction", "prediction_shuffled"}
+                                   "prediction", "prediction_shuffled"}  # fmt: skip
     assert elm.load_config(str(folder / "config.toml")) == cfg
     assert "# torch " in (folder / "config.toml").read_text()
-    assert "val_loss" in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_the_loop_is_the_naive_loop(settings, stage):
+def test_the_console_and_the_log_file(brief, tmp_path, capsys):
+    """Zeros are numbers, too; the file has the console's lines with their times."""
+    path = tmp_path / "log.txt"
+    go(brief, "train.max_steps=2", f"output.log_file={path}")
+    said = capsys.readouterr().out
+    number = r"\d[\d.,e+-]*"
+    names = ["loss", "lm_loss", "lr", "grad_norm", "similarity", "tokens_per_second", "memory_gib"]
+    values = "".join(rf"  {name} -?{number}" for name in names)
+    lines = re.findall(rf"^step +1  epoch 0{values}  \d\d:\d\d passed, \d\d:\d\d left$", said, re.M)
+    assert len(lines) == 1
+    assert re.search(rf"^step +0  val_loss {number}  val_loss_shuffled {number}", said, re.M)
+    in_file = path.read_text().splitlines()
+    assert sum(line.endswith(lines[0]) for line in in_file) == 1
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in in_file[:5])
+
+
+def test_a_number_is_shown_though_it_is_zero():
+    shown = {0.0: "0", 1e-5: "1e-05", 12.3456: "12.35", 4096.0: "4,096", 1234567: "1,234,567"}
+    assert {x: elm.format_number(x) for x in shown} == shown
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_loop_is_the_naive_loop(brief, stage):
     """Steps of several micro-batches: losses, clipped updates by AdamW, moments."""
-    more = ["train.batch_size=40", "train.max_grad_norm=0.02", f"deepspeed.zero_stage={stage}"]
-    cfg, split, model = parts_of(settings, *more)
-    llm, adapter = model.llm, model.adapter
-    adam = torch.optim.AdamW(adapter.parameters(), weight_decay=cfg.train.weight_decay)
-    batches = elm.prepare_step(split, elm.MICRO_TOKENS["cpu"], RT, (0, 40, np.arange(40))).micros
-    assert len(batches) > 2
+    more = ["train.batch_size=40", "train.max_grad_norm=0.02"]
+    trainer = elm.Trainer(elm.load_config(None, [*brief, *more]))  # as before its loop
+    adapter = trainer.elm.adapter
+    split = trainer.splits["train"]
+    row_ids = np.arange(40)
+    rows = elm.RowsOfStep(0, 40, row_ids)
+    assert len(elm.prepare_step(split, trainer.micro_batch_tokens, rows).batches) > 2
+
+    adam = torch.optim.AdamW(adapter.parameters(), weight_decay=trainer.cfg.train.weight_decay)
+    examples = token_rows(split, row_ids)
     losses = []
     for step in range(6):
-        adam.param_groups[0]["lr"] = elm.lr_at(step, 6, cfg.train)
-        losses.append(naive_step(llm, adapter, [token_rows(split, np.arange(40))])[0])
+        adam.param_groups[0]["lr"] = elm.lr_at(step, 6, trainer.cfg.train)
+        loss, _ = naive_step(trainer.elm.llm, adapter, [examples])
+        losses.append(loss)
         assert torch.nn.utils.clip_grad_norm_(adapter.parameters(), 0.02) > 0.02
         adam.step()
-    _, folder = go(settings, *more)
+
+    _, folder = go(brief, *more, f"deepspeed.zero_stage={stage}")
     found = [m["loss"] for m in read_jsonl(folder / "metrics.jsonl") if "loss" in m]
     assert found == pytest.approx(losses, rel=1e-5)
     state = final_state(folder)
     for i, (name, p) in enumerate(adapter.named_parameters()):
         torch.testing.assert_close(state["adapter"][name], p.data, rtol=1e-4, atol=1e-5)
         for moment in ("exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(state["optimizer"]["state"][i][moment],
-                                       adam.state[p][moment], rtol=1e-3, atol=1e-7)
+            saved = state["optimizer"]["state"][i][moment]
+            torch.testing.assert_close(saved, adam.state[p][moment], rtol=1e-3, atol=1e-7)
 
 
 # ------------------------------------------------------------------ stopped and resumed
 
 
-def test_stopped_and_resumed_equals_never_stopped(settings, tmp_path):
-    """With dropout, over an epoch boundary, with metrics and files written after the checkpoint,
-    as a killed run leaves them; six steps are two epochs."""
+@pytest.mark.parametrize("step", [2, 3])
+def test_stopped_and_resumed_equals_never_stopped(settings, tmp_path, step):
+    """Killed in a step, or in the validation after it: with dropout, over an epoch boundary, with
+    metrics and files written after the checkpoint. Six steps are two epochs."""
     more = ["model.dropout=0.3", "train.logging_steps=4"]
     _, whole = go(settings, *more)
     killed = tmp_path / "killed"
     killed.mkdir()
-    for name in ("metrics.jsonl", "adapter_best.safetensors", "adapter_step_2.safetensors",
-                 "checkpoint_step_2.pt"):
+    names = ["metrics.jsonl", "adapter_best.safetensors"]
+    for saved in (2, 3):
+        if saved <= step:
+            names += [f"adapter_step_{saved}.safetensors", f"checkpoint_step_{saved}.pt"]
+    for name in names:
         shutil.copy(whole / name, killed)
     (killed / ".checkpoint_step_4.pt.tmp").write_bytes(b"half")
     with open(killed / "metrics.jsonl", "a") as f:
@@ -136,36 +179,62 @@ def test_stopped_and_resumed_equals_never_stopped(settings, tmp_path):
     check_same(whole, killed)
 
 
-@pytest.mark.parametrize("step", [2, 3, 6])
-def test_a_signal_in_a_step_saves_and_leaves(settings, tmp_path, monkeypatch, step):
-    """Though a validation is due at 3, and at 6, the last one. Resumed, the run is the same."""
-    _, whole = go(settings, "train.logging_steps=2", f"output.dir={tmp_path / 'whole'}")
-    clip, handler, steps = torch.nn.utils.clip_grad_norm_, signal.getsignal(signal.SIGTERM), []
+class Signalled(elm.Trainer):
+    """Receives SIGTERM within a step, or within the validation after it."""
 
-    def interrupted(*arguments):  # by the loop once a step
-        steps.append(1)
-        if len(steps) == step:
+    signalled_step = 0
+    in_validation = False
+
+    def train_step(self, step):
+        if self.state.step + 1 == self.signalled_step and not self.in_validation:
             os.kill(os.getpid(), signal.SIGTERM)
-        return clip(*arguments)
+        return super().train_step(step)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
-    with pytest.raises(SystemExit) as e:
-        go(settings, "train.logging_steps=2")
-    assert e.value.code == 143 and signal.getsignal(signal.SIGTERM) == handler
+    def validation_losses(self):
+        if self.state.step == self.signalled_step and self.in_validation:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().validation_losses()
+
+
+@pytest.mark.parametrize("in_validation, step, last_step", [
+    (False, 2, 2), (False, 3, 3), (False, 6, 6), (True, 0, 1), (True, 3, 4), (True, 6, 6)])
+def test_a_signal_saves_and_leaves(trained, tmp_path, in_validation, step, last_step):
+    """After the step that it comes in, though a validation is due at 3, and at 6, the last one. One
+    within a validation waits for its end and the next step, if there is one; meanwhile the
+    checkpoint before the validation is there. Resumed, the run is the same."""
+    _, whole, settings = trained
     out = tmp_path / "out"
-    assert elm.load_checkpoint(out / f"checkpoint_step_{step}.pt")["state"].step == step
-    assert steps_of(out, "val_loss") == [s for s in (0, 3) if s < step]
-    assert not (out / "checkpoint_final.pt").exists() and not (out / "eval.json").exists()
-    go(settings, "train.logging_steps=2", "train.resume=auto")
+    settings = [*settings, f"output.dir={out}"]
+    handler = signal.getsignal(signal.SIGTERM)
+    trainer = Signalled(elm.load_config(None, settings))
+    trainer.signalled_step = step
+    trainer.in_validation = in_validation
+    with pytest.raises(SystemExit) as e:
+        trainer.run()
+    assert e.value.code == 143 and signal.getsignal(signal.SIGTERM) == handler
+
+    saved = elm.load_checkpoint(out / f"checkpoint_step_{last_step}.pt")
+    assert saved.state.step == last_step
+    if in_validation and step == 3:
+        before = elm.load_checkpoint(out / "checkpoint_step_3.pt")
+        assert before.state.step == 3 and before.state.last_validated_step == 0
+    validated = [s for s in (0, 3, 6) if s < step or in_validation and s == step]
+    assert steps_of(out, "val_loss") == validated
+    assert steps_of(out) == list(range(1, last_step + 1)) and not (out / "eval.json").exists()
+    go(settings, "train.resume=auto")
+    for name in ("adapter", "checkpoint"):  # of a step that `whole` did not save
+        for path in out.glob(f"{name}_step_1.*"):
+            path.unlink()
     check_same(whole, out)
 
 
 @pytest.mark.slow
-def test_resumes_of_a_finished_run(settings, capsys):
+def test_resumes_of_a_finished_run(copied, capsys):
     """Nothing to do; a report that is missing or damaged is made again, also where fewer steps are
     wanted; a longer run goes on from the final checkpoint."""
-    result, folder = go(settings)
-    before, report = snapshot(folder), folder / "eval.json"
+    result, folder, settings = copied
+    before = snapshot(folder)
+    report = folder / "eval.json"
     wanted = report.read_bytes()
     assert go(settings, "train.resume=auto", "train.seed=7")[0] == result
     said = capsys.readouterr().out
@@ -182,92 +251,125 @@ def test_resumes_of_a_finished_run(settings, capsys):
     assert result["step"] == 8 and steps_of(folder) == [1, 2, 3, 4, 5, 6, 7, 8]
     report.write_bytes(wanted)  # as if killed before the report of step 8
     assert go(settings, *longer)[0] == result
+
+
+def test_a_damaged_line_of_metrics_is_named(copied):
+    _, folder, settings = copied
     with open(folder / "metrics.jsonl", "a") as f:
         f.write('{"loss": 1}\n')
     before = snapshot(folder)
-    refused(r"metrics.jsonl:\d+: damaged", NO_TABLES, *settings, *longer, "train.max_steps=9")
+    more = ["train.resume=auto", "train.max_steps=9"]
+    refused(r"metrics.jsonl:\d+: a damaged line", NO_TABLES, *settings, *more)
     assert snapshot(folder) == before
 
 
-def test_resume_by_path_into_another_folder(settings, tmp_path):
-    """From an earlier step, with the best adapter of that time."""
-    _, one = go(settings)
-    start = f"train.resume={one / 'checkpoint_step_4.pt'}"
-    result, two = go(settings, start, f"output.dir={tmp_path / 'two'}", "train.lr=1e-9")
-    best = [m for m in read_jsonl(one / "metrics.jsonl") if "val_loss" in m and m["step"] <= 4]
-    wanted = min(best, key=lambda m: m["val_loss"])["step"]
-    assert result["adapter_step"] in (wanted, 6) and (two / "adapter_best.safetensors").exists()
-    back = [*settings, "train.max_steps=4", f"train.resume={one / 'checkpoint_step_2.pt'}"]
-    result, _ = go(back)  # in its own folder: what came later is of another branch
-    assert go(back, "train.resume=auto")[0] == result and result["step"] == 4
-    assert {p.stem for p in one.glob("*.old")} >= {"checkpoint_step_6.pt", "checkpoint_final.pt"}
+def test_resume_by_path(copied, tmp_path):
+    """From an earlier step into another folder, with the best adapter of that time. In its own
+    folder it would mix with what came later."""
+    _, folder, settings = copied
+    start = f"train.resume={folder / 'checkpoint_step_4.pt'}"
+    more = [start, f"output.dir={tmp_path / 'two'}", "train.lr=1e-9", "eval.samples=0"]
+    result, two = go(settings, *more)
+    evals = [m for m in read_jsonl(folder / "metrics.jsonl") if "val_loss" in m and m["step"] <= 4]
+    best_step = min(evals, key=lambda m: m["val_loss"])["step"]
+    assert result["adapter_step"] in (best_step, 6) and (two / "adapter_best.safetensors").exists()
+    assert steps_of(two) == [5, 6]
+
+    before = snapshot(folder)
+    refused(r"goes on to step \d; to branch off from step 4, choose another output.dir",
+            NO_TABLES, *settings, start)
+    changed = set(snapshot(folder).items()) ^ set(before.items())
+    assert {name for name, _ in changed} <= {".lock"}
+    last = f"train.resume={folder / 'checkpoint_final.pt'}"
+    result, _ = go(settings, last, "train.max_steps=7", "eval.samples=0")
+    assert result["step"] == 7 and steps_of(folder) == [1, 2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.slow
 def test_a_resume_by_other_batches_on_other_rows(settings, data_dir, tmp_path):
-    """It does what is left of the epochs, and finds its best adapter on the new rows alone."""
-    more = ["train.max_steps=none", "train.epochs=3"]  # of 40 rows
+    """It does what is left of the epochs."""
+    more = ["train.max_steps=none", "train.epochs=3", "eval.samples=0"]  # of 40 rows
     result, one = go(settings, *more)
     write_rows(data_dir, "val", read_jsonl(rows_path(data_dir, "val"))[1:])
     more += [f"train.resume={one / 'checkpoint_step_4.pt'}", f"output.dir={tmp_path / 'two'}"]
     again, two = go(settings, *more, "train.batch_size=8")
     assert result["step"] == 9 and again["step"] == 4 + 3 + 5
-    found = {m["step"]: m["val_loss"] for m in read_jsonl(two / "metrics.jsonl") if "val_loss" in m}
-    assert [*found] == [4, 6, 9, 12] and again["adapter_step"] == min(found, key=found.get)
+    assert steps_of(two) == list(range(5, 13)) and steps_of(two, "val_loss") == [6, 9, 12]
 
 
-@pytest.mark.slow
-def test_a_damaged_newest_checkpoint_is_passed_over(settings, capsys):
+def flip_a_bit(path, weights):
+    """Change a number among the bytes of `weights`."""
+    data = bytearray(path.read_bytes())
+    at = data.index(weights) + len(weights) // 2
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped"])
+def test_a_damaged_checkpoint_is_skipped(copied, capsys, damage):
     """The newest is the one of most steps. Where none is whole, nothing is begun anew."""
-    _, folder = go(settings)
-    wanted = final_state(folder)
-    weights = wanted["adapter"]["fc1.weight"].numpy().tobytes()
-    forget_the_end(folder)
+    _, folder, settings = copied
     os.utime(folder / "checkpoint_step_2.pt")
-    (folder / "checkpoint_step_4 (copy).pt").write_bytes(b"no number")
-    go(settings, "train.resume=auto")
-    assert "resumed after step 6" in capsys.readouterr().out
+    (folder / "checkpoint_step_8 (copy).pt").write_bytes(b"no number")
+    newest = folder / "checkpoint_step_6.pt"
+    assert elm.newest_checkpoint(folder) == newest
+    weights = final_state(folder, "step_6")["adapter"]["fc1.weight"].numpy().tobytes()
+    for path in (newest, folder / "checkpoint_final.pt"):
+        if damage == "empty":
+            path.write_bytes(b"")
+        elif damage == "cut":
+            path.write_bytes(path.read_bytes()[:-1])
+        else:
+            flip_a_bit(path, weights)
+            torch.load(path, weights_only=True)  # sees nothing; the CRC does
+    capsys.readouterr()
+    assert elm.newest_checkpoint(folder) == folder / "checkpoint_step_4.pt"
+    assert capsys.readouterr().out.count("skipped a damaged checkpoint") == 1
 
-    def flipped(data):  # within numbers, where torch.load itself would not see it
-        at = data.index(weights) + len(weights) // 2
-        return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
-
-    for damage in (lambda data: b"", lambda data: data[:-1], flipped):
-        for name in ("checkpoint_final.pt", "checkpoint_step_6.pt"):
-            (folder / name).write_bytes(damage((folder / name).read_bytes()))
-        (folder / "eval.json").unlink()
-        go(settings, "train.resume=auto")
-        said = capsys.readouterr().out
-        assert said.count("passed over") == 1 and "resumed after step 4" in said
-        assert same_tree(final_state(folder), wanted)
     for path in folder.glob("checkpoint_*.pt"):
         path.write_bytes(path.read_bytes()[:-1])
     before = snapshot(folder)
     code, said = command(NO_TABLES, *settings, "train.resume=auto")
-    assert code == 2 and said.count("passed over") == 4 and "no checkpoint in" in said
+    assert code == 2 and "no checkpoint in" in said
+    assert said.count("skipped a damaged checkpoint") == 5
     assert snapshot(folder) == before
+
+
+def test_a_run_goes_on_before_a_damaged_checkpoint(trained, copied):
+    _, whole, _ = trained
+    _, folder, settings = copied
+    forget_the_end(folder)
+    (folder / "checkpoint_step_6.pt").write_bytes(b"")
+    go(settings, "train.resume=auto")
+    check_same(whole, folder)
 
 
 # ------------------------------------------------------------------ settings
 
 
 @pytest.mark.slow
-def test_what_must_not_matter_and_what_must(settings, tmp_path):
-    settings = [*settings, "eval.samples=0", "train.eval_steps=6"]
-    wanted = final_state(go(settings)[1])
+def test_what_must_not_matter_and_what_must(brief, tmp_path):
+    wanted = final_state(go(brief)[1])
     same = [["train.batch_size=8", "train.grad_accum=2"], ["data.num_workers=0"],
             ["data.num_workers=3"], ["model.grad_checkpoint=true"], ["train.logging_steps=3"],
-            ["deepspeed.zero_stage=1"], ["deepspeed.zero_stage=2"]]
+            ["deepspeed.zero_stage=1"], ["deepspeed.zero_stage=2"]]  # fmt: skip
     other = [["train.seed=43"], ["model.dropout=0.3"], ["train.lr=2e-2"]]
     for i, more in enumerate(same + other):
-        _, folder = go(settings, *more, f"output.dir={tmp_path / str(i)}")
+        _, folder = go(brief, *more, f"output.dir={tmp_path / str(i)}")
         assert same_tree(final_state(folder), wanted) == (more in same), more
 
 
-def test_dropout_differs_from_step_to_step(settings, monkeypatch):
+def test_dropout_differs_from_step_to_step(brief, monkeypatch):
     """CPU generators keep 32 bits of a seed: a step or rank above those would repeat the mask."""
-    seeds, seed = [], torch.manual_seed
-    monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or seed(n))
-    go(settings, "model.dropout=0.3")
+    seeds = []
+    manual_seed = torch.manual_seed
+
+    def recorded(seed):
+        seeds.append(seed)
+        return manual_seed(seed)
+
+    monkeypatch.setattr(torch, "manual_seed", recorded)
+    go(brief, "model.dropout=0.3")
     assert len(set(seeds[-6:])) == 6 and max(seeds) < 2**32
 
 
@@ -279,56 +381,109 @@ def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
         elm.load_llm("llm", torch.device("cuda"), bf16=True)
 
 
-def test_bf16_llm_and_fp32_adapter(settings):
-    _, folder = go(settings, "model.bf16=true")
+def test_bf16_llm_and_fp32_adapter(brief):
+    _, folder = go(brief, "model.bf16=true")
     state = final_state(folder)
-    moments = [m for p in state["optimizer"]["state"].values() for m in p.values()]
-    exported = load_file(folder / "adapter_best.safetensors")
-    assert {t.dtype for t in (*state["adapter"].values(), *moments, *exported.values())} == {
-        torch.float32}
+    tensors = [*state["adapter"].values()]
+    for moments in state["optimizer"]["state"].values():
+        tensors += moments.values()
+    tensors += load_file(folder / "adapter_best.safetensors").values()
+    assert {t.dtype for t in tensors} == {torch.float32}
     assert elm.ELM.load(folder / "adapter_best.safetensors").llm.dtype == torch.bfloat16
 
 
-def test_without_text_there_is_no_ceiling(settings, data_dir):
+def test_without_text_there_is_no_ceiling(brief, data_dir):
     for split in ("train", "val", "test"):
         rows = [row | {"text": None} for row in read_jsonl(rows_path(data_dir, split))]
         write_rows(data_dir, split, rows)
-    result, _ = go(settings)
-    assert not {"carried", "gap_closed", "loss_text"} & set(result) and "loss_shuffled" in result
+    result, folder = go(brief, "train.max_steps=1")
+    assert not {"gap_closed", "loss_text"} & set(result) and "loss_shuffled" in result
+    assert steps_of(folder, "val_loss_text") == []
 
 
-def test_the_report_is_on_validation_where_there_is_no_test_split(settings, data_dir):
+def test_the_report_is_on_validation_where_there_is_no_test_split(brief, data_dir):
     """And, as there, without dropout."""
     vectors_path(data_dir, "test").unlink()
     rows_path(data_dir, "test").unlink()
-    result, folder = go(settings, "model.dropout=0.3")
+    result, folder = go(brief, "model.dropout=0.3")
     assert result["split"] == "val"
     best = min(m["val_loss"] for m in read_jsonl(folder / "metrics.jsonl") if "val_loss" in m)
     assert result["loss"] == pytest.approx(best, rel=1e-9)
 
 
+def test_a_warm_up_longer_than_the_run_is_told(brief, capsys):
+    go(brief, "train.warmup_steps=9", "train.max_steps=1")
+    assert "train.warmup_steps = 9: no shorter than the run of 1 steps" in capsys.readouterr().err
+
+
+def test_patience_ends_a_run_as_finished(brief, capsys):
+    more = ["train.patience=2", "train.eval_steps=1", "train.max_steps=60", "train.lr=1.0",
+            "train.warmup_steps=0"]  # fmt: skip
+    result, folder = go(brief, *more)
+    steps = steps_of(folder, "val_loss")
+    assert result["step"] == steps[-1] == result["adapter_step"] + 2 < 60
+    again, _ = go(brief, *more, "train.resume=auto")
+    assert again == result and "nothing to do" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ a negative control
+
+
+def tiny_gap_closed(data_dir: Path, out: Path, *more: str) -> float:
+    """On the test split, after 60 steps of the embedded default."""
+    settings = [f"model.llm={ROOT / 'data/tiny/llm'}", f"data.dir={data_dir}", "eval.samples=0",
+                "train.max_steps=60", "train.eval_steps=60", f"output.dir={out}"]  # fmt: skip
+    report = elm.train(elm.load_config(str(ROOT / "train.toml"), [*settings, *more]))
+    return report["gap_closed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warm_start", ["true", "false"])
+def test_vectors_of_other_texts_teach_nothing(tmp_path, warm_start):
+    """Trained on vectors shuffled among the texts, an adapter does not help on held-out rows;
+    trained on the right ones it does."""
+    wrong = tmp_path / "data"
+    for name in ("embeddings", "synthesis"):
+        shutil.copytree(ROOT / "data/tiny" / name, wrong / name)
+    vectors = read_table(wrong)
+    order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))
+    save_file({"embeddings": vectors[order]}, vectors_path(wrong))
+    more = f"train.warm_start={warm_start}"
+    assert tiny_gap_closed(ROOT / "data/tiny", tmp_path / "right", more) > 0.2
+    assert abs(tiny_gap_closed(wrong, tmp_path / "wrong", more)) < 0.05
+
+
 # ------------------------------------------------------------------ what goes wrong
 
 
-@pytest.mark.parametrize("part, stage", [(0, 0), (1, 0), (0, 3)])
-def test_a_loss_not_finite_stops_before_the_update(settings, tmp_path, monkeypatch, part, stage):
-    """The loss (0) or the gradient (1) of step 3 alone is NaN."""
-    soft_gradient, models = elm.soft_gradient, []
+class Spoiled(elm.Trainer):
+    """Its third step has a vector that is NaN, or a gradient that is, though its loss is not."""
 
-    def spoiled(model, *arguments):
-        sums, gradient = soft_gradient(model, *arguments)
-        models.append(model)
-        if len(models) == 3:
-            (sums[0], gradient[0, 0, 0])[part].fill_(torch.nan)
-        return sums, gradient
+    spoils_gradient = False
 
-    monkeypatch.setattr(elm, "soft_gradient", spoiled)
+    def train_step(self, step):
+        if self.state.step != 2:
+            return super().train_step(step)
+        if self.spoils_gradient:
+            bias = self.elm.adapter.fc1.bias
+            bias.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([3]), torch.nan))
+            return super().train_step(step)
+        embeddings = step.batches[0].embeddings.clone()
+        embeddings[0, 0] = torch.nan
+        first = replace(step.batches[0], embeddings=embeddings)
+        return super().train_step(replace(step, batches=[first, *step.batches[1:]]))
+
+
+@pytest.mark.parametrize("spoils_gradient, stage", [
+    (False, 0), (True, 0), pytest.param(False, 3, marks=pytest.mark.slow)])
+def test_a_loss_not_finite_stops_before_the_update(brief, tmp_path, spoils_gradient, stage):
+    trainer = Spoiled(elm.load_config(None, [*brief, f"deepspeed.zero_stage={stage}"]))
+    trainer.spoils_gradient = spoils_gradient
     with pytest.raises(elm.UserError, match=r"step 3: the loss .* not finite.*jsonl:\d+,\d+"):
-        go(settings, "train.logging_steps=1", f"deepspeed.zero_stage={stage}")
-    saved = final_state(tmp_path / "out", "step_2")["adapter"]
+        trainer.run()
     assert steps_of(tmp_path / "out") == [1, 2]
-    left = {k: v.cpu() for k, v in models[0].adapter.state_dict().items()}
-    assert len(models) == 3 and same_tree(left, dict(saved))
+    saved = final_state(tmp_path / "out", "step_2")["adapter"]
+    assert same_tree(dict(trainer.elm.adapter.state_dict()), saved)
 
 
 def test_out_of_memory_in_the_loop_names_the_lines_to_change(settings, tmp_path, monkeypatch):
@@ -339,118 +494,205 @@ def test_out_of_memory_in_the_loop_names_the_lines_to_change(settings, tmp_path,
         assert line in said
 
 
-def test_wandb_offline_one_run_that_goes_on(settings, capsys):
-    pytest.importorskip("wandb")
-    more = ["wandb.enabled=true", "wandb.run_name=a", "train.max_steps=2"]
-    _, folder = go(settings, *more)
-    (first,) = (folder / "wandb").glob("offline-run-*")
-    wandb_id = elm.load_checkpoint(folder / "checkpoint_final.pt")["state"].wandb_id
-    assert wandb_id and first.name.split("-")[3] == wandb_id
-    go(settings, *more, "train.max_steps=4", "train.resume=auto")
-    runs = list((folder / "wandb").glob("offline-run-*"))
-    assert {r.name.split("-")[3] for r in runs} == {wandb_id}
-    logged = b"".join(r.read_bytes() for run in runs for r in run.glob("*.wandb"))
-    for word in (b"val_loss_shuffled", b"adapter_best", b"hidden_dim", b"grad_norm"):
-        assert word in logged
-    assert "W&B failed" not in capsys.readouterr().out
-
-
-def test_wandb_failure_does_not_stop_a_run(settings, capsys):
-    pytest.importorskip("wandb")
-    result, _ = go(settings, "wandb.enabled=true", "wandb.project=a/b")  # a name that W&B refuses
-    assert result["step"] == 6 and "W&B failed, training goes on" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_wandb_without_a_login_goes_offline(settings, tmp_path):
-    pytest.importorskip("wandb")
-    done = run(NO_TABLES, *settings, "wandb.enabled=true", "train.max_steps=1",
-               WANDB_MODE="online", HOME=str(tmp_path), NETRC=str(tmp_path / "none"))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "no login" in done.stdout and list((tmp_path / "out" / "wandb").glob("offline-run*"))
-
-
-@pytest.mark.parametrize("error, code", [
-    (None, 0), (SystemExit(143), 143), (elm.UserError("x"), 2), (RuntimeError("x"), 1),
-])  # fmt: skip
-def test_a_wandb_run_ends_with_the_exit_code(tmp_path, error, code):
-    log = elm.Log(elm.load_config(None, [f"output.dir={tmp_path}"]), elm.TrainState(), 1, RT)
-    log.run = mock.Mock()
-    with pytest.raises(type(error)) if error else contextlib.nullcontext(), log:
-        if error:
-            raise error
-    log.run.finish.assert_called_once_with(exit_code=code)
-
-
-@pytest.mark.slow
-def test_a_terminal_that_is_not_utf8(settings, data_dir):
+def test_a_terminal_that_is_not_utf8(run, settings, data_dir):
     rows = [r | {"query": "Was heißt „α“?"} for r in read_jsonl(rows_path(data_dir, "test"))]
     write_rows(data_dir, "test", rows)
-    ascii = dict(PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
-    done = run(NO_TABLES, *settings, "train.max_steps=1", **ascii)
+    ascii_only = dict(PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
+    done = run(NO_TABLES, *settings, "train.max_steps=1", **ascii_only)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_warm_up_longer_than_the_run_is_told(settings, capsys):
-    go(settings, "train.warmup_steps=9", "train.max_steps=1")
-    assert "train.warmup_steps = 9: no shorter than the run of 1 steps" in capsys.readouterr().err
+def llm_without_a_layer(folder: Path) -> Path:
+    path = make_llm(folder, "llama") / "model.safetensors"
+    weights = {k: v for k, v in load_file(path).items() if "layers.1" not in k}
+    save_file(weights, path, dict(format="pt"))
+    return folder
 
 
-def test_a_signal_ends_a_validation(llm_dir, data_dir):
-    split = open_train(data_dir, PROMPT)
-    model = build_elm(llm_dir, split)
-    assert len(elm.validation_losses(model, split, RT, lambda: None, first=True)) == 3
-    with pytest.raises(InterruptedError):
-        elm.validation_losses(model, split, RT, mock.Mock(side_effect=InterruptedError), True)
-
-
-def test_patience_ends_a_run_as_finished(settings, capsys):
-    more = ["train.patience=2", "train.eval_steps=1", "train.max_steps=60", "train.lr=1.0",
-            "train.warmup_steps=0"]  # fmt: skip
-    result, folder = go(settings, *more)
-    steps = [m["step"] for m in read_jsonl(folder / "metrics.jsonl") if "val_loss" in m]
-    assert result["step"] == steps[-1] == result["adapter_step"] + 2 < 60
-    again, _ = go(settings, *more, "train.resume=auto")
-    assert again == result and "nothing to do" in capsys.readouterr().out
-
-
-def test_bad_input_is_one_line_and_exit_code_2(settings, tmp_path):
-    """Of what no other file tests; nothing is written."""
-    _, out = go(settings)
-    before, own = snapshot(out), f"output.dir={out}"
-    few, wide = make_data(tmp_path / "few", 3), make_llm(tmp_path / "wide", "llama")
-    far, narrow = make_data(tmp_path / "far", scale=3.0), make_data(tmp_path / "narrow", width=9)
-    resume = [own, "train.resume=auto", "train.max_steps=8"]
+def test_bad_data_are_refused_before_anything_is_written(settings, data_dir, tmp_path):
+    """One of each kind, of those that no other file tests."""
+    few = make_data(tmp_path / "few", 3)
+    odd = make_data(tmp_path / "odd")
+    half = make_data(tmp_path / "half")
+    narrow = make_data(tmp_path / "narrow", width=9)
+    far = make_data(tmp_path / "far", scale=3.0)
     shutil.copy(vectors_path(narrow, "val"), vectors_path(few, "val"))
-    odd, half = make_data(tmp_path / "odd"), make_data(tmp_path / "half")
     shutil.copy(vectors_path(far, "val"), vectors_path(odd, "val"))
     vectors_path(half, "test").unlink()
-    lacking = shutil.copytree(wide, tmp_path / "lacking") / "model.safetensors"
-    weights = load_file(lacking)
-    save_file({k: v for k, v in weights.items() if "layers.1" not in k}, lacking, dict(format="pt"))
     for message, *overrides in (
         ("train_embeddings.safetensors: not a whole table: No such file", "data.dir=/nowhere"),
         ("no row of", 'data.tasks=["summary"]', f"data.dir={few}"),
         ("data.dir: .*differ in width.*9", f"data.dir={few}"),
-        ("model.llm: cannot load /nowhere/llm", "model.llm=/nowhere/llm"),
-        ("model.llm: cannot load no/such", "model.llm=no/such"),
-        ("model.llm: cannot load", f"model.llm={tmp_path}"),
-        ("synthesis.jsonl:1: the prompt takes all of", "data.max_seq_length=20"),
-        ("data.max_seq_length = 4096", "data.max_seq_length=4096"),
-        (f"output.dir: {out} holds a run already", own),
-        (f"output.dir: {out} holds a run already", own, f"train.resume={rows_path(few)}"),
-        ("hidden_dim was 24 in training and is 16 here", *resume, "model.hidden_dim=16"),
-        ("train.resume: hash of the LLM's weights was", *resume, f"model.llm={wide}"),
-        (r"the vectors' norm was 3\.", *resume, f"data.dir={far}"),
         (r"val_embeddings.safetensors: the vectors' norm was 3\.", f"data.dir={odd}"),
         ("test_embeddings.safetensors: .*No such file", f"data.dir={half}"),
-        ("lacking lacks the weights .*layers.1", f"model.llm={lacking.parent}"),
-        ("standardize was True in training and is False", *resume, "model.standardize=false"),
-        ("residual_scale was 1.0 in training and is 2.0", *resume, "model.residual_scale=2.0"),
-        ("d_emb was 12 in training and is 9 here", *resume, f"data.dir={narrow}"),
-        ("no whole checkpoint: .* No such file", "train.resume=/nowhere/checkpoint_step_2.pt"),
-        ("no whole checkpoint", f"train.resume={rows_path(few)}"),
+        ("synthesis.jsonl:1: the prompt takes all of", "data.max_seq_length=20"),
+        ("data.max_seq_length = 4096", "data.max_seq_length=4096"),
     ):
-        refused(message, NO_TABLES, *settings, f"output.dir={tmp_path / 'new'}", *overrides)
-        assert snapshot(out) == before and not (tmp_path / "new").exists(), message
+        refused(message, NO_TABLES, *settings, *overrides)
+        assert not (tmp_path / "out").exists(), message
     refused("^elm: missing.toml: No such file or directory$", "missing.toml")
+
+
+def test_llms_that_cannot_be_loaded_are_refused(settings, tmp_path):
+    lacking = llm_without_a_layer(tmp_path / "lacking")
+    for message, name in (
+        ("model.llm: cannot load /nowhere/llm", "/nowhere/llm"),
+        ("model.llm: cannot load no/such", "no/such"),
+        ("model.llm: cannot load", tmp_path),
+        ("lacking lacks the weights .*layers.1", lacking),
+    ):
+        refused(message, NO_TABLES, *settings, f"model.llm={name}")
+        assert not (tmp_path / "out").exists(), message
+
+
+def test_resumes_that_do_not_fit_are_refused(copied, tmp_path):
+    """What was trained is left as it was."""
+    _, folder, settings = copied
+    llama = make_llm(tmp_path / "llama", "llama")
+    far = make_data(tmp_path / "far", scale=3.0)
+    narrow = make_data(tmp_path / "narrow", width=9)
+    resume = ["train.resume=auto", "train.max_steps=8"]
+    other = f"output.dir={tmp_path / 'new'}"
+    before = snapshot(folder)
+    for message, *overrides in (
+        (f"output.dir: {folder} holds a run already",),
+        (f"output.dir: {folder} holds a run already", f"train.resume={rows_path(far)}"),
+        ("hidden_dim was 24 in training and is 16 here", *resume, "model.hidden_dim=16"),
+        ("d_emb was 12 in training and is 9 here", *resume, f"data.dir={narrow}"),
+        ("standardize was True in training and is False", *resume, "model.standardize=false"),
+        ("train.resume: hash of the LLM's weights was", *resume, f"model.llm={llama}"),
+        (r"the vectors' norm was 3\.", *resume, f"data.dir={far}"),
+        ("no whole checkpoint: .* No such file", other, "train.resume=/nowhere/step_2.pt"),
+        ("no whole checkpoint", other, f"train.resume={rows_path(far)}"),
+    ):
+        refused(message, NO_TABLES, *settings, *overrides)
+        assert snapshot(folder) == before and not (tmp_path / "new").exists(), message
+
+
+# ------------------------------------------------------------------ W&B
+
+
+class StubRun:
+    """A run of W&B that notes what it is told; `fails`: or that always fails."""
+
+    id = "stub"
+
+    def __init__(self, fails: bool = False):
+        self.fails = fails
+        self.entries = []
+        self.artifacts = []
+        self.summary = {}
+        self.exit_codes = []
+
+    def log(self, entry, step):
+        if self.fails:
+            raise OSError("no disk")
+        self.entries.append({"step": step, **entry})
+
+    def log_artifact(self, path, type):
+        if self.fails:
+            raise ValueError("no network")
+        self.artifacts.append((Path(path).name, type))
+
+    def finish(self, exit_code):
+        self.exit_codes.append(exit_code)
+
+
+@pytest.fixture
+def stub_wandb(monkeypatch):
+    """(a stub run that wandb.init returns, the options of each call)."""
+    wandb = pytest.importorskip("wandb")
+    stub = StubRun()
+    calls = []
+
+    def init(**options):
+        calls.append(options)
+        return stub
+
+    monkeypatch.setattr(wandb, "init", init)
+    return stub, calls
+
+
+def test_wandb_gets_what_the_run_logs(brief, stub_wandb):
+    stub, calls = stub_wandb
+    more = ["wandb.enabled=true", "wandb.run_name=a", "train.max_steps=2"]
+    result, folder = go(brief, *more)
+    assert stub.entries == read_jsonl(folder / "metrics.jsonl")
+    assert {("adapter_best.safetensors", "adapter"),
+            ("adapter_step_2.safetensors", "adapter")} <= set(stub.artifacts)  # fmt: skip
+    assert stub.summary == result and stub.exit_codes == [0]
+    go(brief, *more, "train.max_steps=3", "train.resume=auto")
+    assert [options["id"] for options in calls] == [None, "stub"]  # one run that goes on
+    cfg = elm.load_config(None, [*brief, *more])
+    assert calls[0]["config"] == cfg.to_dict()
+    assert calls[0]["project"] == "elm-training" and calls[0]["name"] == "a"
+    assert calls[0]["dir"] == str(folder) and calls[0]["mode"] == "offline"
+
+
+def test_wandb_failures_do_not_stop_a_run(brief, stub_wandb, tmp_path, monkeypatch, capsys):
+    stub, _ = stub_wandb
+    stub.fails = True
+    result, _ = go(brief, "wandb.enabled=true", "train.max_steps=1")
+    said = capsys.readouterr().out
+    assert result["step"] == 1 and stub.exit_codes == [0]
+    assert "W&B failed, training goes on: OSError" in said and "ValueError('no network')" in said
+
+    import wandb
+
+    def refusing(**options):
+        raise wandb.errors.UsageError("a name that W&B refuses")
+
+    monkeypatch.setattr(wandb, "init", refusing)
+    more = ["wandb.enabled=true", "train.max_steps=1", f"output.dir={tmp_path / 'two'}"]
+    result, _ = go(brief, *more)
+    said = capsys.readouterr().out
+    assert result["step"] == 1 and said.count("W&B failed, training goes on: UsageError") == 1
+
+
+def test_wandb_without_a_login_goes_offline(stub_wandb, monkeypatch, capsys):
+    import wandb
+
+    _, calls = stub_wandb
+    monkeypatch.delenv("WANDB_MODE")
+    cfg = elm.load_config(None, ["wandb.enabled=true"])
+    for logged_in, mode in ((False, "offline"), (True, "online")):
+        monkeypatch.setattr(wandb, "login", lambda logged_in=logged_in, **_: logged_in)
+        assert elm.WandbRun(cfg, "stub").id == "stub"
+        assert calls[-1]["mode"] == mode
+        assert ("no login" in capsys.readouterr().out) == (not logged_in)
+
+
+@pytest.mark.parametrize("error, code", [
+    (None, 0), (SystemExit(143), 143), (elm.UserError("x"), 2), (RuntimeError("x"), 1)])
+def test_a_wandb_run_ends_with_the_exit_code(stub_wandb, tmp_path, error, code):
+    """Once."""
+    stub, _ = stub_wandb
+    cfg = elm.load_config(None, [f"output.dir={tmp_path}", "wandb.enabled=true"])
+    log = elm.MetricLog(cfg, elm.TrainState(), total_steps=1, plots=False)
+    expected = pytest.raises(type(error)) if error else contextlib.nullcontext()
+    with expected, log:
+        if error:
+            raise error
+    log.wandb.finish(0)
+    assert stub.exit_codes == [code]
+
+
+@pytest.mark.slow
+def test_wandb_offline(brief, capsys):
+    """By W&B itself: two parts of one run."""
+    pytest.importorskip("wandb")
+    more = ["wandb.enabled=true", "wandb.run_name=a", "train.max_steps=2"]
+    _, folder = go(brief, *more)
+    (first,) = (folder / "wandb").glob("offline-run-*")
+    wandb_id = elm.load_checkpoint(folder / "checkpoint_final.pt").state.wandb_id
+    assert wandb_id and first.name.split("-")[3] == wandb_id
+    go(brief, *more, "train.max_steps=3", "train.resume=auto")
+    runs = list((folder / "wandb").glob("offline-run-*"))
+    assert {run.name.split("-")[3] for run in runs} == {wandb_id}
+    logged = b""
+    for run in runs:
+        for path in run.glob("*.wandb"):
+            logged += path.read_bytes()
+    for word in (b"val_loss_shuffled", b"adapter_best", b"hidden_dim", b"grad_norm"):
+        assert word in logged
+    assert "W&B failed" not in capsys.readouterr().out

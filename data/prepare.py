@@ -1,0 +1,604 @@
+"""Prepare data sets for elm.py.
+
+    python data/prepare.py synthesize texts.jsonl data/mine       rows, vectors, splits, train.toml
+    python data/prepare.py embed texts.jsonl out.safetensors      the vectors of texts alone
+    python data/prepare.py filter data/mine data/few 'tasks=["summary"]'      of some task types
+
+Texts are the lines of a .txt file, or a .jsonl file of {"text": …}, each with a "group" and a
+"split" if you like. Killed, the same command goes on. --help after a command explains its settings;
+data/README.md says how a data set looks, and what synthesize writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import contextlib
+import itertools
+import os
+import random
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import pydantic
+import torch
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from safetensors.torch import save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import elm
+from elm import RECONSTRUCT, SPLITS, PathStr, Seed, Table, TaskNames, UserError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+# -----------------------------------------------------------------------------
+# Texts
+#
+# A file of texts, and how they are divided into splits.
+
+
+class SourceText(BaseModel, frozen=True, strict=True):
+    """A line of a file of texts."""
+
+    text: Annotated[str, Field(pattern=r"\S")]  # not empty
+    group: Any = None  # such as an article: all its texts are in one split
+    split: Any = None  # of the text and its group; none: drawn by a hash
+
+    @property
+    def has_group(self) -> bool:
+        return self.group not in (None, "")
+
+    @property
+    def split_key(self) -> str:
+        """Texts of equal keys are in one split: those of a group, or copies of one text."""
+        return normalize(str(self.group) if self.has_group else self.text)
+
+
+def read_texts(path: Path) -> Iterator[SourceText]:
+    """Yield the text of each line of a .txt file, one text a line, or of a .jsonl file. No line may
+    be blank, so that the vector of a text stands in the row of its line. Raises: OSError; UserError
+    that names the line."""
+    is_plain = path.suffix.lower() == ".txt"
+    number = 0
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, start=1):
+            with elm.user_error(f"{path}:{number}: not a text, or an empty one", ValueError):
+                if is_plain:
+                    text = line.decode("utf-8-sig").rstrip("\r\n")
+                    source = elm.validate_row({"text": text}, SourceText)
+                else:
+                    source = elm.parse_line(line, SourceText)
+            yield source
+    if number == 0:
+        raise UserError(f"{path}: is empty")
+
+
+def normalize(text: str) -> str:
+    """Equal for texts that differ in case and whitespace alone."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def hash_to_unit_interval(text: str) -> float:
+    """A number in [0, 1)."""
+    digits = elm.sha256_short(text)[:13]  # 52 bits, which a float holds
+    return int(digits, 16) / 2**52
+
+
+def assign_splits(sources: Iterable[SourceText], shares: Sequence[float]) -> dict[str, str]:
+    """{text: name of its split}, sorted by text.
+
+    Texts that differ in case and whitespace alone are one: the first of them, before others one
+    that has a group. The split is the one given to the text or to any of its group, else drawn by
+    a hash of the group, or of the text without one, so that it stays when other texts come.
+    """
+    unique: dict[str, SourceText] = {}
+    given: dict[str, str] = {}
+    # Sorted by all that matters here, so that the order of the file does not.
+    for source in sorted(sources, key=sort_key):
+        unique.setdefault(normalize(source.text), source)
+        if source.split:
+            given[source.split_key] = str(source.split)
+
+    splits = {}
+    for source in sorted(unique.values(), key=lambda source: source.text):
+        key = source.split_key
+        drawn = pick_split(hash_to_unit_interval(key), shares)
+        splits[source.text] = given.get(key, drawn)
+    return splits
+
+
+def sort_key(source: SourceText) -> tuple[bool, str, str, str]:
+    return not source.has_group, source.text, source.split_key, str(source.split or "")
+
+
+def pick_split(position: float, shares: Sequence[float]) -> str:
+    """The split at a position in [0, 1) of a line that is cut in proportion to the shares."""
+    bounds = list(itertools.accumulate(shares))
+    return SPLITS[bisect.bisect_right(bounds, position * bounds[-1])]
+
+
+def check_splits(splits: dict[str, str], path: Path) -> None:
+    """Raises: UserError if a split is unknown, or has too few texts for the shuffled control."""
+    sizes = Counter(splits.values())
+    unknown = sorted(set(sizes) - set(SPLITS))
+    if unknown:
+        raise UserError(f"{path}: split = {unknown[0]!r}: it is train, val or test")
+    if sizes["train"] < 2 or sizes["val"] < 2 or sizes["test"] == 1:
+        raise UserError(f"{path}: {dict(sizes)} texts; train and val need two, test two or none; "
+                        "give more, or other shares, as split=[0.7, 0.15, 0.15]")
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+@contextlib.contextmanager
+def resumable_work_folder(out: Path) -> Iterator[Path]:
+    """A locked, hidden folder beside `out`, for what a kill must not lose. It is deleted at the
+    end, but not after an error. Raises: UserError if `out` exists."""
+    folder = out.with_name(f".{out.name}.work")
+    folder.mkdir(parents=True, exist_ok=True)
+    with elm.locked(folder / ".lock"):
+        elm.check_new(out)  # another process may have finished it since
+        yield folder
+        shutil.rmtree(folder)
+
+
+def write_table(path: Path, chunks: Iterable[Tensor], **metadata: str) -> None:
+    """Write chunks of vectors [n, E] as the one tensor of a safetensors file. A scratch file beside
+    it collects them, so that the table is never in memory. Raises: UserError."""
+    with elm.atomic_write(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as scratch:
+        for chunk in chunks:
+            scratch.write(chunk.contiguous().view(torch.uint8).numpy())
+        scratch.flush()
+        data = torch.from_numpy(np.memmap(scratch, np.uint8))
+        table = data.view(chunk.dtype).view(-1, chunk.shape[1])
+
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the user's umask; safetensors makes files private
+        save_file({"embeddings": table}, temporary, metadata)
+        temporary.chmod(mode)
+
+
+def write_split(data_dir: Path, split_name: str, vectors: Tensor, vector_ids: np.ndarray,
+                rows: list[dict[str, Any]]) -> None:
+    """Write those of the vectors [N, E] at the ascending indices `vector_ids`, and rows, whose
+    embedding_file_idx becomes the index among these. Raises: UserError."""
+    parts = torch.from_numpy(vector_ids).split(8192)
+    table_path = elm.vectors_path(str(data_dir), split_name)
+    write_table(table_path, (vectors[part] for part in parts))
+
+    new_ids = np.searchsorted(vector_ids, [row["embedding_file_idx"] for row in rows])
+    new_rows = []
+    for row, new_id in zip(rows, new_ids.tolist(), strict=True):
+        new_rows.append(row | {"embedding_file_idx": new_id})
+    elm.write_text(elm.rows_path(str(data_dir), split_name), elm.jsonl(new_rows))
+
+
+# -----------------------------------------------------------------------------
+# Embed
+
+TEXTS_PER_BLOCK = 1024  # what a kill loses at most
+
+
+class EmbedOptions(Table):
+    model: PathStr = "Qwen/Qwen3-Embedding-4B"  # hub name or folder of sentence-transformers
+    instruction: str | None = None  # what the texts are for, as Qwen3-Embedding takes it
+    max_tokens: PositiveInt | None = None  # longer texts are cut; none: what the model reads
+    batch_size: PositiveInt = 32  # texts
+    bf16: bool = True  # of the model; vectors are always fp32
+
+
+def embed(options: EmbedOptions, texts_path: Path, out: Path) -> None:
+    """Write the vectors of a file of texts as a table. Raises: OSError; UserError."""
+    elm.check_new(out)
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: the vectors are written as safetensors; give it this suffix")
+    num_texts = sum(1 for _ in read_texts(texts_path))  # a bad line is named first
+    model = elm.load_embedder(
+        options.model, options.bf16, elm.find_device(), "model", options.max_tokens)
+    texts = (source.text for source in read_texts(texts_path))
+    with resumable_work_folder(out) as work:
+        embed_texts(model, texts, num_texts, options, work, out)
+    width = elm.open_vectors(out).shape[1]
+    elm.log.info(f"{num_texts} vectors of width {width}; texts of more than "
+                 f"{model.max_seq_length} tokens are cut")
+
+
+def embed_texts(model: SentenceTransformer, texts: Iterable[str], num_texts: int,
+                options: EmbedOptions, work: Path, out: Path) -> None:
+    """Write the vectors of texts as a table [num_texts, width] of unit vectors in fp32. Each block
+    of texts is saved in the folder `work`, by a hash of all it depends on, and taken from there by
+    a later call. Raises: UserError."""
+    prompt = f"Instruct: {options.instruction}\nQuery:" if options.instruction else None
+    model_hash = elm.weights_hash(model)
+    paths = []
+    counted_texts = elm.progress(texts, "vectors", total=num_texts, unit="text")
+    for block in elm.in_blocks(counted_texts, TEXTS_PER_BLOCK):
+        key = elm.sha256_short(repr((options, model_hash, block)))
+        path = work / f"{key}.safetensors"
+        paths.append(path)
+        if path.exists():
+            continue
+        vectors = elm.embed_texts(model, block, batch_size=options.batch_size, prompt=prompt)
+        has_unit_norm = vectors.norm(dim=1) > 0.5  # also False of a NaN
+        if not has_unit_norm.all():
+            raise UserError(f"{options.model}: makes zero or infinite vectors; bf16=false?")
+        write_table(path, [vectors])
+    write_table(out, (elm.open_vectors(path) for path in paths), embed=options.model_dump_json())
+
+
+# -----------------------------------------------------------------------------
+# Filter
+
+
+class FilterOptions(Table):
+    tasks: TaskNames = elm.TASKS  # task types to keep: tasks=["summary"]
+
+
+def filter_tasks(options: FilterOptions, data_dir: Path, out: Path) -> None:
+    """A data set of some task types, whole or not at all: their rows as they are, but for the
+    index, and only the vectors that these need, in the same order. Raises: UserError."""
+    elm.check_new(out)
+    split_names = [name for name in SPLITS if has_split(data_dir, name)]
+    if not split_names:
+        rows_path = elm.rows_path(str(data_dir), "train")
+        raise UserError(f"{data_dir}: is no data set: no {rows_path} with its vectors")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
+        new = Path(work, "data")
+        for name in split_names:
+            filter_split(data_dir, name, options.tasks, new)
+        os.replace(new, out)
+
+
+def has_split(data_dir: Path, split_name: str) -> bool:
+    table_path = elm.vectors_path(str(data_dir), split_name)
+    rows_path = elm.rows_path(str(data_dir), split_name)
+    return table_path.exists() and rows_path.exists()
+
+
+def filter_split(data_dir: Path, split_name: str, tasks: Sequence[str], out: Path) -> None:
+    """Raises: UserError that names a bad row, or if no row is of `tasks`."""
+    vectors = elm.open_vectors(elm.vectors_path(str(data_dir), split_name))
+    path = elm.rows_path(str(data_dir), split_name)
+    counts: Counter[str] = Counter()
+    rows = []
+    for line in elm.read_lines(path, tasks, len(vectors)):
+        if elm.count_row(counts, line.row, tasks):
+            rows.append(line.row.model_dump(exclude_unset=True))
+    elm.check_any_rows(counts, path, tasks)
+    vector_ids = np.unique([row["embedding_file_idx"] for row in rows])
+    write_split(out, split_name, vectors, vector_ids, rows)
+    elm.log.info(f"{split_name}: {len(rows)} of {counts.total()} rows, {len(vector_ids)} of "
+                 f"{len(vectors)} vectors")
+
+
+# -----------------------------------------------------------------------------
+# Synthesize
+#
+# A data set from texts alone: queries about each, an LLM's answers, vectors, splits.
+
+QUERIES_FILE = Path(__file__).resolve().parent / "queries.toml"
+PREAMBLE = re.compile(r"<think>|(here('s|’s| is| are)|sure|certainly|of course)\b", re.IGNORECASE)
+
+
+
+
+def count_or_all(value: Any) -> Any:
+    """`all` as a number that no number of tasks exceeds."""
+    return sys.maxsize if value == "all" else value
+
+
+ServerURL = Annotated[str, Field(pattern=r"^https?://.*\w/?$")]
+NumTasks = Annotated[PositiveInt, pydantic.BeforeValidator(count_or_all)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Shares = Annotated[tuple[PositiveFloat, PositiveFloat, NonNegativeFloat], Field(strict=False)]
+
+
+class SynthesizeOptions(Table):
+    model: PathStr = "Qwen/Qwen3-4B-Instruct-2507"  # that answers: the LLM to be trained for
+    embedder: PathStr = "Qwen/Qwen3-Embedding-4B"  # hub name or folder of sentence-transformers
+    endpoint: ServerURL | None = None  # an OpenAI-compatible server that answers instead of this
+    #   process: http://localhost:8000/v1
+    concurrency: PositiveInt = 64  # requests to the server at a time
+    tasks: NumTasks = 6  # task types of each text, drawn at random; or all
+    queries: PathStr | None = None  # a TOML file of lines task = ["a query", …] over those of
+    #   data/queries.toml: replaces or adds task types, [] drops one
+    reconstruct: Share = 0.3  # of the texts also get a row of this task type: their first two
+    #   sentences, which need no LLM
+    split: Shares = (0.9, 0.05, 0.05)  # of the texts for train, val and test
+    max_new_tokens: PositiveInt = 256  # of an answer; a longer one is rejected
+    temperature: NonNegativeFloat = 0.0  # of sampling; 0: greedy
+    seed: Seed = 42  # of tasks, queries and sampling
+    template: dict[str, Any] = {}  # arguments of the chat template: { enable_thinking = false }
+    bf16: bool = True  # of the LLM and the embedder
+
+
+@dataclass
+class DraftRow:
+    """A row of a data set on its way: with a response, or with the reason why it has none."""
+
+    task_type: str
+    vector_id: int
+    query: str
+    text: str
+    response: str = ""
+    rejected: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as a data set has it."""
+        return {
+            "task_type": self.task_type,
+            "embedding_file_idx": self.vector_id,
+            "query": self.query,
+            "text": self.text,
+            "response": self.response}
+
+
+def read_queries(path: str | None) -> dict[str, list[str]]:
+    """The queries of each task type, under those of the user's file. Raises: OSError; UserError."""
+    queries = elm.read_toml(str(QUERIES_FILE))
+    if path is not None:
+        given = elm.read_toml(path)
+        for task, texts in given.items():
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise UserError(f'{path}: {task} = {texts!r}: not a list of queries, ["…", …]')
+            for text in texts:
+                elm.Prompt.split_query(text)  # refuses two placeholders
+        queries |= given
+    return {task: texts for task, texts in queries.items() if texts}
+
+
+def draw_rows(text: str, vector_id: int, queries: dict[str, list[str]],
+              options: SynthesizeOptions) -> list[DraftRow]:
+    """The rows of a text, sorted by task. All but that of RECONSTRUCT lack a response."""
+    rng = random.Random(f"{options.seed} {text}")
+    is_reconstructed = rng.random() < options.reconstruct
+    tasks = sorted(set(queries) - {RECONSTRUCT})
+    drawn = rng.sample(tasks, len(tasks))[: options.tasks]
+    if is_reconstructed and RECONSTRUCT in queries:
+        drawn.append(RECONSTRUCT)
+
+    rows = []
+    for task in sorted(drawn):
+        # The same query, however many other tasks are drawn: its answer need not be asked again.
+        query = random.Random(f"{options.seed} {task} {text}").choice(queries[task])
+        response = first_two_sentences(text) if task == RECONSTRUCT else ""
+        rows.append(DraftRow(task, vector_id, query, text, response))
+    return rows
+
+
+def first_two_sentences(text: str) -> str:
+    sentences = re.split(r"(?<=[.!?])\s+|(?<=[。！？])", text.strip())
+    return " ".join(sentences[:2])
+
+
+# Answers
+
+
+def make_engine(options: SynthesizeOptions) -> elm.LLMEngine | elm.ServerEngine:
+    """Raises: UserError if the LLM cannot be loaded, or the server's client is not installed."""
+    if options.endpoint is None:
+        return elm.LLMEngine(
+            options.model, options.bf16, options.template, options.max_new_tokens)
+    return elm.ServerEngine(
+        options.endpoint, options.model, options.template, options.max_new_tokens,
+        options.concurrency)
+
+
+def answer_rows(engine: elm.LLMEngine | elm.ServerEngine, rows: Iterable[DraftRow],
+                log: elm.AnswerLog, options: SynthesizeOptions) -> None:
+    """Set the responses that rows lack, or why an answer is rejected. A rejected answer is asked
+    for once more, with another seed and a temperature above 0. Raises: UserError."""
+    pending = [row for row in rows if not row.response]
+    pending.sort(key=lambda row: len(row.text), reverse=True)  # texts of a batch are alike long
+    for attempt in range(2):
+        temperature = options.temperature or float(attempt)
+        questions = {}
+        for row in pending:
+            key = answer_key(engine.name, row, attempt, options)
+            questions[key] = elm.Question(row.query, row.text)
+        ask_missing(engine, questions, log, temperature, f"answers, try {attempt + 1}")
+        for row in pending:
+            answer = log[answer_key(engine.name, row, attempt, options)]
+            row.rejected = rejection_reason(row, answer)
+            if not row.rejected:
+                row.response = answer.text.strip()
+        pending = [row for row in pending if row.rejected]
+
+
+def answer_key(engine_name: str, row: DraftRow, attempt: int, options: SynthesizeOptions) -> str:
+    """A hash of all that an answer depends on."""
+    settings = (engine_name, options.model, options.template, options.max_new_tokens,
+                options.temperature, options.seed)
+    return elm.sha256_short(repr((settings, attempt, row.query, row.text)))
+
+
+def ask_missing(engine: elm.LLMEngine | elm.ServerEngine, questions: dict[str, elm.Question],
+                log: elm.AnswerLog, temperature: float, label: str) -> None:
+    """Append the answers that the log lacks, as they come. Raises: UserError."""
+    missing = [key for key in questions if key not in log]
+
+    def ask(keys: list[str]) -> int:
+        seed = int(keys[0][:7], 16)
+        answers = engine.answer([questions[key] for key in keys], seed, temperature)
+        log.append(dict(zip(keys, answers, strict=True)))
+        return len(keys)
+
+    blocks = elm.in_blocks(missing, engine.batch_size)
+    with elm.progress(None, label, total=len(missing), unit="answer") as bar:
+        for num_answers in elm.prefetch(ask, blocks, engine.num_threads):
+            bar.update(num_answers)
+
+
+def rejection_reason(row: DraftRow, answer: elm.Answer) -> str:
+    """Why an answer is rejected, or ""."""
+    text = answer.text.strip()
+    if not answer.finished:
+        return "not finished"
+    if not text:
+        return "empty"
+    if is_copied(text, row.text) and not row.task_type.startswith("style"):
+        return "copied"
+    if elm.repetition(text) > 0.3:
+        return "repetitive"
+    if PREAMBLE.match(text):
+        return "preamble"
+    return ""
+
+
+def is_copied(answer: str, text: str) -> bool:
+    """Whether an answer has over .8 of the text's words, and little else."""
+    answer_words = set(re.findall(r"\w+", answer.casefold()))
+    text_words = set(re.findall(r"\w+", text.casefold()))
+    num_common = len(answer_words & text_words)
+    return num_common > 0.8 * len(text_words) and num_common > 0.5 * len(answer_words)
+
+
+def check_answers(rows: list[DraftRow], splits: dict[str, str]) -> None:
+    """Raises: UserError unless two texts of each split have an accepted answer. Rows of RECONSTRUCT
+    do not count beside others, as they say nothing about the LLM."""
+    asked = [row for row in rows if row.task_type != RECONSTRUCT] or rows
+    answered_texts = {row.text for row in asked if not row.rejected}
+    sizes = {split_name: 0 for split_name in sorted(set(splits.values()))}
+    for text in answered_texts:
+        sizes[splits[text]] += 1
+    if min(sizes.values()) < 2:
+        reasons = ", ".join(sorted({row.rejected for row in asked if row.rejected}))
+        raise UserError(f"model: {sizes} texts have accepted answers, each split needs two; "
+                        f"rejected: {reasons or 'none'}")
+
+
+# The data set
+
+
+def synthesize(options: SynthesizeOptions, texts_path: Path, out: Path) -> None:
+    """A data set at `out`, whole or not at all: queries about the texts of a file, the LLM's
+    answers, and vectors. Raises: OSError; UserError."""
+    elm.check_new(out)
+    splits = assign_splits(read_texts(texts_path), options.split)
+    check_splits(splits, texts_path)
+    queries = read_queries(options.queries)
+    rows = []
+    for vector_id, text in enumerate(splits):
+        rows += draw_rows(text, vector_id, queries, options)
+
+    with resumable_work_folder(out) as work:
+        # Before the answers: it takes minutes, not hours, and frees the memory for the LLM.
+        table_path = work / "vectors.safetensors"
+        embed_all(list(splits), options, work, table_path)
+        answer_rows(make_engine(options), rows, elm.AnswerLog(work / "answers.jsonl"), options)
+        elm.log.info(count_table(rows, splits))
+        check_answers(rows, splits)
+        rows = [row for row in rows if not row.rejected]
+
+        new = work / "data"
+        shutil.rmtree(new, ignore_errors=True)  # of a command that was killed
+        write_splits(rows, splits, elm.open_vectors(table_path), new)
+        toml = train_toml(rows, options, out)
+        elm.write_text(new / "train.toml", toml)
+        os.replace(new, out)
+    print_samples(rows)
+    elm.log.info(f"\n{out}/train.toml:\n{toml}")
+    elm.log.info(f"next: deepspeed elm.py {shlex.quote(f'{out}/train.toml')}")
+
+
+def embed_all(texts: list[str], options: SynthesizeOptions, work: Path, out: Path) -> None:
+    """Write the vectors of texts. The embedder is freed again. Raises: UserError."""
+    embed_options = EmbedOptions(model=options.embedder, bf16=options.bf16)
+    model = elm.load_embedder(options.embedder, options.bf16, elm.find_device(), "embedder")
+    embed_texts(model, texts, len(texts), embed_options, work, out)
+    del model
+    elm.free_memory()
+
+
+def count_table(rows: list[DraftRow], splits: dict[str, str]) -> str:
+    """How many rows there are of each task, by their split or by why they are rejected."""
+    pd = elm.import_optional("pandas")
+    tasks = pd.Series([row.task_type for row in rows], name="rows")
+    outcomes = pd.Series([row.rejected or splits[row.text] for row in rows], name="")
+    return pd.crosstab(tasks, outcomes).to_string()
+
+
+def write_splits(rows: list[DraftRow], splits: dict[str, str], vectors: Tensor, out: Path) -> None:
+    """Write each split with the vectors [number of texts, E] of all its texts. Raises:
+    UserError."""
+    split_names = np.array(list(splits.values()))
+    for name in np.unique(split_names).tolist():
+        rows_of_split = [row.to_dict() for row in rows if splits[row.text] == name]
+        write_split(out, name, vectors, np.flatnonzero(split_names == name), rows_of_split)
+
+
+def train_toml(rows: list[DraftRow], options: SynthesizeOptions, out: Path) -> str:
+    """Settings for training on the data set that is to be at `out`."""
+    settings = {
+        "model.llm": options.model,
+        "model.bf16": options.bf16,
+        "model.tokens": 4,
+        "model.template": options.template,
+        "data.dir": str(out),
+        "data.tasks": sorted({row.task_type for row in rows}),
+        "train.lr": 1e-3,
+        "train.warmup_steps": min(100, len(rows) // 100),
+        "eval.embedder": options.embedder,
+        "output.dir": f"runs/{out.name}"}
+    return "".join(f"{key} = {elm.toml_value(value)}\n" for key, value in settings.items())
+
+
+def print_samples(rows: list[DraftRow]) -> None:
+    """Print three rows."""
+    stride = max(1, len(rows) // 3)
+    for row in rows[::stride][:3]:
+        elm.log.info(f"\n{row.task_type}: {row.query}\n{row.text}\n    {row.response}")
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def run_synthesize(args: argparse.Namespace) -> None:
+    options = elm.load_config(None, args.settings, SynthesizeOptions)
+    synthesize(options, Path(args.texts), Path(args.out))
+
+
+def run_embed(args: argparse.Namespace) -> None:
+    options = elm.load_config(None, args.settings, EmbedOptions)
+    embed(options, Path(args.texts), Path(args.out))
+
+
+def run_filter(args: argparse.Namespace) -> None:
+    options = elm.load_config(None, args.settings, FilterOptions)
+    filter_tasks(options, Path(args.data), Path(args.out))
+
+
+COMMANDS = (
+    elm.Command("synthesize", {"texts": "TEXTS", "out": "OUT"}, SynthesizeOptions,
+                "python data/prepare.py synthesize texts.jsonl data/mine", run_synthesize),
+    elm.Command("embed", {"texts": "TEXTS", "out": "OUT"}, EmbedOptions,
+                "python data/prepare.py embed texts.jsonl out.safetensors", run_embed),
+    elm.Command("filter", {"data": "DIR", "out": "OUT"}, FilterOptions,
+                "python data/prepare.py filter data/tiny data/few 'tasks=[\"summary\"]'",
+                run_filter))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code; 2 after an error that the user can correct."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return elm.run_command(elm.make_parser("prepare.py", __doc__, COMMANDS), given)
+
+
+if __name__ == "__main__":
+    elm.run(main)

@@ -1,0 +1,353 @@
+"""data/prepare.py embed and filter: on the embedded default, and against sentence-transformers."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import prepare
+import pytest
+import torch
+import torture
+from conftest import (
+    ROOT,
+    anonymous_memory,
+    go,
+    make_data,
+    read_jsonl,
+    read_table,
+    rows_path,
+    write_rows,
+)
+from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+
+import elm
+
+TINY = ROOT / "data" / "tiny"
+VECTORS = TINY / "embeddings" / "test_embeddings.safetensors"
+EMBEDDER = TINY / "embedder"
+
+
+def run_prepare(*words) -> tuple[int, str]:
+    """The exit code of a command of prepare.py, run here, and what it printed."""
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        code = prepare.main([str(word) for word in words])
+    assert "Traceback" not in printed.getvalue()
+    return code, printed.getvalue()
+
+
+def assert_refused(message: str, *words) -> None:
+    """The command ends with exit code 2 and one line of error, in which `message` is found."""
+    code, printed = run_prepare(*words)
+    errors = re.findall("^elm: (?!warning).*", printed, re.MULTILINE)
+    assert code == 2, (words, printed)
+    assert len(errors) == 1, (words, printed)
+    assert re.search(message, errors[0]), (words, message, printed)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_help_names_commands_and_settings():
+    code, printed = run_prepare("--help")
+    assert code == 0
+    for command in prepare.COMMANDS:
+        assert command.name in printed
+        code, printed_of_command = run_prepare(command.name, "--help")
+        assert code == 0
+        for key in command.config_class.model_fields:
+            assert f"{key}: " in printed_of_command
+
+
+# -----------------------------------------------------------------------------
+# embed
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """The 200 texts of the test split, in the order of their vectors."""
+    text_of_vector = {}
+    for row in read_jsonl(TINY / "synthesis" / "test_synthesis.jsonl"):
+        text_of_vector[row["embedding_file_idx"]] = row["text"]
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    path.write_text(elm.jsonl({"text": text_of_vector[i]} for i in range(200)))
+    return path
+
+
+def test_embed_makes_the_shipped_vectors(texts, tmp_path):
+    out = tmp_path / "out.safetensors"
+    code, printed = run_prepare("embed", texts, out, f"model={EMBEDDER}", "bf16=false")
+    assert code == 0
+    assert "200 vectors of width 128; texts of more than 4096 tokens are cut" in printed
+    vectors = elm.open_vectors(out)
+    shipped = elm.open_vectors(VECTORS).float()
+    assert vectors.dtype == torch.float32
+    assert (vectors.norm(dim=1) - 1).abs().max() < 1e-6
+    assert torch.nn.functional.cosine_similarity(vectors, shipped).min() >= 0.99999
+    with safe_open(out, "pt") as f:
+        assert json.loads(f.metadata()["embed"])["model"] == str(EMBEDDER)
+
+
+def test_lines_of_plain_text_are_texts_too(texts, tmp_path):
+    lines = [row["text"] for row in read_jsonl(texts)[:20]]
+    (tmp_path / "texts.txt").write_text("".join(line + "\n" for line in lines))
+    (tmp_path / "texts.jsonl").write_text(elm.jsonl({"text": line} for line in lines))
+    tables = []
+    for suffix in ("txt", "jsonl"):
+        out = tmp_path / f"{suffix}.safetensors"
+        source = tmp_path / f"texts.{suffix}"
+        assert run_prepare("embed", source, out, f"model={EMBEDDER}", "bf16=false")[0] == 0
+        tables.append(out.read_bytes())
+    assert tables[0] == tables[1]
+    # No hidden folder is left.
+    assert names_in(tmp_path) == [
+        "jsonl.safetensors", "texts.jsonl", "texts.txt", "txt.safetensors"]
+
+
+INSTRUCTION = "Given a question, find the answer"
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [("embedder", {}),
+     ("embedder", {"bf16": True}),
+     ("embedder", {"max_tokens": 12}),
+     ("embedder", {"instruction": INSTRUCTION}),
+     ("dense", {}),
+     ("dense", {"bf16": True, "max_tokens": 12, "instruction": INSTRUCTION, "batch_size": 7})])
+def test_embed_agrees_with_the_library_used_by_hand(texts, tmp_path, monkeypatch, kind, options):
+    """Also by a mean-pooled encoder with a dense layer, whose vectors are not of unit norm."""
+    monkeypatch.setattr(prepare, "TEXTS_PER_BLOCK", 16)
+    model = EMBEDDER
+    if kind == "dense":
+        model = tmp_path / "model"
+        torch.manual_seed(0)
+        modules = [Transformer(str(TINY / "scorer")), Pooling(96, "mean"), Dense(96, 24)]
+        SentenceTransformer(modules=modules, device="cpu").save(str(model))
+    lines = []
+    for i, row in enumerate(read_jsonl(texts)[:40]):
+        words = row["text"].split()
+        lines.append(" ".join(words[: 3 + 7 * (i % 5)]))  # of many lengths
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+
+    options = {"bf16": False, **options}
+    out = tmp_path / "out.safetensors"
+    prepare.embed(
+        prepare.EmbedOptions(model=str(model), **options), tmp_path / "lines.txt", out)
+    vectors = elm.open_vectors(out)
+
+    by_hand = SentenceTransformer(
+        str(model), device="cpu", model_kwargs={"dtype": torch.float32})
+    by_hand.max_seq_length = options.get("max_tokens", by_hand.max_seq_length)
+    prompt = f"Instruct: {INSTRUCTION}\nQuery:" if "instruction" in options else ""
+    expected = by_hand.encode([prompt + line for line in lines], convert_to_tensor=True)
+    assert vectors.shape == expected.shape
+    assert (vectors.norm(dim=1) - 1).abs().max() < 1e-6
+    cosines = torch.nn.functional.cosine_similarity(vectors, expected)
+    assert cosines.min() >= (0.999 if options["bf16"] else 0.99999)
+
+
+def test_embed_killed_and_started_again_ends_with_the_same_bytes(
+        texts, tmp_path, monkeypatch, processes):
+    """Killed each time that ten blocks more are there, of 32; meanwhile no other process may write
+    the same file."""
+    monkeypatch.setattr(prepare, "TEXTS_PER_BLOCK", 64)
+    many = tmp_path / "many.jsonl"
+    many.write_text(texts.read_text() * 10)
+    options = prepare.EmbedOptions(model=str(EMBEDDER), bf16=False)
+    prepare.embed(options, many, tmp_path / "whole.safetensors")
+    out = tmp_path / "out.safetensors"
+    code = (
+        "import sys, prepare\n"
+        "prepare.TEXTS_PER_BLOCK = 64\n"
+        "sys.exit(prepare.main(sys.argv[1:]))")
+
+    def start():
+        words = ["embed", str(many), str(out), f"model={EMBEDDER}", "bf16=false"]
+        return subprocess.Popen([sys.executable, "-c", code, *words], cwd=ROOT / "data")
+
+    def num_blocks() -> int:
+        return len(list(tmp_path.glob(".out.safetensors.work/*.safetensors")))
+
+    for before in (0, 10):
+        child = start()
+        torture.until(child, lambda before=before: num_blocks() > before)
+        with pytest.raises(elm.UserError, match="another process holds it"):
+            prepare.embed(options, many, out)
+        torture.until(child, lambda before=before: num_blocks() >= before + 10)
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+        assert num_blocks() >= before + 10
+    assert start().wait() == 0
+    assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert names_in(tmp_path) == ["many.jsonl", "out.safetensors", "whole.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_table_is_written_without_being_held_in_memory(tmp_path, dtype):
+    path = tmp_path / "table.safetensors"
+    bytes_held = []
+
+    def chunks():
+        for i in range(100):
+            bytes_held.append(anonymous_memory())
+            yield torch.full((1000 + i % 2, 1001), i, dtype=dtype)
+
+    prepare.write_table(path, chunks(), about="x")
+    table = elm.open_vectors(path)
+    assert table.dtype == dtype
+    assert torch.equal(table[:, 0], table[:, 1000])
+    assert torch.equal(table[:, 7].unique(), torch.arange(100).to(dtype))
+    assert max(bytes_held) - bytes_held[0] < 60e6  # of 200e6 or 400e6
+
+
+def test_others_may_read_a_table_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        prepare.write_table(tmp_path / "table.safetensors", [torch.ones(2, 3)])
+    finally:
+        os.umask(before)
+    assert (tmp_path / "table.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_code_beside_an_embedder_is_not_run(texts, tmp_path):
+    folder = shutil.copytree(EMBEDDER, tmp_path / "model")
+    evil = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Pooling: pass"
+    (folder / "evil.py").write_text(evil)
+    modules = (folder / "modules.json").read_text()
+    (folder / "modules.json").write_text(
+        modules.replace("sentence_transformers.models.P", "evil.P"))
+    out = tmp_path / "x.safetensors"
+    assert_refused("model: cannot load", "embed", texts, out, f"model={folder}")
+    assert "ran" not in names_in(tmp_path)
+
+
+def test_embed_refuses_vectors_of_a_broken_model(texts, tmp_path):
+    folder = shutil.copytree(EMBEDDER, tmp_path / "model")
+    model = SentenceTransformer(str(folder), device="cpu")
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    model.save(str(folder))
+    out = tmp_path / "out.safetensors"
+    assert_refused("makes zero or infinite vectors", "embed", texts, out, f"model={folder}")
+    assert not out.exists()
+
+
+BAD_TEXTS = {
+    "empty.txt": (b"", "is empty"),
+    "gap.txt": (b"one\n\nthree\n", "gap.txt:2: not a text, or an empty one"),
+    "latin.txt": (b"caf\xe9\n", "latin.txt:1: not a text.*utf-8"),
+    "deep.jsonl": (b"[" * 99999, "deep.jsonl:1: not a text.*recursion"),
+    "field.jsonl": (b'{"text": "a"}\n{"txt": "a"}\n', "field.jsonl:2: not a text.*'text'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEXTS)
+def test_a_bad_line_of_texts_is_named(tmp_path, name):
+    content, message = BAD_TEXTS[name]
+    (tmp_path / name).write_bytes(content)
+    out = tmp_path / "out.safetensors"
+    assert_refused(message, "embed", tmp_path / name, out, f"model={EMBEDDER}")
+    assert names_in(tmp_path) == [name]
+
+
+def test_bad_input_of_embed(texts, tmp_path):
+    new = tmp_path / "new.safetensors"
+    taken = tmp_path / "taken.safetensors"
+    taken.write_bytes(b"precious")
+    assert_refused("nowhere.txt: No such file", "embed", tmp_path / "nowhere.txt", new)
+    assert_refused("taken.safetensors: exists already", "embed", texts, taken)
+    assert_refused("the vectors are written as safetensors", "embed", texts, tmp_path / "x")
+    assert_refused("modle: unknown key, did you mean model", "embed", texts, new, "modle=x")
+    none = f"model={tmp_path / 'none'}"
+    assert_refused("model: cannot load .*none", "embed", texts, new, none)
+    without_pooling = f"model={TINY / 'scorer'}"
+    assert_refused("model: cannot load .*without modules.json", "embed", texts, new,
+                   without_pooling)
+    assert names_in(tmp_path) == ["taken.safetensors"]
+    assert taken.read_bytes() == b"precious"
+
+
+def test_operands_are_required(texts):
+    code, printed = run_prepare("embed", texts)
+    assert code == 2
+    assert "required: OUT" in printed
+
+
+# -----------------------------------------------------------------------------
+# filter
+
+
+@pytest.mark.slow
+def test_training_on_filtered_data_gives_the_losses_of_the_tasks(settings, tmp_path):
+    data = make_data(tmp_path / "data", num_rows=60, num_vectors=30)
+    out = tmp_path / "few"
+    tasks = ["summary", "keywords", "style_casual"]
+    assert run_prepare("filter", data, out, f"tasks={tasks}")[0] == 0
+
+    of_tasks = [f"data.dir={data}", f"output.dir={tmp_path / 'run'}", f"data.tasks={tasks}"]
+    filtered = [f"data.dir={out}", f"output.dir={tmp_path / 'filtered run'}"]
+    numbers = []
+    for more in (of_tasks, filtered):
+        report, folder = go(settings, *more)
+        entries = read_jsonl(folder / "metrics.jsonl")
+        losses = [entry.get("loss", entry.get("val_loss")) for entry in entries]
+        keys = ("loss", "loss_shuffled", "loss_text", "bertscore_f1")
+        numbers.append(losses + [report[key] for key in keys])
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-6)
+
+
+def test_filter_keeps_rows_and_their_vectors(tmp_path):
+    data = make_data(tmp_path / "data", num_rows=60, num_vectors=30)
+    out = tmp_path / "new" / "few"
+    tasks = ["summary", "keywords", "style_casual"]
+    rows = read_jsonl(rows_path(data))
+    of_a_pair = {"task_type": "compare", "embedding_file_idx": -1, "query": "?", "response": "?"}
+    with_more_fields = rows[0] | {"task_type": "summary", "note": "and ü"}
+    write_rows(data, "train", [*rows, of_a_pair, with_more_fields])
+    code, printed = run_prepare("filter", data, out, f"tasks={tasks}")
+    assert code == 0
+
+    for split in elm.SPLITS:
+        before = read_jsonl(rows_path(data, split))
+        wanted = [row for row in before if row["task_type"] in tasks]
+        kept = read_jsonl(rows_path(out, split))
+        old = read_table(data, split)
+        new = read_table(out, split)
+        num_used = len({row["embedding_file_idx"] for row in wanted})
+        assert len(new) == num_used < len(old)
+        assert new.dtype == old.dtype
+        for a, b in zip(wanted, kept, strict=True):
+            old_vector = old[a.pop("embedding_file_idx")]
+            new_vector = new[b.pop("embedding_file_idx")]
+            assert torch.equal(old_vector, new_vector)
+        assert wanted == kept
+        told = f"{split}: {len(wanted)} of {len(before)} rows, {len(new)} of 30 vectors"
+        assert told in printed
+    assert names_in(out.parent) == ["few"]
+
+
+def test_bad_input_of_filter(data_dir, tmp_path):
+    out = tmp_path / "out"
+    assert_refused("did you mean summary", "filter", data_dir, out, 'tasks=["sumary"]')
+    assert_refused("none: is no data set", "filter", tmp_path / "none", out)
+    assert_refused("data: exists already", "filter", data_dir, data_dir)
+
+    rows = [row for row in read_jsonl(rows_path(data_dir, "val")) if row["task_type"] != "summary"]
+    write_rows(data_dir, "val", rows)
+    only_summaries = 'tasks=["summary"]'
+    assert_refused("val_synthesis.jsonl: no row of", "filter", data_dir, out, only_summaries)
+    write_rows(data_dir, "val", [*rows, "{"])
+    assert_refused(rf"val_synthesis.jsonl:{len(rows) + 1}: ", "filter", data_dir, out)
+    assert names_in(tmp_path) == ["data"]

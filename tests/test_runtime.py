@@ -1,0 +1,385 @@
+"""Processes, the log, files."""
+
+import contextlib
+import itertools
+import os
+import re
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+from conftest import NO_TABLES, free_port, go
+
+import elm
+
+# -----------------------------------------------------------------------------
+# Errors
+
+
+def test_named_errors_become_one_line():
+    with pytest.raises(elm.UserError) as e, elm.user_error("x.toml: damaged", KeyError, ValueError):
+        raise ValueError("of two\nlines")
+    assert str(e.value) == "x.toml: damaged: of two lines"
+    assert isinstance(e.value.__cause__, ValueError)
+
+    with pytest.raises(elm.UserError) as e, elm.user_error("x.toml", ValueError):
+        raise ValueError  # without a word
+    assert str(e.value) == "x.toml: ValueError()"
+
+    with pytest.raises(elm.UserError) as e, elm.user_error("x.toml", ValueError):
+        raise ValueError(999 * "word ")
+    assert len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "error", [elm.UserError("a: b"), torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_user_errors_and_lack_of_memory_stay_what_they_are(error):
+    with pytest.raises(type(error)) as e, elm.user_error("message", Exception):
+        raise error
+    assert e.value is error
+
+
+def test_errors_that_are_not_named_keep_their_tracebacks():
+    with pytest.raises(KeyError) as e, elm.user_error("message", ValueError):
+        raise KeyError("x")
+    assert e.traceback[-1].name == "test_errors_that_are_not_named_keep_their_tracebacks"
+
+
+def test_a_package_that_is_not_there_is_named():
+    with pytest.raises(elm.UserError, match="^no_such_package is not installed: pip install no_"):
+        elm.import_optional("no_such_package")
+
+
+# -----------------------------------------------------------------------------
+# The log
+
+TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
+
+
+def lines_without_times(path) -> list[str]:
+    return [re.sub("^" + TIME, "", line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_warnings_go_to_stderr(capsys):
+    elm.log.info("as it is")
+    elm.log.warning("careful")
+    out, err = capsys.readouterr()
+    assert out == "as it is\n"
+    assert err == "elm: warning: careful\n"
+
+
+def test_the_log_file_is_appended_to_while_it_is_asked_for(tmp_path):
+    path = tmp_path / "log.txt"
+    with elm.log_to_file(str(path)):
+        elm.log.info("one")
+    elm.log.info("nowhere")
+    with elm.log_to_file(str(path)):
+        elm.log.warning("zwölf")
+    first, second = path.read_text("utf-8").splitlines()
+    assert re.fullmatch(TIME + "one", first)
+    assert re.fullmatch(TIME + "zwölf", second)
+    with elm.log_to_file(None):
+        elm.log.info("nowhere")
+    assert [p.name for p in tmp_path.iterdir()] == ["log.txt"]
+
+
+def test_a_log_file_that_cannot_be_opened(tmp_path):
+    with pytest.raises(OSError, match="No such file"), elm.log_to_file(str(tmp_path / "no" / "x")):
+        pass
+
+
+def test_another_process_than_the_first_logs_nothing(tmp_path, monkeypatch, capsys):
+    """Also before it has joined the others."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setenv("RANK", "1")
+    with elm.log_to_file(str(tmp_path / "log.txt")):
+        elm.log.info("one")
+        elm.log.warning("two")
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_console_and_log_file_of_a_run_have_the_same_lines(settings, tmp_path, capsys):
+    """Zeros are shown: no answer drifts farther than a cosine of -1."""
+    path = tmp_path / "log.txt"
+    more = ["train.max_steps=1", "train.warmup_steps=0", "eval.samples=0",
+            "loss.drift_weight=0.1", "loss.drift_target=-1.0"]  # fmt: skip
+    go(settings, *more, f"output.log_file={path}")
+    console = capsys.readouterr().out.splitlines()
+    assert lines_without_times(path) == console
+    (line,) = [line for line in console if line.startswith("step      1  epoch")]
+    assert "  drift_loss 0  " in line
+    assert "  epoch 0  " in line
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [(0.0, "0"), (0, "0"), (1e-4, "0.0001"), (-0.25, "-0.25"), (3.14159, "3.142"),
+     (12345.6, "12,346"), (float("nan"), "nan")])  # fmt: skip
+def test_numbers_of_the_console(number, text):
+    assert elm.format_number(number) == text
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "00:00"), (75.9, "01:15"), (3661, "1:01:01")])
+def test_times_of_the_console(seconds, text):
+    assert elm.format_seconds(seconds) == text
+
+
+def test_of_two_processes_the_first_alone_writes(run, settings, tmp_path):
+    """To the console and to the log file, each line once."""
+    path = tmp_path / "log.txt"
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+                f"--master-port={free_port()}")  # fmt: skip
+    words = [NO_TABLES, *settings, "train.batch_size=8", "train.max_steps=2", "eval.samples=0"]
+    done = run(*words, f"output.log_file={path}", launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    console = [line for line in done.stdout.splitlines() if not line.startswith("[")]  # DeepSpeed's
+    warning = "train.warmup_steps = 2: no shorter than the run of 2 steps"
+    assert done.stderr.count(f"elm: warning: {warning}") == 1
+    lines = lines_without_times(path)
+    lines.remove(warning)
+    assert lines == console
+    for start in ("2 process(es) on cpu", "step      1  epoch", "step      2  val_loss", "files: "):
+        assert sum(line.startswith(start) for line in console) == 1, start
+
+
+# -----------------------------------------------------------------------------
+# Processes
+
+
+def test_one_process_alone(monkeypatch):
+    """Each collective operation is an identity, without a copy."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    device = elm.start_distributed()
+    assert device.type in ("cpu", "cuda")
+    assert elm.start_distributed() == device  # a second time
+    assert (elm.rank(), elm.world_size()) == (0, 1)
+    x = torch.arange(3.0)
+    assert elm.all_reduce_sum(x) is x
+    assert elm.broadcast_from_rank0(x) is x
+    assert torch.equal(x, torch.arange(3.0))
+    assert elm.run_on_rank0(lambda: "done") == "done"
+    with pytest.raises(elm.UserError, match="a: b"):
+        elm.run_on_rank0(lambda: fail(elm.UserError("a: b")))
+    with pytest.raises(KeyError):
+        elm.run_on_rank0(lambda: fail(KeyError("x")))
+
+
+def fail(error):
+    raise error
+
+
+def join_other(number: int, port: int) -> None:
+    """Become one of two processes."""
+    os.environ |= {
+        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    elm.start_distributed()
+    assert (elm.rank(), elm.world_size()) == (number, 2)
+
+
+def write_after_a_while(path) -> str:
+    time.sleep(3)
+    path.write_text("written")
+    return "done"
+
+
+def check_collectives(number: int, folder) -> None:
+    mine = torch.tensor([1.0, 10.0]) * (number + 1)
+    assert elm.all_reduce_sum(mine) is mine
+    assert mine.tolist() == [3.0, 30.0]
+
+    mine = torch.arange(6.0).reshape(2, 3).T + 100 * number  # not contiguous
+    of_rank0 = elm.broadcast_from_rank0(mine)
+    assert torch.equal(of_rank0, torch.arange(6.0).reshape(2, 3).T)
+    assert mine[0, 0] == 100 * number
+
+    path = folder / "alone"
+    assert elm.run_on_rank0(lambda: write_after_a_while(path)) == "done"
+    assert path.read_text() == "written"
+    assert elm.run_on_rank0(elm.rank) == 0
+
+    with pytest.raises(elm.UserError, match="^a: b$"):
+        elm.run_on_rank0(lambda: fail(elm.UserError("a: b")))
+    assert elm.all_reduce_sum(torch.ones(1)).item() == 2  # they go on together
+
+
+def check_patience(number: int) -> None:
+    """Process 0 works on for longer than the other may wait."""
+    if number == 0:
+        with contextlib.suppress(RuntimeError):  # the other has left
+            elm.run_on_rank0(lambda: time.sleep(6))
+    else:
+        with pytest.raises(RuntimeError, match="(?i)time.* out"):
+            elm.run_on_rank0(lambda: None)
+
+
+def be_one_of_two(number: int, ports: list[int], folder) -> None:
+    join_other(number, ports[0])
+    check_collectives(number, folder)
+    torch.distributed.destroy_process_group()
+    elm.LONGEST_WAIT = timedelta(seconds=3)
+    join_other(number, ports[1])
+    check_patience(number)
+    (folder / f"ended_{number}").touch()
+
+
+def test_all_wait_for_what_process_0_does_alone(processes, tmp_path):
+    """Values are the same on both, and errors that the user can correct are raised on both. How
+    long they wait is LONGEST_WAIT: long enough for models to be loaded and run."""
+    ports = [free_port(), free_port()]
+    torch.multiprocessing.spawn(be_one_of_two, (ports, tmp_path), nprocs=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "ended_0", "ended_1"]
+    assert timedelta(hours=12) <= elm.LONGEST_WAIT
+
+
+def test_processes_that_cannot_connect_name_the_port(monkeypatch):
+    """A port number that there is not."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    for name, value in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "99999999")
+    with pytest.raises(elm.UserError, match="cannot connect .* --master_port"):
+        elm.start_distributed()
+
+
+# -----------------------------------------------------------------------------
+# Threads
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 3])
+def test_prefetch_keeps_the_order_and_its_distance(num_threads):
+    started = []
+
+    def note(item):
+        started.append(item)
+        return item * item
+
+    for i, result in enumerate(elm.prefetch(note, range(40), num_threads)):
+        assert result == i * i
+        time.sleep(0.001)
+        assert max(started) <= i + 2 * num_threads
+    assert sorted(started) == list(range(40))
+
+
+def test_prefetch_works_while_the_first_result_is_used():
+    ahead = threading.Event()
+
+    def note(item):
+        if item == 4:
+            ahead.set()
+
+    results = elm.prefetch(note, itertools.count(), 2)
+    next(results)
+    assert ahead.wait(10)
+    results.close()
+
+
+def test_prefetch_raises_an_error_where_its_item_is():
+    results = elm.prefetch(lambda x: 1 / (3 - x), range(9), 2)
+    assert [next(results) for _ in range(3)] == [1 / 3, 1 / 2, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_prefetch_that_is_closed_drops_what_is_queued():
+    started = []
+    may_end = threading.Event()
+
+    def slow(item):
+        started.append(item)
+        if item:
+            may_end.wait(10)
+
+    results = elm.prefetch(slow, range(100), 1)
+    next(results)
+    threading.Timer(0.1, may_end.set).start()
+    results.close()  # waits for what runs
+    assert may_end.is_set()
+    assert len(started) <= 2
+
+
+def test_blocks():
+    assert list(elm.in_blocks(range(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(elm.in_blocks([], 2)) == []
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+def test_atomic_write_replaces_a_file_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "x.txt"
+    with elm.atomic_write(path) as temporary:
+        temporary.write_text("one")
+        assert not path.exists()
+    with pytest.raises(KeyError), elm.atomic_write(path) as temporary:
+        temporary.write_text("tw")
+        raise KeyError("in the middle")
+    assert path.read_text() == "one"
+    with elm.atomic_write(path) as temporary:
+        temporary.write_text("two")
+        assert path.read_text() == "one"
+    assert path.read_text() == "two"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    """A folder is in its place, or a file in the place of its folder."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "folder", tmp_path / "file" / "x"):
+        with pytest.raises(elm.UserError, match=f"{path}: cannot be written .what was there is un"):
+            elm.write_text(path, "text")
+    with pytest.raises(elm.UserError, match="folder: cannot be written"):
+        elm.append_text(tmp_path / "folder", "text")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_text_is_written_as_utf8(tmp_path):
+    path = tmp_path / "x.jsonl"
+    elm.write_text(path, elm.jsonl([{"a": "ü"}]))
+    elm.append_text(path, elm.jsonl([{"a": None}, {"b": [1]}]))
+    assert path.read_bytes() == '{"a": "ü"}\n{"a": null}\n{"b": [1]}\n'.encode()
+
+
+def test_what_exists_already_is_refused(tmp_path):
+    elm.check_new(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b").touch()
+    with pytest.raises(elm.UserError, match="b: exists already; choose another place"):
+        elm.check_new(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_lock_is_held_once(tmp_path):
+    path = tmp_path / ".lock"
+    is_held = pytest.raises(elm.UserError, match=".lock: another process holds it")
+    with elm.locked(path), is_held, elm.locked(path):
+        pass
+    with pytest.raises(KeyError), elm.locked(path):
+        raise KeyError
+    with elm.locked(path):  # an error, too, has given it back
+        pass
+
+
+def hold(path, is_held) -> None:
+    with elm.locked(path):
+        is_held.set()
+        time.sleep(600)
+
+
+def test_a_lock_of_another_process_ends_with_it(processes, tmp_path):
+    path = tmp_path / ".lock"
+    context = torch.multiprocessing.get_context("spawn")
+    is_held = context.Event()
+    other = context.Process(target=hold, args=(path, is_held))
+    other.start()
+    assert is_held.wait(120)
+    with pytest.raises(elm.UserError, match="another process holds it"), elm.locked(path):
+        pass
+    threading.Timer(1, other.kill).start()
+    with elm.locked(path, wait=True):
+        other.join(10)
+        assert not other.is_alive()
