@@ -3386,32 +3386,47 @@ def compare_embedder(name: str, bf16: bool, device: torch.device,
 
 # Scores of answers
 
-BERTSCORE_NAMES = ["bertscore_precision", "bertscore_recall", "bertscore_f1", "bertscore_composite"]
-CONSISTENCY_NAMES = ["consistency", "mrr", "top1"]
+
+class BertScores(NamedTuple):
+    """[n] each."""
+
+    bertscore_precision: np.ndarray
+    bertscore_recall: np.ndarray
+    bertscore_f1: np.ndarray
+    bertscore_composite: np.ndarray  # 0.3 precision + 0.3 recall + 0.4 F1
 
 
-def bert_scores(scorer: BERTScorer, texts: list[str], references: list[str]) -> np.ndarray:
-    """BERTSCORE_NAMES of n texts: [n, 4]. An empty text scores 0. One pair at a time: in a batch,
-    bert-score counts padding as a similarity of 0."""
-    scores = np.zeros((len(texts), 4))
+def bert_scores(scorer: BERTScorer, texts: list[str], references: list[str]) -> BertScores:
+    """BERTScore (Zhang et al., 2020) of n texts. An empty text scores 0. One pair at a time: in a
+    batch, bert-score counts padding as a similarity of 0."""
+    precision = np.zeros(len(texts))
+    recall = np.zeros(len(texts))
+    f1 = np.zeros(len(texts))
     pairs = list(zip(texts, references, strict=True))
     for i, (text, reference) in enumerate(progress(pairs, "scores")):
         if text.strip() and reference.strip():
-            precision, recall, f1 = scorer.score([text], [reference], batch_size=1)
-            scores[i, :3] = precision.item(), recall.item(), f1.item()
-    scores[:, 3] = (scores[:, :3] * (0.3, 0.3, 0.4)).sum(1)
-    return scores
+            scores = scorer.score([text], [reference], batch_size=1)
+            precision[i], recall[i], f1[i] = (score.item() for score in scores)
+    return BertScores(precision, recall, f1, 0.3 * precision + 0.3 * recall + 0.4 * f1)
+
+
+class ConsistencyScores(NamedTuple):
+    """[n] each."""
+
+    consistency: np.ndarray  # cosine of the text's vector with the source
+    mrr: np.ndarray  # by it, the reciprocal rank of the source among all vectors
+    top1: np.ndarray  # whether that rank is 1
 
 
 def consistency_scores(texts: list[str], embed: Callable[[list[str]], Tensor], source_ids: Tensor,
-                       vectors: Tensor) -> np.ndarray:
-    """CONSISTENCY_NAMES of n texts, which `embed` maps to unit vectors: the cosine with
-    vectors[source_ids], and by it the reciprocal rank of the source among all vectors [N, E], and
-    whether that rank is 1: [n, 3]. An empty text scores 0."""
-    scores = np.zeros((len(texts), 3))
+                       vectors: Tensor) -> ConsistencyScores:
+    """Semantic consistency (Tennenholtz et al., 2024) of n texts, which `embed` maps to unit
+    vectors, with their sources vectors[source_ids] [n] among all vectors [N, E]. An empty text
+    scores 0."""
+    result = ConsistencyScores(np.zeros(len(texts)), np.zeros(len(texts)), np.zeros(len(texts)))
     filled = [i for i, text in enumerate(texts) if text.strip()]
     if not filled:
-        return scores
+        return result
     answers = embed([texts[i] for i in filled])
     sources = F.normalize(vectors[source_ids[filled]].float(), dim=1)
     cosine = (answers * sources).sum(1)
@@ -3420,9 +3435,10 @@ def consistency_scores(texts: list[str], embed: Callable[[list[str]], Tensor], s
         others = answers @ F.normalize(chunk.float(), dim=1).T
         # Tolerance: the source and its duplicates do not outrank it.
         rank_of_source += (others > cosine[:, None] + 1e-6).sum(1)
-    is_first = (rank_of_source == 1).float()
-    scores[filled] = torch.stack([cosine, 1 / rank_of_source, is_first], dim=1)
-    return scores
+    result.consistency[filled] = cosine
+    result.mrr[filled] = 1 / rank_of_source
+    result.top1[filled] = rank_of_source == 1
+    return result
 
 
 def repetition(text: str) -> float:
@@ -3434,32 +3450,33 @@ def repetition(text: str) -> float:
 
 def score(measured: Measured, references: list[str], split: Split, cfg: EvalConfig, bf16: bool,
           device: torch.device) -> pd.DataFrame:
-    """The scores of the answers, a row for each of measured.sample_ids: BERTSCORE_NAMES, empty_rate
-    and repetition of the answers and, as NAME_shuffled, of those about shuffled vectors; with
-    eval.embedder CONSISTENCY_NAMES of both and, as NAME_reference, of the references. The embedder
+    """The scores of the answers, a row for each of measured.sample_ids: BertScores, empty_rate and
+    repetition of the answers and, as NAME_shuffled, of those about shuffled vectors; with
+    eval.embedder ConsistencyScores of both and, as NAME_reference, of the references. The embedder
     runs in bf16, if asked for. Each model is freed after its use."""
     scores = import_optional("pandas").DataFrame(index=measured.sample_ids)
     scorer = load_scorer(cfg, device)
     for suffix, texts in (("", measured.answers), ("_shuffled", measured.shuffled_answers)):
-        names = [name + suffix for name in BERTSCORE_NAMES]
-        scores[names] = bert_scores(scorer, texts, references)
+        for name, values in bert_scores(scorer, texts, references)._asdict().items():
+            scores[name + suffix] = values
         scores[f"empty_rate{suffix}"] = [float(not text.strip()) for text in texts]
         scores[f"repetition{suffix}"] = [repetition(text) for text in texts]
     del scorer
     free_memory()
+    if cfg.embedder is None:
+        return scores
 
-    if cfg.embedder:
-        model = load_embedder(cfg.embedder, bf16, device)
-        width = split.vectors.shape[1]
-        embed = functools.partial(embed_texts, model, truncate_dim=width)
-        vector_ids = split.index["vector_id"][measured.sample_ids]
-        source_ids = torch.from_numpy(vector_ids.astype(np.int64))
-        for suffix, texts in (("", measured.answers), ("_shuffled", measured.shuffled_answers),
-                              ("_reference", references)):
-            names = [name + suffix for name in CONSISTENCY_NAMES]
-            scores[names] = consistency_scores(texts, embed, source_ids, split.vectors)
-        del model, embed
-        free_memory()
+    model = load_embedder(cfg.embedder, bf16, device)
+    embed = functools.partial(embed_texts, model, truncate_dim=split.vectors.shape[1])
+    vector_ids = split.index["vector_id"][measured.sample_ids]
+    source_ids = torch.from_numpy(vector_ids.astype(np.int64))
+    for suffix, texts in (("", measured.answers), ("_shuffled", measured.shuffled_answers),
+                          ("_reference", references)):
+        values_of = consistency_scores(texts, embed, source_ids, split.vectors)._asdict()
+        for name, values in values_of.items():
+            scores[name + suffix] = values
+    del model, embed
+    free_memory()
     return scores
 
 
@@ -4066,8 +4083,7 @@ class SweepWorker:
         vector_ids = split.index["vector_id"][row_ids]
         answers = generate_answers(elm, split, row_ids, vector_ids, cfg.max_new_tokens)
         references = [row.response for row in split.read(row_ids)]
-        composite = bert_scores(self.scorer, answers, references)[:, 3]
-        return float(composite.mean())
+        return float(bert_scores(self.scorer, answers, references).bertscore_composite.mean())
 
     def run_trial(self, trial: optuna.Trial) -> float:
         """The objective. Raises: UserError or RuntimeError, kept as the trial's `reason`;
@@ -4385,6 +4401,8 @@ def run_command(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     except torch.OutOfMemoryError as e:
         return print_error(f"{e}\nless is needed with model.grad_checkpoint = true, or "
                            "data.max_seq_length = 512, or on several GPUs deepspeed.zero_stage = 3")
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+        return 128 + signal.SIGPIPE
     except OSError as e:
         if e.filename is None:  # no file of the user's
             raise
@@ -4410,8 +4428,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def exit_process(code: int) -> None:
     """End at once: threads of torch and DeepSpeed now and then abort when the interpreter ends."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

@@ -86,7 +86,7 @@ def make_llm(folder: Path, kind="qwen3", chat_template: str | None = CHAT, **sha
 def make_data(folder: Path, num_rows=40, num_vectors=10, width=12, scale=1.0) -> Path:
     """Random rows of all tasks with ragged responses, and random vectors."""
     rng = random.Random(0)
-    words = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
     for sub in ("embeddings", "synthesis"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
     for seed, split in enumerate(("train", "val", "test")):
@@ -216,7 +216,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """In CI a test that is skipped fails, unless it needs a GPU or a real model that is not there."""
+    """In CI a skipped test fails, unless it needs a GPU or a real model that is not there."""
     report = yield
     if report.skipped and os.environ.get("CI") and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2]

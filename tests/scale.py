@@ -12,89 +12,122 @@ without and with the warm start on 32,768 vectors.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import make_llm
+from conftest import ROOT, make_llm, rows_path, vectors_path
+from prepare import write_table
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import elm
 
 WIDTH = 2560
+CHUNK = 8192  # vectors in memory at a time
 
 
-def write(folder: Path, num_rows: int, num_vectors: int) -> None:
+def write_data(folder: Path, num_rows: int, num_vectors: int) -> None:
+    """A data set whose training split has these sizes."""
+    for split, rows, vectors in (("train", num_rows, num_vectors), ("val", 64, 64)):
+        write_table(vectors_path(folder, split), random_vectors(vectors))
+        path = rows_path(folder, split)
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "w") as f:
+            for row in random_rows(rows, vectors):
+                f.write(elm.jsonl([row]))
+
+
+def random_vectors(num_vectors: int) -> Iterator[torch.Tensor]:
+    for start in range(0, num_vectors, CHUNK):
+        yield torch.randn(min(CHUNK, num_vectors - start), WIDTH).half()
+
+
+def random_rows(num_rows: int, num_vectors: int) -> Iterator[dict]:
     rng = np.random.default_rng(0)
     words = np.array((ROOT / "README.md").read_text().split())
-    for sub in ("embeddings", "synthesis"):
-        (folder / sub).mkdir(parents=True)
-    for split, rows, vectors in (("train", num_rows, num_vectors), ("val", 64, 64)):
-        sizes = [min(8192, vectors - start) for start in range(0, vectors, 8192)]
-        chunks = (torch.randn(n, WIDTH).half() for n in sizes)
-        table, path = elm.split_paths(elm.DataConfig(dir=str(folder)), split)
-        elm.write_table(table, chunks)
-        with open(path, "w") as f:
-            for i in range(rows):
-                row = dict(task_type="summary", embedding_file_idx=i % vectors,
-                           query="Summarize the text.", response=" ".join(rng.choice(words, 12)),
-                           text=" ".join(rng.choice(words, 16)))  # fmt: skip
-                f.write(json.dumps(row) + "\n")
+    for i in range(num_rows):
+        yield {
+            "task_type": "summary",
+            "embedding_file_idx": i % num_vectors,
+            "query": "Summarize the text.",
+            "response": " ".join(rng.choice(words, 12)),
+            "text": " ".join(rng.choice(words, 16))}
 
 
-def start(data: Path, out: Path, step: int, *settings: str) -> tuple[float, float]:
+def run_to_step(data: Path, out: Path, step: int, *settings: str) -> tuple[float, float]:
     """(seconds to the end of `step`, the first after a start or resume; peak GiB of anonymous
     memory)."""
-    command = [sys.executable, ROOT / "elm.py", ROOT / "train.toml", f"data.dir={data}",
-               f"output.dir={out}", f"train.max_steps={step}", "train.logging_steps=1",
-               "train.resume=auto", "train.warm_start=false", "eval.samples=0", "eval.split=val",
-               "data.max_seq_length=512", *settings]  # fmt: skip
-    begin, peak, first = time.time(), 0, None
-    with open(out.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT)
+    command = [
+        sys.executable, ROOT / "elm.py", ROOT / "train.toml", f"data.dir={data}",
+        f"output.dir={out}", f"train.max_steps={step}", "train.logging_steps=1",
+        "train.resume=auto", "train.warm_start=false", "eval.samples=0", "eval.split=val",
+        "data.max_seq_length=512", *settings]
+    log_path = out.with_suffix(".log")
+    start_time = time.time()
+    peak_kib = 0
+    seconds = None
+    with open(log_path, "w") as log:
+        process = subprocess.Popen(
+            [str(word) for word in command], stdout=log, stderr=log, cwd=ROOT)
         while process.poll() is None:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            if "RssAnon" in status:
-                peak = max(peak, int(status.split("RssAnon:")[1].split()[0]))
-            metrics = out / "metrics.jsonl"
-            logged = metrics.exists() and metrics.read_text().count('"loss"')
-            if first is None and logged == step:
-                first = time.time() - begin
+            peak_kib = max(peak_kib, anonymous_kib(process.pid))
+            if seconds is None and num_logged_steps(out / "metrics.jsonl") == step:
+                seconds = time.time() - start_time
             time.sleep(0.02)
-    assert process.returncode == 0, out.with_suffix(".log").read_text()[-2000:]
-    return first, peak / 2**20
+    assert process.returncode == 0, log_path.read_text()[-2000:]
+    return seconds, peak_kib / 2**20
+
+
+def anonymous_kib(pid: int) -> int:
+    """0 of a process that has just ended."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    if "RssAnon:" not in status:
+        return 0
+    return int(status.split("RssAnon:")[1].split()[0])
+
+
+def num_logged_steps(metrics: Path) -> int:
+    return metrics.read_text().count('"loss"') if metrics.exists() else 0
+
+
+def measure_warm_start(folder: Path) -> None:
+    data = folder / "wide"
+    write_data(data, 32_768, 32_768)
+    llm = make_llm(folder / "llm", hidden_size=WIDTH, num_hidden_layers=1)
+    for warm_start in ("false", "true"):
+        seconds, gib = run_to_step(
+            data, folder / f"run {warm_start}", 1, f"model.llm={llm}", "model.hidden_dim=4096",
+            f"train.warm_start={warm_start}")
+        print(f"warm start {warm_start}: {seconds:.1f} s to the end of step 1, {gib:.2f} GiB "
+              "anonymous", flush=True)
+
+
+def measure_start_and_resume(folder: Path, num_rows: int, num_vectors: int) -> None:
+    write_data(folder / "large", num_rows, num_vectors)
+    write_data(folder / "small", 1000, 1000)
+    for name in ("large", "small"):
+        for step, how in ((1, "started"), (2, "resumed")):
+            seconds, gib = run_to_step(folder / name, folder / f"{name} run", step)
+            print(f"{name}, {how}: {seconds:.1f} s to the end of step {step}, {gib:.2f} GiB "
+                  "anonymous", flush=True)
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--rows", type=int, default=1_000_000)
-    p.add_argument("--vectors", type=int, default=500_000)
-    p.add_argument("--warm-start", action="store_true")
-    a = p.parse_args()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--vectors", type=int, default=500_000)
+    parser.add_argument("--warm-start", action="store_true")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        if a.warm_start:
-            write(folder / "wide", 32_768, 32_768)
-            llm = make_llm(folder / "llm", hidden_size=2560, num_hidden_layers=1)
-            for warm in ("false", "true"):
-                settings = f"model.llm={llm}", "model.hidden_dim=4096", f"train.warm_start={warm}"
-                seconds, gib = start(folder / "wide", folder / f"wide {warm}", 1, *settings)
-                print(f"warm start {warm}: {seconds:.1f} s to the end of step 1, {gib:.2f} GiB "
-                      "anonymous", flush=True)  # fmt: skip
-            return
-        write(folder / "large", a.rows, a.vectors)
-        write(folder / "small", 1000, 1000)
-        for data in ("large", "small"):
-            for step, how in ((1, "started"), (2, "resumed")):
-                seconds, gib = start(folder / data, folder / f"{data} run", step)
-                print(f"{data}, {how}: {seconds:.1f} s to the end of step {step}, "
-                      f"{gib:.2f} GiB anonymous", flush=True)  # fmt: skip
+        if args.warm_start:
+            measure_warm_start(Path(folder))
+        else:
+            measure_start_and_resume(Path(folder), args.rows, args.vectors)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def test_a_file_without_tables_means_the_defaults():
         ('output.dir="a\\u0000b"', "output.dir: a path cannot hold a NUL character"),
         # DeepSpeed's own keys
         ("deepspeed.train_batch_size=4", "deepspeed: train_batch_size is set by elm"),
-        ("deepspeed.zero_optimization.stage=2", "deepspeed: zero_optimization is set by elm"),
+        ("deepspeed={zero_stage=3, zero_optimization={stage=2}}", "stage is set by elm"),
         ("deepspeed.zero_optimization.x=3", "has no effect unless deepspeed.zero_stage = 3"),
         ("deepspeed.zero_stag=2", "deepspeed: zero_stag: unknown key, did you mean zero_stage?"),
         # no overrides at all

@@ -104,8 +104,7 @@ def test_no_process_holds_more_of_the_llm_than_its_share(settings, tmp_path, mon
     more = [
         *settings, f"model.llm={llm}", "eval.samples=0", "train.max_steps=1", "train.batch_size=4",
         f"data.dir={make_data(tmp_path / 'few', num_rows=8)}", "deepspeed.zero_stage=3",
-        f"{zero}.stage3_param_persistence_threshold=0", f"{zero}.stage3_max_live_parameters=1",
-        f"{zero}.stage3_max_reuse_distance=1"]  # fmt: skip
+        f"{zero}.stage3_param_persistence_threshold=0",
     launch_job("memory_shares", tmp_path, "train", NO_TABLES, *more)
     adapter = f"adapter={tmp_path / 'out'}"
     without_output = [word for word in more if not word.startswith("output.dir")]

@@ -61,7 +61,7 @@ def load_scorer(folder=SCORER, layers=None):
 
 def score_pairs(scorer, pairs):
     texts, references = zip(*pairs, strict=True)
-    return elm.bert_scores(scorer, list(texts), list(references))
+    return np.stack(elm.bert_scores(scorer, list(texts), list(references)), axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def test_consistency_is_the_cosine_and_the_rank_of_the_source():
     def embed(texts):
         return torch.nn.functional.normalize(spoken[[int(text) for text in texts]], dim=1)
 
-    scores = elm.consistency_scores(["0", "1", " ", "3"], embed, sources, table)
+    scores = np.stack(elm.consistency_scores(["0", "1", " ", "3"], embed, sources, table), axis=1)
     for i in (0, 1, 3):
         source = int(sources[i])
         cosines = torch.nn.functional.cosine_similarity(table, spoken[i : i + 1])

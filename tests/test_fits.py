@@ -113,7 +113,8 @@ def test_a_probe_of_few_or_odd_vectors(parts, vector_ids):
 
 
 def test_drift_is_logged_and_its_probe_kept(settings, tmp_path, capsys):
-    """loss = lm_loss + weight * drift_loss; a resumed run has the same probe, and the same bytes."""
+    """loss = lm_loss + weight * drift_loss. A resumed run has the same probe, and the same
+    bytes."""
     drifting = ["loss.drift_weight=0.5", "loss.drift_target=0.9", "train.logging_steps=4"]
     drifting += ["eval.samples=0", "train.eval_steps=6"]
     _, whole = go(settings, *drifting)
