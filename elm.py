@@ -1372,15 +1372,20 @@ def check_norm(trained_norms: Tensor, norm: float, where: Path | str) -> None:
                         "here; give it what it was trained with")
 
 
+def check_width(vectors: Tensor, adapter: Adapter, where: Path | str) -> None:
+    """Raises: UserError unless vectors are [n, E] of the adapter's E."""
+    width = len(adapter.mean)
+    if vectors.ndim != 2 or vectors.shape[1] != width:
+        raise UserError(f"{where}: {list(vectors.shape)}, but the adapter reads [n, {width}]")
+
+
 def check_vectors(embeddings: Vectors, adapter: Adapter, where: Path | str = "vectors",
                   row_ids: Sequence[int] | None = None) -> Tensor:
     """[n, E] or [E], numpy or torch -> [n, E] fp32. Messages name rows by row_ids, if given.
     Raises: UserError at another width, a vector that is zero, NaN or infinite, or a norm far from
     those of training."""
     vectors = torch.atleast_2d(torch.as_tensor(embeddings)).float()
-    width = len(adapter.mean)
-    if vectors.ndim != 2 or vectors.shape[1] != width:
-        raise UserError(f"{where}: {list(vectors.shape)}, but the adapter reads [n, {width}]")
+    check_width(vectors, adapter, where)
     invalid = (~vectors.isfinite().all(1) | ~vectors.any(1)).nonzero()
     if len(invalid):
         row = int(invalid[0])
@@ -1496,8 +1501,10 @@ def load_llm_zero3(name: str, device: torch.device, bf16: bool, key: str,
         integration.unset_hf_deepspeed_config()
     # DeepSpeed takes each forward pass of its top module for a new step, which fails where
     # processes generate answers of different lengths. So its top module is one that is never
-    # called.
-    deepspeed.initialize(model=nn.ModuleDict({"llm": llm}), config=config)
+    # called. It is emptied, as DeepSpeed holds it to the end of the process, and the LLM with it.
+    top_module = nn.ModuleDict({"llm": llm})
+    deepspeed.initialize(model=top_module, config=config)
+    top_module.clear()
     for module in (llm.get_input_embeddings(), llm.get_output_embeddings()):
         module.weight.is_external_param = True  # stays gathered over the chunks of the logits
     return llm
@@ -1868,7 +1875,8 @@ class ELM(nn.Module):
         transformers has no method for the head alone.
         """
         with forward_replaced(self.llm.base_model, lambda *_, **__: BackboneOutput(hidden[None])):
-            return self.llm(inputs_embeds=hidden[None], use_cache=False).logits[0]
+            out = self.llm(inputs_embeds=hidden[None], use_cache=False)
+        return out.logits.squeeze(0)  # not [0]: its backward pass would fill zeros
 
     def sequence_nll(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Hidden states of forward_hidden -> the summed token cross-entropy of each response [n]
@@ -3822,7 +3830,7 @@ class AnswerLog:
         self._answers: dict[str, Answer] = {}
         lines = path.read_text("utf-8").split("\n") if path.exists() else []
         for line in lines:
-            with contextlib.suppress(ValueError):  # torn by a kill, or blank
+            with contextlib.suppress(ValueError, KeyError):  # torn by a kill, blank, or older
                 entry = json.loads(line)
                 self._answers[entry["key"]] = Answer(entry["text"], entry["finished"])
 
@@ -4222,7 +4230,9 @@ def evaluate(options: EvalOptions) -> Json:
 
     splits = open_inputs(options, (split_name,), adapter.tokens, metadata.get("prompt"))
     split = splits[split_name]
-    check_vectors(split.vectors[:8192], adapter, f"data.dir: {split_name}")
+    where = f"data.dir: {split_name}"
+    check_width(split.vectors, adapter, where)
+    check_norm(adapter.norms, split.statistics["norms"][1].item(), where)
     embedder = options.eval.embedder
     if options.eval.samples and embedder:
         run_on_rank0(lambda: compare_embedder(embedder, options.model.bf16, device, splits))

@@ -295,8 +295,6 @@ QUERIES_FILE = Path(__file__).resolve().parent / "queries.toml"
 PREAMBLE = re.compile(r"<think>|(here('s|’s| is| are)|sure|certainly|of course)\b", re.IGNORECASE)
 
 
-
-
 def count_or_all(value: Any) -> Any:
     """`all` as a number that no number of tasks exceeds."""
     return sys.maxsize if value == "all" else value

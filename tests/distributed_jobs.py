@@ -107,9 +107,9 @@ def held_bytes(llm: torch.nn.Module) -> int:
 
 
 def traffic(folder: str, *words: str) -> int:
-    """Leaves numbers: `passes` of micro-batches, `chunks` of logits, `gathered`, how often the head
-    was not there and had to be gathered, `live`, the most parameters of the LLM that were there
-    where a layer began."""
+    """Leaves numbers: `passes` of micro-batches, `chunks` of logits, `gathered`, how often the
+    weights of the head, and of the embeddings tied to it, were not there and had to be gathered,
+    `live`, the most parameters of the LLM that were there where a layer began."""
     elm.MAX_LOGITS_AT_ONCE = {"cpu": 3000, "cuda": 3000}
     counts = {"passes": 0, "chunks": 0, "gathered": 0, "live": 0}
     llms = []
@@ -119,8 +119,9 @@ def traffic(folder: str, *words: str) -> int:
         (llm,) = llms
         if "Layer" in type(module).__name__:
             counts["live"] = max(counts["live"], sum(p.numel() for p in llm.parameters()))
-        if module is llm.get_output_embeddings():
-            counts["gathered"] += module.weight.ds_status.name == "NOT_AVAILABLE"
+        head = llm.get_output_embeddings().weight
+        if any(p is head for p in module.parameters(recurse=False)):
+            counts["gathered"] += head.ds_status.name == "NOT_AVAILABLE"
         return fetch(coordinator, module, *rest, **options)
 
     def count(name):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -100,22 +99,22 @@ def test_no_process_holds_more_of_the_llm_than_its_share(settings, tmp_path, mon
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setenv("CXX", "/nowhere/c++")
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")  # what is freed is not held
-    zero = "deepspeed.zero_optimization"
-    more = [
-        *settings, f"model.llm={llm}", "eval.samples=0", "train.max_steps=1", "train.batch_size=4",
-        f"data.dir={make_data(tmp_path / 'few', num_rows=8)}", "deepspeed.zero_stage=3",
-        f"{zero}.stage3_param_persistence_threshold=0",
-    launch_job("memory_shares", tmp_path, "train", NO_TABLES, *more)
+    shared = [
+        *settings, f"model.llm={llm}", f"data.dir={make_data(tmp_path / 'few', num_rows=8)}",
+        "eval.samples=0", "train.max_steps=1", "train.batch_size=4", "deepspeed.zero_stage=3",
+        "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"]  # fmt: skip
+    launch_job("memory_shares", tmp_path, "train", NO_TABLES, *shared)
+    shared.remove(f"output.dir={tmp_path / 'out'}")
     adapter = f"adapter={tmp_path / 'out'}"
-    without_output = [word for word in more if not word.startswith("output.dir")]
-    launch_job("memory_shares", tmp_path, "eval", NO_TABLES, *without_output, adapter)
+    launch_job("memory_shares", tmp_path, "eval", NO_TABLES, *shared, adapter)
     for name in ("train", "eval"):
         for found in left_by_each(tmp_path, name):
-            print(name, {key: np.round(np.divide(value, size), 3) for key, value in found.items()})
+            most_in_passes = max(found["passes"])
+            print(name, found["loading"] / size, found["loaded"] / size, most_in_passes / size)
+            assert len(found["passes"]) > 3
             assert found["loading"] < 0.75 * size
             assert found["loaded"] < 0.6 * size
-            assert len(found["passes"]) > 3
-            assert max(found["passes"]) < 0.6 * size
+            assert most_in_passes < 0.6 * size
     assert not list((tmp_path / "extensions").glob("*"))
 
 
@@ -233,8 +232,8 @@ offload_param = {device = 'cpu'}
     for counts in left_by_each(tmp_path, "traffic"):
         print(counts)
         assert counts["chunks"] > 60
-        assert counts["gathered"] < counts["chunks"] / 3
-        assert counts["gathered"] <= counts["passes"]
+        assert counts["passes"] < counts["chunks"] / 3
+        assert 1 <= counts["gathered"] <= counts["passes"]
         assert counts["live"] < 0.6 * 24_000  # the embeddings, tied to the head, have 8,448
     _, alone = go(settings, f"output.dir={tmp_path / 'alone'}")
     assert losses(tmp_path / "out") == pytest.approx(losses(alone), rel=1e-5)

@@ -200,7 +200,7 @@ def kills(settings: list, folder: Path, count: int, seed: int, per_run: int = 10
 
 # The embedded default with all that a run carries on: dropout, the drift probe, sums between
 # logging steps; most validations fall on a step that is saved, some on another.
-DEFAULT = [ROOT / "train.toml", "model.dropout=0.1", "loss.drift_weight=0.03",
+DEFAULT = [str(ROOT / "train.toml"), "model.dropout=0.1", "loss.drift_weight=0.03",
            "train.save_steps=15", "train.eval_steps=50", "train.logging_steps=5",
            "eval.samples=8"]  # fmt: skip
 
