@@ -165,7 +165,12 @@ class Table(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=F
         """None, which `key=none` on the command line gives, means the default again."""
         if not isinstance(values, dict):
             return values
-        return {k: v for k, v in values.items() if v is not None or k not in cls.model_fields}
+        kept = {}
+        for key, value in values.items():
+            is_default = value is None and key in cls.model_fields  # unknown keys are reported
+            if not is_default:
+                kept[key] = value
+        return kept
 
     def to_dict(self) -> Json:
         """The tables as TOML can hold them: without None."""
@@ -382,8 +387,8 @@ def flatten(tables: Json, prefix: str = "") -> Json:
     """Nested tables as values by dotted name. {low, high} tables, ranges of a sweep, stay whole."""
     values = {}
     for key, value in tables.items():
-        is_table = isinstance(value, dict) and not {"low", "high"} & set(value)
-        if is_table:
+        is_range = isinstance(value, dict) and ("low" in value or "high" in value)
+        if isinstance(value, dict) and not is_range:
             values |= flatten(value, f"{prefix}{key}.")
         else:
             values[prefix + key] = value
@@ -857,7 +862,7 @@ class Batch:
     cu_seqlens: Tensor  # [n + 1] int32, the bounds of the examples
     placeholder_positions: Tensor  # [n * K] int64, where the soft tokens go
     labels: Tensor  # [R] int64, all response tokens
-    logit_positions: Tensor  # [R] int64, the positions that predict them
+    label_positions: Tensor  # [R] int64, where they stand; the position before predicts each
     lengths: list[int]  # tokens of each example
     num_labels: list[int]  # response tokens of each example
     embeddings: Tensor | None = None  # [n, E] fp32
@@ -898,7 +903,7 @@ def collate(examples: list[Example], embeddings: Tensor | None = None,
         cu_seqlens=torch.from_numpy(bounds),
         placeholder_positions=torch.from_numpy(np.flatnonzero(ids == SOFT_TOKEN)),
         labels=torch.from_numpy(ids[label_positions]),
-        logit_positions=torch.from_numpy(label_positions - 1),
+        label_positions=torch.from_numpy(label_positions),
         lengths=lengths,
         num_labels=num_labels,
         embeddings=embeddings,
@@ -997,7 +1002,7 @@ def scan_vectors(
     mean = total / num_used
     mean_square = total_square / num_used
     std = (mean_square - mean.square()).clamp(min=0).sqrt().float()
-    typical_std = std.square().mean().sqrt()
+    typical_std = std.square().mean().sqrt()  # root mean square
     std[std < 0.01 * typical_std] = typical_std
     rms_norm = mean_square.sum().sqrt()
     statistics = {
@@ -1096,7 +1101,7 @@ def check_any_rows(counts: Counter[str], path: Path, tasks: Sequence[str]) -> No
     if counts["rows"]:
         return
     hints = [did_you_mean(task, TASKS) for task in tasks if task not in TASKS]
-    raise UserError(f"{path}: no row of data.tasks = {list(tasks)}{''.join(hints)}")
+    raise UserError(f"{path}: no row of the task types {list(tasks)}{''.join(hints)}")
 
 
 # Splits
@@ -1575,7 +1580,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float | None,
     window = sliding_window or t
     if t <= window and not softcap:
         return F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=True)
-    visible = torch.ones(t, t, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    positions = torch.arange(t, device=q.device)
+    distance = positions[:, None] - positions  # of a query (row) from a key (column) before it
+    visible = (distance >= 0) & (distance < window)
     scores = q.float() @ k.float().mT * (d**-0.5 if scaling is None else scaling)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -1596,7 +1603,8 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
     """All examples of a packed row by one kernel: [1, heads, T, d] -> [1, T, heads, d]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    window = ((sliding_window or 0) - 1, 0)  # tokens to the left and right; -1: all of them
+    # How many tokens before itself and after itself a query sees; -1: all of them.
+    window = (sliding_window - 1 if sliding_window else -1, 0)
     options = {}
     if varlen_names_gqa():
         options["enable_gqa"] = query.shape[1] > key.shape[1]
@@ -1881,7 +1889,7 @@ class ELM(nn.Module):
     def sequence_nll(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Hidden states of forward_hidden -> the summed token cross-entropy of each response [n]
         fp32."""
-        hidden = hidden.index_select(0, batch.logit_positions)
+        hidden = hidden.index_select(0, batch.label_positions - 1)
         vocab_size = self.llm.config.get_text_config().vocab_size
         num_chunks = math.ceil(len(hidden) * vocab_size / MAX_LOGITS_AT_ONCE[hidden.device.type])
         if self.lockstep:  # ZeRO 3 gathers the head for each chunk: equally often on every process
@@ -1995,35 +2003,41 @@ def check_llm(elm: ELM, max_tokens: int = 0) -> None:
 
 
 def check_attention(elm: ELM) -> None:
-    """Compare losses of two prompts, of 20 and 26 tokens of which the first 4 have no loss: packed
-    and alone by the LLM's own attention, each with the last token as it is and exchanged. Raises:
-    ValueError if they differ by more than rounding."""
-    # Relative to a loss. bf16 kernels of different kinds differ by up to 2e-2; the same kernel on
-    # the same shapes by a twentieth of it, as MoE kernels sum in varying order.
+    """Compare the losses of two prompts: packed and alone, by the LLM's own attention. And each
+    with itself after its last token is exchanged as an input: no loss depends on it, as it predicts
+    nothing. Raises: ValueError if they differ by more than rounding."""
+    # Relative to a loss. Two bf16 kernels differ by up to 2e-2; one kernel on the same shapes by a
+    # twentieth of it, as kernels of MoE layers sum in varying order.
     between_kernels = 2e-2 if elm.llm.dtype.itemsize == 2 else 1e-4
     within_kernel = 0.05 * between_kernels
     prompts = (slice(0, 20), slice(20, 46))
+    num_unlabelled = 4  # tokens at a prompt's beginning without a loss
     ids = torch.arange(46) % elm.llm.get_input_embeddings().num_embeddings
     exchanged = ids.clone()
-    exchanged[[19, 45]] = ids[[18, 44]]
+    for prompt in prompts:
+        exchanged[prompt.stop - 1] = ids[prompt.stop - 2]
 
-    examples = [Example(ids[part].numpy(), part.stop - part.start - 4, False) for part in prompts]
+    examples = []
+    for prompt in prompts:
+        prompt_ids = ids[prompt].numpy()
+        examples.append(Example(prompt_ids, len(prompt_ids) - num_unlabelled, truncated=False))
     batch = collate(examples)
     packed = elm.nll(batch).tolist()
     packed_exchanged = elm.nll(dataclasses.replace(batch, input_ids=exchanged)).tolist()
-    for i, part in enumerate(prompts):
-        alone = nll_alone(elm, ids[part], ids[part])
-        alone_exchanged = nll_alone(elm, exchanged[part], ids[part])
+    for i, prompt in enumerate(prompts):
+        labels = ids[prompt][num_unlabelled:]
+        alone = nll_alone(elm, ids[prompt], labels)
+        alone_exchanged = nll_alone(elm, exchanged[prompt], labels)
         check_close(packed[i], packed_exchanged[i], within_kernel)
         check_close(alone, alone_exchanged, within_kernel)
         check_close(packed[i], alone, between_kernels)
 
 
 def nll_alone(elm: ELM, input_ids: Tensor, labels: Tensor) -> float:
-    """The summed cross-entropy of all but the first 4 tokens [t] by the LLM as it is."""
+    """The summed cross-entropy of labels [l], the last of the tokens [t], by the LLM as it is."""
     out = elm.llm(input_ids=input_ids[None].to(elm.device), use_cache=False)
-    logits = out.logits[0, 3:-1].float().cpu()
-    return F.cross_entropy(logits, labels[4:], reduction="sum").item()
+    logits = out.logits[0, -len(labels) - 1 : -1].float().cpu()
+    return F.cross_entropy(logits, labels, reduction="sum").item()
 
 
 def check_close(a: float, b: float, tolerance: float) -> None:
@@ -2094,7 +2108,7 @@ class Probe(NamedTuple):
 
 def response_hidden(hidden: Tensor, batch: Batch) -> Tensor:
     """The mean of hidden states [T, D] over the response tokens of each example: [n, D] fp32."""
-    states = hidden.index_select(0, batch.logit_positions + 1).float()
+    states = hidden.index_select(0, batch.label_positions).float()
     return torch.stack([x.mean(0) for x in states.split(batch.num_labels)])
 
 
@@ -2281,19 +2295,21 @@ def read_words(split: Split, vector_ids: np.ndarray, num_parts: int) -> list[np.
 
 
 def word_targets(words: list[np.ndarray], embed: nn.Module, device: torch.device) -> Tensor:
-    """The mean of the LLM's embeddings of each list of words, weighted by inverse document
-    frequency (Sparck Jones, 1972): [number of lists, D] fp32; 0 for an empty list."""
+    """The mean of the LLM's embeddings of each list of words (token ids), weighted by inverse
+    document frequency (Sparck Jones, 1972): [number of lists, D] fp32; 0 for an empty list."""
+    # The lists end to end: of each entry its word, as a row of the table of distinct words, and
+    # the list it is in.
     lengths = [len(part) for part in words]
-    ids, word_of_entry = np.unique(np.concatenate(words), return_inverse=True)
-    word_of_entry = torch.from_numpy(word_of_entry).to(device)
-    part_of_entry = torch.from_numpy(np.repeat(np.arange(len(words)), lengths)).to(device)
-    frequency = torch.bincount(word_of_entry)
-    weights = torch.log(len(words) / frequency)[word_of_entry]
+    distinct_ids, row_of_entry = np.unique(np.concatenate(words), return_inverse=True)
+    row_of_entry = torch.from_numpy(row_of_entry).to(device)
+    list_of_entry = torch.from_numpy(np.repeat(np.arange(len(words)), lengths)).to(device)
+    table = embed(torch.from_numpy(distinct_ids).to(device)).float()
 
-    table = embed(torch.from_numpy(ids).to(device)).float()
-    offsets = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)
-    sums = F.embedding_bag(word_of_entry, table, offsets, mode="sum", per_sample_weights=weights)
-    total_weights = torch.zeros(len(words), device=device).index_add(0, part_of_entry, weights)
+    num_lists_with = torch.bincount(row_of_entry)  # each word is in a list once
+    weights = torch.log(len(words) / num_lists_with)[row_of_entry]
+    starts = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)
+    sums = F.embedding_bag(row_of_entry, table, starts, mode="sum", per_sample_weights=weights)
+    total_weights = torch.zeros(len(words), device=device).index_add(0, list_of_entry, weights)
     return sums / total_weights[:, None].clamp(min=1e-6)
 
 
@@ -2475,7 +2491,8 @@ def read_metrics(path: Path) -> list[Json]:
 
 
 def keep_metrics(folder: Path, state: TrainState) -> None:
-    """Drop what a run logged after `state`. Raises: UserError."""
+    """Drop what a run logged after `state`. A checkpoint is saved before the validation of its
+    step: that one is dropped, too, unless the state has it. Raises: UserError."""
     kept = []
     for entry in read_metrics(folder / "metrics.jsonl"):
         last = state.last_validated_step if "val_loss" in entry else state.step
@@ -2735,23 +2752,21 @@ def plan_memory(elm: ELM, max_seq_length: int, grad_checkpoint: bool | str, loss
     cannot end, the last. All processes take part. Raises: OutOfMemoryError if no plan fits.
     """
     shares = {"auto": [0.0, 0.5, 1.0], True: [1.0], False: [0.0]}[grad_checkpoint]
-    if elm.device.type == "cuda":
-        sizes = [MICRO_BATCH_TOKENS["cuda"], 4096, 2048]
-        budgets = [max(max_seq_length, size) for size in sizes]
+    is_gpu = elm.device.type == "cuda"
+    if is_gpu:
+        budgets = [max(max_seq_length, size) for size in (MICRO_BATCH_TOKENS["cuda"], 4096, 2048)]
+        plans = [(budget, share) for share in shares for budget in budgets]
     else:
-        budgets = [MICRO_BATCH_TOKENS["cpu"]]
-    plans = [(budget, share) for share in shares for budget in budgets]
-    if elm.device.type == "cpu":
-        plans = plans[:1]
+        plans = [(MICRO_BATCH_TOKENS["cpu"], shares[0])]
     if elm.lockstep:
         plans = plans[-1:]
 
     num_layers = elm.llm.config.get_text_config().num_hidden_layers
-    is_tried = elm.device.type == "cuda" and not elm.lockstep
+    can_try = is_gpu and not elm.lockstep
     for budget, share in plans:
         num_recomputed = math.ceil(share * num_layers)
         recompute_layers(elm.llm, num_recomputed)
-        if not is_tried or fits_in_memory(elm, budget, max_seq_length, loss_cfg, probe):
+        if not can_try or fits_in_memory(elm, budget, max_seq_length, loss_cfg, probe):
             log.info(f"micro-batches of {budget} tokens, {num_recomputed} layers recomputed")
             return budget
     raise torch.OutOfMemoryError(f"a row of {max_seq_length} tokens does not fit")
@@ -2956,9 +2971,9 @@ class Trainer:
             return self.finished_report
         with contextlib.ExitStack() as self.resources:  # the folder's lock and the log
             run_on_rank0(self.claim_folder)
-            self.log = MetricLog(self.cfg, self.state, self.total_steps, self.plots)
-            self.resources.enter_context(self.log)
-            self.state.wandb_id = self.log.wandb.id
+            self.metric_log = MetricLog(self.cfg, self.state, self.total_steps, self.plots)
+            self.resources.enter_context(self.metric_log)
+            self.state.wandb_id = self.metric_log.wandb.id
             self.announce()
             if self.is_resumed:  # the file may be of a step that the checkpoint does not know
                 self.save_best_adapter()
@@ -2967,7 +2982,7 @@ class Trainer:
                 self.save("checkpoint_final.pt")
                 self.leave_if_signalled()  # a signal may have come after the last step
             report = self.report()
-            self.log.wandb.summarize(report)
+            self.metric_log.wandb.summarize(report)
         return report
 
     def fit(self) -> None:
@@ -3036,7 +3051,7 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self.state.advance(step, nll_sum, drift_sum)
-        self.log.step_done(step.num_tokens)
+        self.metric_log.step_done(step.num_tokens)
         if self.is_due(cfg.logging_steps) or self.state.step == self.total_steps:
             self.log_training(lr, grad_norm, mean_cosine(soft_tokens.detach().flatten(1)))
         return num_signals > 0
@@ -3065,7 +3080,7 @@ class Trainer:
         if self.probe is not None:
             losses["drift_loss"] = state.drift_sum / state.num_rows
             losses["loss"] += self.cfg.loss.drift_weight * losses["drift_loss"]
-        self.log.write_training(state.step, {
+        self.metric_log.write_training(state.step, {
             "epoch": state.epoch, **losses, "lr": lr, "grad_norm": grad_norm,
             "similarity": similarity})
         state.forget_sums()
@@ -3074,7 +3089,7 @@ class Trainer:
 
     def validate(self) -> None:
         losses = self.validation_losses()
-        self.log.write_validation(self.state.step, losses)
+        self.metric_log.write_validation(self.state.step, losses)
         if self.state.record_validation(losses["val_loss"], self.elm.adapter):
             self.save_best_adapter()
 
@@ -3107,7 +3122,7 @@ class Trainer:
     def save_adapter(self, name: str, weights: dict[str, Tensor], step: int) -> None:
         path = self.folder / name
         run_on_rank0(lambda: self.elm.save(path, weights, step=step))
-        self.log.wandb.log_adapter(path)
+        self.metric_log.wandb.log_adapter(path)
 
     def leave_if_signalled(self) -> None:
         """Save and exit on all processes, if one has received a signal. All processes take part."""
@@ -3771,6 +3786,7 @@ class LLMEngine:
         embed = self.llm.get_input_embeddings()
         prompt_embeds = []
         for example in encoder.encode(rows, names, "text"):
+            # Without the labels: the response is empty, but the template ends it.
             ids = torch.from_numpy(example.ids[: -example.num_labels])
             prompt_embeds.append(embed(ids.to(self.llm.device)))
         options = {"temperature": temperature} if temperature else {}
@@ -4041,7 +4057,7 @@ class TrialTrainer(Trainer):
         super().validate()
         step = self.state.step
         if 0 < step < self.total_steps and self.trial.should_prune():
-            self.log.wandb.finish(0)
+            self.metric_log.wandb.finish(0)
             raise import_optional("optuna").TrialPruned
 
     def validation_losses(self) -> dict[str, float]:

@@ -319,7 +319,7 @@ VECTORS = "train_embeddings.safetensors"
         (bad_row(query="<EMB> <EMB>"), r":5: '<EMB> <EMB>': a query has one <EMB> at most"),
         (bad_row(query="long " * 99), r":5: the prompt takes all of data.max_seq_length = 256 "),
         # files
-        (lambda f: rows_path(f).write_text("\n"), r"train_synthesis.jsonl: no row of data.tasks"),
+        (lambda f: rows_path(f).write_text("\n"), "jsonl: no row of the task types"),
         (lambda f: rows_path(f).unlink(), r"No such file .*train_synthesis.jsonl"),
         (lambda f: vectors_path(f).unlink(), VECTORS + ": not a whole table: No such file"),
         (lambda f: os.truncate(vectors_path(f), 400), VECTORS + ": not a whole table"),
