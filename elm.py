@@ -319,16 +319,22 @@ def format_error(error: Json, config_class: type[Table]) -> str:
 
 
 def parse_config(
-    tables: Json, config_class: type[ConfigClass] = Config, source: str = ""
+    tables: Json, config_class: type[ConfigClass] = Config, source: str = "",
+    overrides: Iterable[str] = (),
 ) -> ConfigClass:
     """Nested dicts as a config. Raises: UserError with one line per mistake, all at once, each
-    after the name of the file, `source`."""
+    after the name of the file, `source`, unless its key is among `overrides`."""
     try:
         return config_class.model_validate(tables)
     except pydantic.ValidationError as e:
-        lines = [format_error(error, config_class) for error in e.errors()]
-    prefix = f"{source}: " if source else ""
-    raise UserError("\n".join(prefix + line for line in lines))
+        errors = e.errors()
+    lines = []
+    for error in errors:
+        key = ".".join(str(part) for part in error["loc"])
+        is_override = any(f"{key}.".startswith(f"{name}.") for name in overrides)
+        prefix = f"{source}: " if source and not is_override else ""
+        lines.append(prefix + format_error(error, config_class))
+    raise UserError("\n".join(lines))
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -379,8 +385,9 @@ def load_config(
     """A TOML file (None: the defaults) under overrides of the form `section.key=value`.
     Raises: OSError; UserError with one line per mistake."""
     tables = read_toml(path) if path else {}
-    apply_overrides(tables, parse_overrides(overrides))
-    return parse_config(tables, config_class, path or "")
+    values = parse_overrides(overrides)
+    apply_overrides(tables, values)
+    return parse_config(tables, config_class, path or "", values)
 
 
 def flatten(tables: Json, prefix: str = "") -> Json:
@@ -456,6 +463,7 @@ def log_to_file(path: str | None) -> Iterator[None]:
     if path is None or rank() > 0:
         yield
         return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)
@@ -562,14 +570,14 @@ def broadcast_from_rank0(x: Tensor) -> Tensor:
 
 
 def run_on_rank0(function: Callable[[], T]) -> T:
-    """Return function() of process 0 on every process, or raise its UserError on every process.
-    All processes take part."""
+    """Return function() of process 0 on every process, or raise its UserError or OSError there. All
+    processes take part."""
     result = None
     error = None
     if rank() == 0:
         try:
             result = function()
-        except UserError as e:
+        except (UserError, OSError) as e:
             error = e
     if world_size() > 1:
         outcome = [result, error]
@@ -809,12 +817,14 @@ class Encoder:
     text        prefix, before, the row's text, after, suffix, response, end
     response                                                   response, end
 
-    The end of the response, and that of the text, is cut.
+    The end of the response, and that of the text, is cut; the response as if it were in the layout
+    "embedding", so that its losses in all layouts are over the same tokens.
     """
 
     prompt: Prompt
     num_soft_tokens: int
     max_tokens: int
+    limit_name: str = "data.max_seq_length"  # what max_tokens is called in messages
 
     def encode(self, rows: Sequence[Row], names: Sequence[str],
                layout: Layout = "embedding") -> list[Example]:
@@ -822,7 +832,9 @@ class Encoder:
         no room for a response."""
         prompt = self.prompt
         queries = [prompt.split_query(row.query) for row in rows]
-        texts = [row.text or "" if layout == "text" else "" for row in rows]
+        texts = [""] * len(rows)
+        if layout == "text":
+            texts = [row.text or "" for row in rows]
         ids_of_rows = zip(
             names,
             prompt.encode([before for before, _ in queries]),
@@ -839,7 +851,7 @@ class Encoder:
         response = response + self.prompt.end_ids
         room = self.max_tokens - len(before) - self.num_soft_tokens - len(after)
         if room < 1:
-            raise UserError(f"{name}: the prompt takes all of data.max_seq_length = "
+            raise UserError(f"{name}: the prompt takes all of {self.limit_name} = "
                             f"{self.max_tokens} tokens, {1 - room} more are needed")
         answer = response[:room]
         text_room = self.max_tokens - len(before) - len(after) - len(answer)
@@ -1214,7 +1226,8 @@ def shuffled_vectors(split: Split) -> np.ndarray:
     circle = np.random.default_rng(0).permutation(len(vector_ids))
     before = np.empty_like(circle)
     before[circle] = np.roll(circle, 1)
-    return vector_ids[before[inverse]]
+    other_ids = vector_ids[before]
+    return other_ids[inverse]
 
 
 # Steps
@@ -1451,7 +1464,7 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
     is_gpu = device.type == "cuda"
     if bf16 and is_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         gpu = torch.cuda.get_device_name()
-        raise UserError(f"model.bf16: not on {gpu}, set model.bf16=false")
+        raise UserError(f"{key}: {gpu} has no bf16; load the LLM in fp32, by bf16 = false")
     if deepspeed is not None and deepspeed.zero_stage == 3:
         return load_llm_zero3(name, device, bf16, key, deepspeed)
     return load_frozen(name, bf16, key).to(device)
@@ -1506,10 +1519,13 @@ def load_llm_zero3(name: str, device: torch.device, bf16: bool, key: str,
         integration.unset_hf_deepspeed_config()
     # DeepSpeed takes each forward pass of its top module for a new step, which fails where
     # processes generate answers of different lengths. So its top module is one that is never
-    # called. It is emptied, as DeepSpeed holds it to the end of the process, and the LLM with it.
+    # called.
     top_module = nn.ModuleDict({"llm": llm})
-    deepspeed.initialize(model=top_module, config=config)
-    top_module.clear()
+    engine, *_ = deepspeed.initialize(model=top_module, config=config)
+    # The engine is to live as long as the LLM: when it is freed, it removes its hooks. DeepSpeed's
+    # own reference to the top module would keep both to the end of the process.
+    llm.zero_engine = (engine,)  # a tuple, so that it does not become a part of the LLM
+    deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK.remove(top_module)
     for module in (llm.get_input_embeddings(), llm.get_output_embeddings()):
         module.weight.is_external_param = True  # stays gathered over the chunks of the logits
     return llm
@@ -1641,14 +1657,17 @@ def packed_attention_enabled(llm: PreTrainedModel) -> contextlib.AbstractContext
     return temporarily_set(llm.config, "_attn_implementation", PACKED)
 
 
+@functools.cache
 def register_packed_attention() -> None:
+    """Once."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED, packed_attention)
 
 
-def recompute_layers(llm: PreTrainedModel, count: int) -> None:
-    """Recompute the last `count` layers in the backward pass instead of keeping their activations.
+def recompute_layers(llm: PreTrainedModel, share: float) -> int:
+    """Recompute the last layers, a share of all, in the backward pass instead of keeping their
+    activations. Returns their number.
 
     By replacing each layer's `forward`: transformers' own switch works in train mode alone, in
     which layers of some LLMs drop out. The backward pass runs where packed attention is no longer
@@ -1659,10 +1678,18 @@ def recompute_layers(llm: PreTrainedModel, count: int) -> None:
     layers = [m for m in llm.modules() if isinstance(m, GradientCheckpointingLayer)]
     for layer in layers:
         vars(layer).pop("forward", None)  # of an earlier call
-    for layer in layers[len(layers) - count :]:
+    num_recomputed = math.ceil(share * len(layers))
+
+    def make_contexts() -> tuple[contextlib.AbstractContextManager, ...]:
+        around_forward = contextlib.nullcontext()
+        around_recomputation = packed_attention_enabled(llm)
+        return around_forward, around_recomputation
+
+    for layer in layers[len(layers) - num_recomputed :]:
         layer.forward = functools.partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False,
-            context_fn=lambda: (contextlib.nullcontext(), packed_attention_enabled(llm)))
+            context_fn=make_contexts)
+    return num_recomputed
 
 
 @contextlib.contextmanager
@@ -1917,7 +1944,7 @@ class ELM(nn.Module):
         rows = [Row.model_construct(query=query, response=response)
                 for query, response in zip(queries, responses, strict=True)]
         names = [f"pair {i}" for i in range(len(rows))]
-        encoder = Encoder(self.prompt, self.adapter.tokens, max_tokens)
+        encoder = Encoder(self.prompt, self.adapter.tokens, max_tokens, "max_tokens")
         batch = collate(encoder.encode(rows, names), vectors)
         return self.nll(batch).sum() / len(batch.labels)
 
@@ -2003,9 +2030,9 @@ def check_llm(elm: ELM, max_tokens: int = 0) -> None:
 
 
 def check_attention(elm: ELM) -> None:
-    """Compare the losses of two prompts: packed and alone, by the LLM's own attention. And each
-    with itself after its last token is exchanged as an input: no loss depends on it, as it predicts
-    nothing. Raises: ValueError if they differ by more than rounding."""
+    """Two tests on two prompts. Packed and alone, by the LLM's own attention, they have equal
+    losses: examples do not see each other. And a prompt's loss does not change with its last input
+    token, which no label comes after: no token sees a later one. Raises: ValueError."""
     # Relative to a loss. Two bf16 kernels differ by up to 2e-2; one kernel on the same shapes by a
     # twentieth of it, as kernels of MoE layers sum in varying order.
     between_kernels = 2e-2 if elm.llm.dtype.itemsize == 2 else 1e-4
@@ -2135,6 +2162,7 @@ def soft_gradient(elm: ELM, soft_tokens: Tensor, step: Step, cfg: LossConfig,
     """
     nll_sum = soft_tokens.new_zeros((), dtype=torch.float64)
     drift_sum = torch.zeros_like(nll_sum)
+    # The sums are of this process's examples, num_labels and num_rows of all processes'.
     num_rows = len(step.rows.row_ids)
     gradients = []
     parts = soft_tokens.detach().split([len(batch.lengths) for batch in step.batches])
@@ -2143,7 +2171,7 @@ def soft_gradient(elm: ELM, soft_tokens: Tensor, step: Step, cfg: LossConfig,
         hidden = elm.forward_hidden(batch, part.requires_grad_())
         nll = elm.sequence_nll(hidden, batch).sum() * batch.weight
         nll_sum += nll.detach()
-        loss = nll / step.num_labels  # of all processes, as is num_rows
+        loss = nll / step.num_labels
         if probe is not None:
             drift = drift_loss(probe, cfg.drift_target, elm.adapter, hidden, batch)
             drift = drift.sum() * batch.weight
@@ -2266,7 +2294,9 @@ def warm_start(elm: ELM, split: Split) -> None:
     fit_adapter(adapter, embeddings, targets, heldout)
     for parameter in adapter.parameters():
         parameter.copy_(broadcast_from_rank0(parameter))
-    cosine = F.cosine_similarity(adapter(embeddings), targets, dim=-1)[heldout].mean()
+    with temporarily_set(adapter, "training", False):
+        outputs = adapter(embeddings)
+    cosine = F.cosine_similarity(outputs, targets, dim=-1)[heldout].mean()
     log.info(f"warm start on {int((~heldout).sum())} vectors; cosine {cosine:.3f} with the targets "
              f"of {int(heldout.sum())} held-out ones")
 
@@ -2297,18 +2327,18 @@ def read_words(split: Split, vector_ids: np.ndarray, num_parts: int) -> list[np.
 def word_targets(words: list[np.ndarray], embed: nn.Module, device: torch.device) -> Tensor:
     """The mean of the LLM's embeddings of each list of words (token ids), weighted by inverse
     document frequency (Sparck Jones, 1972): [number of lists, D] fp32; 0 for an empty list."""
-    # The lists end to end: of each entry its word, as a row of the table of distinct words, and
-    # the list it is in.
+    # [[7, 9], [7]] has three entries: word_of_entry is [0, 1, 0], counted among the distinct words
+    # [7, 9], and list_of_entry is [0, 0, 1].
     lengths = [len(part) for part in words]
-    distinct_ids, row_of_entry = np.unique(np.concatenate(words), return_inverse=True)
-    row_of_entry = torch.from_numpy(row_of_entry).to(device)
+    distinct_ids, word_of_entry = np.unique(np.concatenate(words), return_inverse=True)
+    word_of_entry = torch.from_numpy(word_of_entry).to(device)
     list_of_entry = torch.from_numpy(np.repeat(np.arange(len(words)), lengths)).to(device)
     table = embed(torch.from_numpy(distinct_ids).to(device)).float()
 
-    num_lists_with = torch.bincount(row_of_entry)  # each word is in a list once
-    weights = torch.log(len(words) / num_lists_with)[row_of_entry]
+    num_lists_with = torch.bincount(word_of_entry)  # a list has a word once
+    weights = torch.log(len(words) / num_lists_with)[word_of_entry]
     starts = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)
-    sums = F.embedding_bag(row_of_entry, table, starts, mode="sum", per_sample_weights=weights)
+    sums = F.embedding_bag(word_of_entry, table, starts, mode="sum", per_sample_weights=weights)
     total_weights = torch.zeros(len(words), device=device).index_add(0, list_of_entry, weights)
     return sums / total_weights[:, None].clamp(min=1e-6)
 
@@ -2449,8 +2479,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Checkpoint | None:
-    """The checkpoint that train.resume names; of "auto" the newest in `folder`, if any. All
-    processes take part. Raises: UserError, also if the folder holds a run that is not resumed."""
+    """The checkpoint that train.resume names; of "auto" the newest in `folder`: without one the run
+    begins anew there. All processes take part. Raises: UserError, also if the folder holds a run
+    that is not resumed."""
     if resume == "auto":
         path = run_on_rank0(lambda: newest_checkpoint(folder))
         return load_checkpoint(path) if path else None
@@ -2469,6 +2500,19 @@ def check_no_later_files(folder: Path, step: int) -> None:
         if match and int(match[1]) > step:
             raise UserError(f"train.resume: {folder} goes on to step {match[1]}; to branch off "
                             f"from step {step}, choose another output.dir")
+
+
+def check_still_newest(folder: Path, step: int) -> None:
+    """Raises: UserError if another process has meanwhile saved a later, whole checkpoint."""
+    for path in folder.glob("checkpoint_step_*.pt"):
+        later_step = step_of_checkpoint(path)
+        if later_step is None or later_step <= step:
+            continue
+        try:
+            load_checkpoint(path)
+        except UserError:  # it was skipped before
+            continue
+        raise UserError(f"train.resume: another process has saved {path}; start again")
 
 
 def read_metrics(path: Path) -> list[Json]:
@@ -2617,8 +2661,8 @@ class WandbRun:
 
 
 class MetricLog:
-    """Console, progress bar, metrics.jsonl, report.png and W&B, all written by process 0. As a
-    context it ends the bar, and W&B's run with the exit code."""
+    """Console, progress bar, metrics.jsonl, report.png and W&B, all written by process 0; all
+    processes take part. As a context it ends the bar, and W&B's run with the exit code."""
 
     def __init__(self, cfg: Config, state: TrainState, total_steps: int, plots: bool):
         """`plots`: whether report.png is drawn at each validation."""
@@ -2654,15 +2698,18 @@ class MetricLog:
 
     def write_validation(self, step: int, losses: dict[str, float]) -> None:
         self._write(step, losses)
-        if rank() == 0 and step > 0 and self.plots:
-            metrics = read_metrics(self.folder / "metrics.jsonl")
-            plot_report(self.folder / "report.png", metrics, self.folder.name)
+        if step > 0 and self.plots:
+            run_on_rank0(self._plot)
+
+    def _plot(self) -> None:
+        metrics = read_metrics(self.folder / "metrics.jsonl")
+        plot_report(self.folder / "report.png", metrics, self.folder.name)
 
     def _write(self, step: int, entry: dict[str, float], end: str = "") -> None:
         values = "  ".join(f"{key} {format_number(value)}" for key, value in entry.items())
         log.info(f"step {step:6d}  {values}{end}")
-        if rank() == 0:
-            append_text(self.folder / "metrics.jsonl", json.dumps({"step": step, **entry}) + "\n")
+        line = json.dumps({"step": step, **entry}) + "\n"
+        run_on_rank0(lambda: append_text(self.folder / "metrics.jsonl", line))
         self.wandb.log(entry, step)
         self._last_time = time.perf_counter()
         self._num_tokens = 0
@@ -2761,11 +2808,9 @@ def plan_memory(elm: ELM, max_seq_length: int, grad_checkpoint: bool | str, loss
     if elm.lockstep:
         plans = plans[-1:]
 
-    num_layers = elm.llm.config.get_text_config().num_hidden_layers
     can_try = is_gpu and not elm.lockstep
     for budget, share in plans:
-        num_recomputed = math.ceil(share * num_layers)
-        recompute_layers(elm.llm, num_recomputed)
+        num_recomputed = recompute_layers(elm.llm, share)
         if not can_try or fits_in_memory(elm, budget, max_seq_length, loss_cfg, probe):
             log.info(f"micro-batches of {budget} tokens, {num_recomputed} layers recomputed")
             return budget
@@ -2779,7 +2824,7 @@ def fits_in_memory(elm: ELM, num_tokens: int, max_seq_length: int, loss_cfg: Los
     step = trial_step(num_tokens, max_seq_length, elm.adapter)
 
     def run_trial_pass() -> None:
-        # For each parameter its gradient, two moments, and as much again for the update.
+        # 4: a parameter's gradient, AdamW's two moments, and what the update holds for a while.
         reserve = [torch.empty_like(p) for p in elm.adapter.parameters() for _ in range(4)]
         soft_gradient(elm, elm(step.batches[0].embeddings), step, loss_cfg, probe)
         del reserve
@@ -2818,6 +2863,8 @@ class Trainer:
     run all of it; process 0 alone writes.
     """
 
+    plots = True  # whether report.png is drawn; a trial of a sweep draws none
+
     def __init__(self, cfg: Config):
         self.cfg = cfg
         self.folder = Path(cfg.output.dir)
@@ -2837,7 +2884,7 @@ class Trainer:
             checkpoint.prompt if checkpoint else None)
         self.rows_per_step = cfg.train.batch_size * cfg.train.grad_accum * world_size()
         self.total_steps = self.count_steps()
-        self.eval_steps = cfg.train.eval_steps
+        self.eval_steps = self.choose_eval_steps()
         self.finished_report = self.find_finished_report(checkpoint)
         if self.finished_report is not None:
             log.info(f"{self.folder} holds a finished run of {self.state.step} steps; nothing to "
@@ -2864,8 +2911,6 @@ class Trainer:
 
     # Setting up
 
-    plots = True  # whether report.png is drawn
-
     def count_steps(self) -> int:
         """The steps of the whole run. A resumed run may have another batch size or another number
         of processes than before: steps are counted from where it stands."""
@@ -2878,6 +2923,9 @@ class Trainer:
         steps_of_epoch = math.ceil(num_rows / self.rows_per_step)
         steps_of_rest = math.ceil(rest_of_epoch / self.rows_per_step)
         return self.state.step + steps_of_rest + later_epochs * steps_of_epoch
+
+    def choose_eval_steps(self) -> int:
+        return self.cfg.train.eval_steps
 
     def find_finished_report(self, checkpoint: Checkpoint | None) -> Json | None:
         """The report of a run that has nothing left to do, if it is whole."""
@@ -2947,7 +2995,9 @@ class Trainer:
         state, write config.toml. On process 0. Raises: UserError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.resources.enter_context(locked(self.folder / ".lock"))
-        if self.cfg.train.resume not in (None, "auto"):
+        if self.cfg.train.resume == "auto":
+            check_still_newest(self.folder, self.state.step)
+        elif self.cfg.train.resume is not None:
             check_no_later_files(self.folder, self.state.step)
         keep_metrics(self.folder, self.state)
         write_text(self.folder / "config.toml", config_text(self.cfg))
@@ -3002,9 +3052,9 @@ class Trainer:
 
     def validation_is_missing(self) -> bool:
         """Before the first step; or after a resume from the checkpoint before a validation."""
-        never = self.state.last_validated_step < 0
-        return never or (self.validation_is_due() and
-                         self.state.last_validated_step < self.state.step)
+        if self.state.last_validated_step < 0:
+            return True
+        return self.validation_is_due() and self.state.last_validated_step < self.state.step
 
     def validation_is_due(self) -> bool:
         return self.is_due(self.eval_steps) or self.state.step == self.total_steps
@@ -3201,15 +3251,19 @@ def evaluate_nll(elm: ELM, split: Split, vector_ids: np.ndarray | None) -> RowLo
         """This process's batch of the blocks from `first` on. Beyond the end it repeats the last,
         uncounted, so that all processes run equally many."""
         number = first + rank()
-        ids = np.array(blocks[min(number, len(blocks) - 1)])
+        is_repeated = number >= len(blocks)
+        ids = np.array(blocks[-1] if is_repeated else blocks[number])
         examples = split.examples(ids, "text" if by_text else "embedding")
         embeddings = None if by_text else split.embeddings(vector_ids[ids])
-        is_whole = np.array([not (by_text and example.truncated) for example in examples])
-        return EvalBatch(ids, collate(examples, embeddings), is_whole & (number < len(blocks)))
+        is_counted = np.full(len(ids), not is_repeated)
+        if by_text:
+            is_counted &= np.array([not example.truncated for example in examples])
+        return EvalBatch(ids, collate(examples, embeddings), is_counted)
 
     nll = np.zeros(len(split))
     num_tokens = np.zeros(len(split))
     firsts = progress(range(0, len(blocks), world_size()), "losses")
+    # Zeros of a repeated block do no harm: it is counted on another process.
     for ids, batch, is_counted in prefetch(load, firsts, num_threads=1):
         nll[ids] = np.array(elm.nll(batch).tolist()) * is_counted
         num_tokens[ids] = np.array(batch.num_labels) * is_counted
@@ -3782,7 +3836,8 @@ class LLMEngine:
             raise UserError(f"max_new_tokens = {self.max_new_tokens} leaves no room for a prompt")
         rows = [Row.model_construct(query=q.query, text=q.text, response="") for q in questions]
         names = [f"model: {q.text[:50]!r}" for q in questions]
-        encoder = Encoder(self.prompt, num_soft_tokens=0, max_tokens=room)
+        limit_name = "the LLM's context less max_new_tokens"
+        encoder = Encoder(self.prompt, 0, room, limit_name)
         embed = self.llm.get_input_embeddings()
         prompt_embeds = []
         for example in encoder.encode(rows, names, "text"):
@@ -3846,7 +3901,7 @@ class AnswerLog:
         self._answers: dict[str, Answer] = {}
         lines = path.read_text("utf-8").split("\n") if path.exists() else []
         for line in lines:
-            with contextlib.suppress(ValueError, KeyError):  # torn by a kill, blank, or older
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # torn by a kill, blank
                 entry = json.loads(line)
                 self._answers[entry["key"]] = Answer(entry["text"], entry["finished"])
 
@@ -4038,9 +4093,12 @@ class TrialTrainer(Trainer):
         self.worker = worker
         self.trial = trial
         super().__init__(cfg)
-        # Quarters, so that trials of different batch sizes are pruned at equal progress.
-        self.eval_steps = math.ceil(self.total_steps / 4)
-        trial.set_user_attr("eval_steps", self.eval_steps)
+
+    def choose_eval_steps(self) -> int:
+        """Quarters, so that trials of different batch sizes are pruned at equal progress."""
+        eval_steps = max(1, math.ceil(self.total_steps / 4))
+        self.trial.set_user_attr("eval_steps", eval_steps)
+        return eval_steps
 
     plots = False
 
@@ -4173,7 +4231,7 @@ class SweepWorker:
 def describe_trial(trial: optuna.trial.FrozenTrial) -> Json:
     reason = trial.user_attrs.get("reason")
     if reason is None and trial.state.name == "FAIL":
-        reason = "killed"
+        reason = "its worker died"
     return {
         "number": trial.number,
         "state": trial.state.name.lower(),
@@ -4200,7 +4258,8 @@ def run_sweep(sweep: Sweep) -> None:
     level = log.level
     log.setLevel(logging.WARNING)  # of a trial its warnings alone
     try:
-        SweepWorker(sweep).run()
+        with log_to_file(sweep.base.get("output.log_file")):
+            SweepWorker(sweep).run()
     finally:
         log.setLevel(level)
 
@@ -4222,6 +4281,7 @@ class GenerateOptions(Table):
     rows: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = None  # of the
     #   table: rows=[0,7]; none: all
     llm: PathStr | None = None  # another place of the adapter's LLM; none: the one of training
+    bf16: bool | None = None  # of the LLM; none: as in training
     max_new_tokens: PositiveInt = 256  # of an answer
     temperature: NonNegativeFloat = 0.0  # of sampling; 0: greedy
     seed: Seed = 42  # of sampling
@@ -4282,7 +4342,8 @@ def generate(options: GenerateOptions) -> None:
 
     device = start_distributed()
     zero = DeepSpeedConfig(zero_stage=options.zero_stage)
-    elm = ELM.from_adapter(adapter, metadata, options.adapter, options.llm, deepspeed=zero)
+    elm = ELM.from_adapter(
+        adapter, metadata, options.adapter, options.llm, options.bf16, deepspeed=zero)
     sampling = {"temperature": options.temperature} if options.temperature else {}
     torch.manual_seed(options.seed)
     size = GENERATION_BATCH[device.type]
@@ -4312,6 +4373,7 @@ class Command(NamedTuple):
     config_class: type[Table]  # what `key=value` sets
     example: str
     run: Callable[[argparse.Namespace], None]
+    less_memory: str  # settings that need less
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -4332,17 +4394,27 @@ def run_sweep_file(args: argparse.Namespace) -> None:
     run_sweep(load_sweep(args.toml, args.settings))
 
 
+LESS_MEMORY = ("model.grad_checkpoint = true, or data.max_seq_length = 512, or on several GPUs "
+               "deepspeed.zero_stage = 3")
+
 COMMANDS = (
-    Command("train", {"toml": "TRAIN.TOML"}, Config, "deepspeed elm.py train.toml train.lr=2e-4",
-            run_train),
-    Command("eval", {"toml": "TRAIN.TOML"}, EvalOptions,
-            "python elm.py eval train.toml adapter=data/checkpoints/tiny", run_eval),
-    Command("generate", {}, GenerateOptions,
-            "python elm.py generate adapter=data/checkpoints/tiny rows=[0] "
-            "embeddings=data/tiny/embeddings/test_embeddings.safetensors 'query=What is it about?'",
-            run_generate),
-    Command("sweep", {"toml": "SWEEP.TOML"}, SweepConfig,
-            "python elm.py sweep sweep.toml study.trials=20", run_sweep_file))
+    Command(
+        name="train", operands={"toml": "TRAIN.TOML"}, config_class=Config, run=run_train,
+        example="deepspeed elm.py train.toml train.lr=2e-4", less_memory=LESS_MEMORY),
+    Command(
+        name="eval", operands={"toml": "TRAIN.TOML"}, config_class=EvalOptions, run=run_eval,
+        example="python elm.py eval train.toml adapter=data/checkpoints/tiny",
+        less_memory=LESS_MEMORY),
+    Command(
+        name="generate", operands={}, config_class=GenerateOptions, run=run_generate,
+        example="python elm.py generate adapter=data/checkpoints/tiny rows=[0] "
+                "embeddings=data/tiny/embeddings/test_embeddings.safetensors "
+                "'query=What is it about?'",
+        less_memory="max_new_tokens = 64, or on several GPUs zero_stage = 3"),
+    Command(
+        name="sweep", operands={"toml": "SWEEP.TOML"}, config_class=SweepConfig,
+        run=run_sweep_file, example="python elm.py sweep sweep.toml study.trials=20",
+        less_memory="base.model.grad_checkpoint = true, or base.data.max_seq_length = 512"))
 
 
 def describe_tables(config_class: type[Table], name: str = "") -> str:
@@ -4425,8 +4497,7 @@ def run_command(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     except UserError as e:
         return print_error(str(e))
     except torch.OutOfMemoryError as e:
-        return print_error(f"{e}\nless is needed with model.grad_checkpoint = true, or "
-                           "data.max_seq_length = 512, or on several GPUs deepspeed.zero_stage = 3")
+        return print_error(f"{e}\nless memory is needed with {args.command.less_memory}")
     except BrokenPipeError:  # whoever read the output has gone, as `| head` does
         return 128 + signal.SIGPIPE
     except OSError as e:

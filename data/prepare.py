@@ -583,13 +583,20 @@ def run_filter(args: argparse.Namespace) -> None:
 
 
 COMMANDS = (
-    elm.Command("synthesize", {"texts": "TEXTS", "out": "OUT"}, SynthesizeOptions,
-                "python data/prepare.py synthesize texts.jsonl data/mine", run_synthesize),
-    elm.Command("embed", {"texts": "TEXTS", "out": "OUT"}, EmbedOptions,
-                "python data/prepare.py embed texts.jsonl out.safetensors", run_embed),
-    elm.Command("filter", {"data": "DIR", "out": "OUT"}, FilterOptions,
-                "python data/prepare.py filter data/tiny data/few 'tasks=[\"summary\"]'",
-                run_filter))
+    elm.Command(
+        name="synthesize", operands={"texts": "TEXTS", "out": "OUT"},
+        config_class=SynthesizeOptions, run=run_synthesize,
+        example="python data/prepare.py synthesize texts.jsonl data/mine",
+        less_memory="max_new_tokens = 128, or a server (endpoint=URL)"),
+    elm.Command(
+        name="embed", operands={"texts": "TEXTS", "out": "OUT"}, config_class=EmbedOptions,
+        run=run_embed, example="python data/prepare.py embed texts.jsonl out.safetensors",
+        less_memory="batch_size = 8, or max_tokens = 512"),
+    elm.Command(
+        name="filter", operands={"data": "DIR", "out": "OUT"}, config_class=FilterOptions,
+        run=run_filter,
+        example="python data/prepare.py filter data/tiny data/few 'tasks=[\"summary\"]'",
+        less_memory="fewer tasks"))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -157,23 +157,23 @@ def measure_tflops(device: torch.device, dtype: torch.dtype) -> float:
 class ElmLoop:
     name = "elm"
 
-    def __init__(self, llm, adapter, split, budget: int, num_recomputed: int):
+    def __init__(self, llm, adapter, split, budget: int, share_recomputed: float):
         self.model = elm.ELM(llm, copy.deepcopy(adapter), None).train()
         self.split = split
         self.budget = budget
-        self.num_recomputed = num_recomputed
+        self.share_recomputed = share_recomputed
         parameters = self.model.adapter.parameters()
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
     def step(self, meter: Meter) -> float:
-        elm.recompute_layers(self.model.llm, self.num_recomputed)
+        elm.recompute_layers(self.model.llm, self.share_recomputed)
         rows = np.arange(len(self.split.index))
         meter.begin()
         loss, _, _ = elm_step(self.model, self.split, rows, self.budget)
         torch.nn.utils.clip_grad_norm_(self.model.adapter.parameters(), 1.0)
         self.optimizer.step()
         meter.end()
-        elm.recompute_layers(self.model.llm, 0)  # the others share it
+        elm.recompute_layers(self.model.llm, 0.0)  # the others share it
         return loss
 
 
@@ -307,9 +307,9 @@ def make_contestants(a: argparse.Namespace, llm, split: MadeSplit) -> list:
     adapter = elm.fresh_adapter(llm, statistics, False, hidden_dim=4096 * width // 2560)
     adapter = adapter.to(llm.device)
     budget = a.budget or elm.MICRO_BATCH_TOKENS[llm.device.type]
-    num_recomputed = llm.config.num_hidden_layers if a.checkpoint else 0
+    share_recomputed = 1.0 if a.checkpoint else 0.0
     return [
-        ElmLoop(llm, adapter, split, budget, num_recomputed),
+        ElmLoop(llm, adapter, split, budget, share_recomputed),
         NaiveLoop(llm, adapter, split, a.batch),
         HFTrainer(llm, adapter, split, a.batch),
     ]

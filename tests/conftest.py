@@ -139,7 +139,8 @@ def limit_memory(monkeypatch, most: int) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return elm.packed_attention(module, query, *rest, **options)
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, "elm_packed", limited)
+    elm.register_packed_attention()  # it will not do so again
+    monkeypatch.setitem(AttentionInterface._global_mapping, elm.PACKED, limited)
 
 
 def read_jsonl(path: Path) -> list[dict]:

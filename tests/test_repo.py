@@ -184,7 +184,7 @@ assert not found, found
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "elm: train.toml: train.learning_rat: unknown key" in done.stderr
+    assert "elm: train.learning_rat: unknown key" in done.stderr
 
 
 def cpu_seconds(*words: str) -> float:

@@ -87,8 +87,14 @@ def test_the_log_file_is_appended_to_while_it_is_asked_for(tmp_path):
 
 
 def test_a_log_file_that_cannot_be_opened(tmp_path):
-    with pytest.raises(OSError, match="No such file"), elm.log_to_file(str(tmp_path / "no" / "x")):
+    with pytest.raises(OSError, match="Is a directory"), elm.log_to_file(str(tmp_path)):
         pass
+
+
+def test_the_folder_of_a_log_file_is_made(tmp_path):
+    with elm.log_to_file(str(tmp_path / "runs" / "log.txt")):
+        elm.log.info("one")
+    assert (tmp_path / "runs" / "log.txt").read_text().endswith(" one\n")
 
 
 def test_another_process_than_the_first_logs_nothing(tmp_path, monkeypatch, capsys):
@@ -296,7 +302,7 @@ def test_prefetch_that_is_closed_drops_what_is_queued():
 
     results = elm.prefetch(slow, range(100), 1)
     next(results)
-    threading.Timer(0.1, may_end.set).start()
+    threading.Timer(1.0, may_end.set).start()
     results.close()  # waits for what runs
     assert may_end.is_set()
     assert len(started) <= 2

@@ -350,7 +350,8 @@ def test_a_signal_while_a_trial_is_scored_is_not_lost(
     again = trials[stopped + 1]
     assert again.system_attrs["failed_trial"] == stopped
     assert again.params == trials[stopped].params
-    assert [row["reason"] for row in read_jsonl(out / "trials.jsonl")[stopped:]] == ["killed", None]
+    reasons = [row["reason"] for row in read_jsonl(out / "trials.jsonl")]
+    assert reasons[stopped:] == ["its worker died", None]
 
 
 @pytest.mark.slow
@@ -426,7 +427,7 @@ def test_two_workers_that_start_together_and_a_kill(start_worker, out):
     assert again.params == killed.params
     assert len({trial.params["train.lr"] for trial in trials}) == 5
     rows = read_jsonl(out / "trials.jsonl")
-    assert rows[killed.number]["reason"] == "killed"
+    assert rows[killed.number]["reason"] == "its worker died"
     assert (out / "best.toml").exists()
 
 

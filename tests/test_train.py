@@ -378,7 +378,7 @@ def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    with pytest.raises(elm.UserError, match="model.bf16: not on Tesla T4, set model.bf16=false"):
+    with pytest.raises(elm.UserError, match="model.llm: Tesla T4 has no bf16"):
         elm.load_llm("llm", torch.device("cuda"), bf16=True)
 
 
