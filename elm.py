@@ -1521,10 +1521,8 @@ def load_llm_zero3(name: str, device: torch.device, bf16: bool, key: str,
     # processes generate answers of different lengths. So its top module is one that is never
     # called.
     top_module = nn.ModuleDict({"llm": llm})
-    engine, *_ = deepspeed.initialize(model=top_module, config=config)
-    # The engine is to live as long as the LLM: when it is freed, it removes its hooks. DeepSpeed's
-    # own reference to the top module would keep both to the end of the process.
-    llm.zero_engine = (engine,)  # a tuple, so that it does not become a part of the LLM
+    deepspeed.initialize(model=top_module, config=config)
+    # DeepSpeed's own reference to it would keep the LLM to the end of the process.
     deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK.remove(top_module)
     for module in (llm.get_input_embeddings(), llm.get_output_embeddings()):
         module.weight.is_external_param = True  # stays gathered over the chunks of the logits
