@@ -10,7 +10,7 @@ tokens; the LLM, one micro-batch after the other, gives the gradient at them (so
 backward pass takes it from there through the adapter.
 
     deepspeed elm.py train.toml                       train, on every GPU there is (or the CPU)
-    deepspeed elm.py train.toml train.resume=auto     go on where a stopped run was last saved
+    deepspeed elm.py train.toml train.resume=auto     resume a stopped run from its last checkpoint
     python elm.py train.toml train.lr=2e-4            train in one process, with an override
     python elm.py eval train.toml adapter=PATH        report on any adapter
     python elm.py generate adapter=PATH embeddings=FILE query="…"       answers about vectors
@@ -81,7 +81,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from textwrap import shorten
-from types import FrameType, ModuleType
+from types import FrameType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -92,6 +92,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -101,6 +102,7 @@ else:
 if TYPE_CHECKING:  # imported where they are used: --help must not wait for them
     import optuna
     import pandas as pd
+    import wandb
     from bert_score import BERTScorer
     from sentence_transformers import SentenceTransformer
     from tqdm import tqdm
@@ -184,7 +186,7 @@ class ModelConfig(Table):
     llm: PathStr = "Qwen/Qwen3-4B-Instruct-2507"  # the frozen LLM: hub name or folder
     hidden_dim: PositiveInt = 4096  # width of the adapter's hidden layer
     tokens: PositiveInt = 1  # soft tokens per embedding
-    dropout: Probability = 0.0  # in the adapter's hidden layer
+    dropout: Probability = 0.0  # share of the adapter's hidden units that drop out in training
     residual_scale: NonNegativeFloat = 1.0  # factor of the adapter's residual; 0: none
     standardize: bool = True  # embeddings, by the training split's mean and deviation
     bf16: bool = True  # of the LLM; the adapter and its optimizer are always fp32
@@ -195,7 +197,7 @@ class ModelConfig(Table):
 
 class DataConfig(Table):
     dir: PathStr = "data"  # a folder with embeddings/ and synthesis/, see data/README.md
-    tasks: TaskNames = TASKS  # task types to train and report on, also of your own
+    tasks: TaskNames = TASKS  # task types to train and report on, or task types of your own
     max_seq_length: PositiveInt = 2048  # tokens of prompt and response; longer responses are cut
     num_workers: NonNegativeInt = 4  # threads that prepare the next steps
 
@@ -203,15 +205,15 @@ class DataConfig(Table):
 class TrainConfig(Table):
     batch_size: PositiveInt = 16  # a step takes batch_size * grad_accum rows on each process;
     grad_accum: PositiveInt = 2  #   into which micro-batches they are cut is decided by memory
-    epochs: PositiveInt = 3
+    epochs: PositiveInt = 3  # passes over the training rows, unless max_steps is set
     max_steps: NonNegativeInt | None = None  # none: by epochs; 0: the closed-form adapter alone
     lr: PositiveFloat = 1e-4  # the peak, after warm-up; from there linear decay to 0
     warmup_steps: NonNegativeInt = 1000  # steps in which the rate rises linearly
-    weight_decay: NonNegativeFloat = 0.01  # of AdamW
+    weight_decay: NonNegativeFloat = 0.01  # AdamW's decay of the adapter's weights
     max_grad_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
-    eval_steps: PositiveInt = 500  # between two validations; a checkpoint is saved before each
-    save_steps: PositiveInt = 1000  # between two checkpoints
-    logging_steps: PositiveInt = 50  # between two lines of metrics.jsonl
+    eval_steps: PositiveInt = 500  # steps from one validation to the next; each saves before it
+    save_steps: PositiveInt = 1000  # steps from one checkpoint to the next
+    logging_steps: PositiveInt = 50  # steps from one line of metrics.jsonl to the next
     warm_start: bool = True  # begin at the closed-form solution
     patience: PositiveInt | None = None  # validations without a lower loss before the run ends;
     #   none: no end before the last step
@@ -221,7 +223,7 @@ class TrainConfig(Table):
 
 
 class LossConfig(Table):
-    drift_weight: NonNegativeFloat = 0.0  # of the drift loss; 0: it is not computed
+    drift_weight: NonNegativeFloat = 0.0  # factor of the drift loss; 0: it is not computed
     drift_target: Cosine = 1.0  # no drift where response and embedding have this cosine, or more
 
 
@@ -230,8 +232,8 @@ class EvalConfig(Table):
     max_new_tokens: PositiveInt = 256  # of an answer
     embedder: PathStr | None = None  # the model that made the vectors: hub name or folder of
     #   sentence-transformers; it embeds the answers again. none: no consistency, MRR and top-1
-    split: Literal["train", "val", "test"] | None = None  # to report on; none: test where its files
-    #   exist, else val
+    split: Literal["train", "val", "test"] | None = None  # the split to report on; none: test if
+    #   its files exist, else val
     bertscore_model: PathStr = "microsoft/deberta-xlarge-mnli"  # hub name or folder
     bertscore_layers: PositiveInt | None = None  # layer of its hidden states; none: bert-score's
     #   choice for the model, the last one of a folder
@@ -319,11 +321,11 @@ def format_error(error: Json, config_class: type[Table]) -> str:
 
 
 def parse_config(
-    tables: Json, config_class: type[ConfigClass] = Config, source: str = "",
+    tables: Json, config_class: type[ConfigClass] = Config, file_name: str = "",
     overrides: Iterable[str] = (),
 ) -> ConfigClass:
     """Nested dicts as a config. Raises: UserError with one line per mistake, all at once, each
-    after the name of the file, `source`, unless its key is among `overrides`."""
+    after `file_name`, unless its key is among `overrides`."""
     try:
         return config_class.model_validate(tables)
     except pydantic.ValidationError as e:
@@ -332,7 +334,7 @@ def parse_config(
     for error in errors:
         key = ".".join(str(part) for part in error["loc"])
         is_override = any(f"{key}.".startswith(f"{name}.") for name in overrides)
-        prefix = f"{source}: " if source and not is_override else ""
+        prefix = f"{file_name}: " if file_name and not is_override else ""
         lines.append(prefix + format_error(error, config_class))
     raise UserError("\n".join(lines))
 
@@ -419,7 +421,8 @@ def config_text(cfg: Config) -> str:
     if shutil.which("git"):
         words = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()
-        lines.append(f"# commit {commit}")
+        if commit:  # else the file is not in a git checkout
+            lines.append(f"# commit {commit}")
     for section, values in cfg.to_dict().items():
         lines += ["", f"[{section}]"]
         lines += [f"{key} = {toml_value(value)}" for key, value in values.items()]
@@ -706,7 +709,7 @@ MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, template: Json) -> dict[str, str]:
-    """What the chat template puts around a user turn, as texts: {"prefix", "suffix", "end"}.
+    """The texts that the chat template puts around a user turn: {"prefix", "suffix", "end"}.
 
     `end` ends an assistant's turn, up to its first control token. Without a chat template: what the
     tokenizer puts before any text (a BOS token, say), a line break, the EOS token.
@@ -716,12 +719,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, template: Json) -> dict[st
 
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
-        with_special_tokens = tokenizer("a")["input_ids"]
-        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-        num_before = with_special_tokens.index(plain[0])
-        prefix = tokenizer.decode(with_special_tokens[:num_before])
-        return {"prefix": prefix, "suffix": "\n", "end": tokenizer.eos_token}
-
+        return prompt_without_template(tokenizer)
     user = {"role": "user", "content": PLACEHOLDER}
     assistant = {"role": "assistant", "content": ANSWER}
     render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **template)
@@ -735,14 +733,35 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, template: Json) -> dict[st
     if is_longer or suffix.rstrip().endswith("<think>"):
         log.warning(f"{name}: a prompt ends with {suffix!r}, but an answer follows "
                     f"{before_answer!r}; model.template.enable_thinking = false?")
-
     after_answer = conversation.rpartition(ANSWER)[2]
-    end_positions = []
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.content.strip() and token.content in after_answer:
-            end_positions.append(after_answer.index(token.content) + len(token.content))
-    end = after_answer[: min(end_positions)] if end_positions else tokenizer.eos_token
+    end = cut_at_control_token(after_answer, tokenizer)
     return {"prefix": prefix, "suffix": suffix, "end": end}
+
+
+def prompt_without_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """As render_prompt."""
+    with_special_tokens = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    num_before = with_special_tokens.index(plain[0])
+    prefix = tokenizer.decode(with_special_tokens[:num_before])
+    return {"prefix": prefix, "suffix": "\n", "end": tokenizer.eos_token}
+
+
+def cut_at_control_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A text up to and with its first control token; without one, the EOS token, if there is
+    one."""
+    ends = []
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.content.strip() and token.content in text:
+            ends.append(text.index(token.content) + len(token.content))
+    return text[: min(ends)] if ends else tokenizer.eos_token
+
+
+def check_template_parts(parts: object, path: str | Path) -> None:
+    """Raises: UserError unless what a file stores as its prompt has the form of render_prompt."""
+    is_whole = isinstance(parts, dict) and set(parts) == {"prefix", "suffix", "end"}
+    if not is_whole or not all(isinstance(text, str) for text in parts.values()):
+        raise UserError(f"{path}: its prompt cannot be used: {shorten(repr(parts), 100)}")
 
 
 class Prompt:
@@ -766,8 +785,8 @@ class Prompt:
         if stored_parts and stored_parts != rendered:
             log.warning(f"{tokenizer.name_or_path}: its chat template differs from training; the "
                         "adapter's prompt is used")
-        self.parts = stored_parts or rendered
-        if not self.parts["end"]:
+        self.template_parts = stored_parts or rendered
+        if not self.template_parts["end"]:
             raise UserError(
                 f"{tokenizer.name_or_path}: the tokenizer has no token that ends an answer")
 
@@ -779,7 +798,7 @@ class Prompt:
         self.encode([""])
 
     def _encode_part(self, name: str) -> list[int]:
-        return self.tokenizer(self.parts[name], add_special_tokens=False)["input_ids"]
+        return self.tokenizer(self.template_parts[name], add_special_tokens=False)["input_ids"]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of plain texts."""
@@ -1331,9 +1350,11 @@ class Adapter(nn.Module):
         """The adapter of a file, of the folder of a run, or of a repository on the hub, in eval
         mode on the CPU, and its metadata. Raises: UserError."""
         path = find_adapter(path)
-        kinds = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError,
-                 RuntimeError)
-        with user_error(f"{path}: not a whole elm adapter", *kinds):
+        # RuntimeError is of load_state_dict, LookupError and TypeError of metadata that lack
+        # settings or have others.
+        exception_types = (OSError, SafetensorError, ValueError, LookupError, TypeError,
+                           RuntimeError)
+        with user_error(f"{path}: not a whole elm adapter", *exception_types):
             with safe_open(path, framework="pt") as f:
                 metadata = json.loads((f.metadata() or {}).get("elm", "{}"))
                 state = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
@@ -1381,11 +1402,14 @@ def check_trained_for(trained_for: Json, found: Json, where: Path | str) -> None
                             "here; give it what it was trained with")
 
 
+MAX_NORM_RATIO = 1.5  # of a norm to those of training
+
+
 def check_norm(trained_norms: Tensor, norm: float, where: Path | str) -> None:
     """Raises: UserError if a root mean square norm is far from the norms in training: least, root
     mean square, greatest. NaN, an unknown norm on either side, passes."""
     least, rms, greatest = trained_norms.tolist()
-    if norm < least / 1.5 or norm > greatest * 1.5:
+    if norm < least / MAX_NORM_RATIO or norm > greatest * MAX_NORM_RATIO:
         raise UserError(f"{where}: the vectors' norm was {rms:.4g} in training and is {norm:.4g} "
                         "here; give it what it was trained with")
 
@@ -1397,22 +1421,29 @@ def check_width(vectors: Tensor, adapter: Adapter, where: Path | str) -> None:
         raise UserError(f"{where}: {list(vectors.shape)}, but the adapter reads [n, {width}]")
 
 
-def check_vectors(embeddings: Vectors, adapter: Adapter, where: Path | str = "vectors",
-                  row_ids: Sequence[int] | None = None) -> Tensor:
-    """[n, E] or [E], numpy or torch -> [n, E] fp32. Messages name rows by row_ids, if given.
-    Raises: UserError at another width, a vector that is zero, NaN or infinite, or a norm far from
-    those of training."""
+def check_vectors(embeddings: Vectors, adapter: Adapter, where: Path | str = "vectors") -> Tensor:
+    """[n, E] or [E], numpy or torch -> [n, E] fp32. Raises: UserError, see check_rows."""
     vectors = torch.atleast_2d(torch.as_tensor(embeddings)).float()
-    check_width(vectors, adapter, where)
-    invalid = (~vectors.isfinite().all(1) | ~vectors.any(1)).nonzero()
-    if len(invalid):
-        row = int(invalid[0])
-        if row_ids is not None:
-            row = row_ids[row]
-        raise UserError(f"{where}: row {row} is zero, NaN or infinite; embed its text again")
-    rms_norm = vectors.square().sum(1).mean().sqrt().item()
-    check_norm(adapter.norms, rms_norm, where)
+    check_rows(vectors, range(len(vectors)), adapter, where)
     return vectors
+
+
+def check_rows(vectors: Tensor, row_ids: Sequence[int], adapter: Adapter,
+               where: Path | str) -> None:
+    """Check the rows row_ids of a table of vectors [N, E] of any float, block by block. Raises:
+    UserError at a row that is zero, NaN or infinite, and if the norm of all is far from those of
+    training."""
+    check_width(vectors, adapter, where)
+    total_square = 0.0
+    for block in in_blocks(row_ids, 1024):
+        part = vectors[block].float()
+        invalid = (~part.isfinite().all(1) | ~part.any(1)).nonzero()
+        if len(invalid):
+            row = block[int(invalid[0])]
+            raise UserError(f"{where}: row {row} is zero, NaN or infinite; embed its text again")
+        total_square += part.double().square().sum().item()
+    if len(row_ids):
+        check_norm(adapter.norms, math.sqrt(total_square / len(row_ids)), where)
 
 
 # -----------------------------------------------------------------------------
@@ -1428,8 +1459,7 @@ PACKED = "elm_packed"  # the name of packed_attention in transformers
 
 @contextlib.contextmanager
 def report_load_errors(name: str, key: str) -> Iterator[None]:
-    """Announce a download. Raises: UserError that names the config key, if loading `name` fails."""
-    import huggingface_hub
+    """Raises: UserError that names the config key, if loading `name` fails."""
     from transformers import logging as transformers_logging
 
     if key.endswith("llm"):  # of several progress bars, the LLM's is shown
@@ -1440,10 +1470,20 @@ def report_load_errors(name: str, key: str) -> Iterator[None]:
     # At a broken folder libraries raise exceptions of any type, tokenizers even Exception itself.
     # Only their code runs in here.
     with user_error(f"{key}: cannot load {name}", Exception):
-        is_here = Path(name).is_dir() or huggingface_hub.try_to_load_from_cache(name, "config.json")
-        if not is_here and not huggingface_hub.is_offline_mode():
-            log.warning(f"{key}: {name} is not on this machine yet; it is downloaded from the hub")
         yield
+
+
+def announce_download(name: str, key: str) -> None:
+    """Say that a model's weights are not on this machine yet, and will be downloaded."""
+    import huggingface_hub
+
+    if Path(name).is_dir() or huggingface_hub.is_offline_mode():
+        return
+    with report_load_errors(name, key):
+        files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+        is_here = any(huggingface_hub.try_to_load_from_cache(name, file) for file in files)
+    if not is_here:
+        log.warning(f"{key}: {name} is not on this machine yet; it is downloaded from the hub")
 
 
 def load_pretrained(auto_class: Any, name: str, key: str, **options: Any) -> Any:
@@ -1473,6 +1513,7 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
 def load_frozen(name: str, bf16: bool, key: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    announce_download(name, key)
     dtype = torch.bfloat16 if bf16 else torch.float32
     llm, info = load_pretrained(AutoModelForCausalLM, name, key, dtype=dtype,
                                 output_loading_info=True)
@@ -1482,8 +1523,8 @@ def load_frozen(name: str, bf16: bool, key: str) -> PreTrainedModel:
 
 
 class Zero3Flag:
-    """What transformers asks in order to build a model in parts: accelerate's HfDeepSpeedConfig,
-    without accelerate. transformers holds it by a weak reference."""
+    """The object that transformers asks in order to build a model in parts: accelerate's
+    HfDeepSpeedConfig, without accelerate. transformers holds it by a weak reference."""
 
     def __init__(self, config: Json):
         self.config = config
@@ -1522,7 +1563,8 @@ def load_llm_zero3(name: str, device: torch.device, bf16: bool, key: str,
     # called.
     top_module = nn.ModuleDict({"llm": llm})
     deepspeed.initialize(model=top_module, config=config)
-    # DeepSpeed's own reference to it would keep the LLM to the end of the process.
+    # DeepSpeed's own reference to it would keep the LLM to the end of the process. The engine stays
+    # as long as the LLM: hooks on its layers refer to it.
     deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK.remove(top_module)
     for module in (llm.get_input_embeddings(), llm.get_output_embeddings()):
         module.weight.is_external_param = True  # stays gathered over the chunks of the logits
@@ -1632,7 +1674,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
 
 @functools.cache
 def varlen_names_gqa() -> bool:
-    """torch 2.11 infers grouped queries from the shapes, later ones have to be told."""
+    """torch 2.11 infers grouped queries from the shapes, later versions need `enable_gqa`."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -1669,7 +1711,7 @@ def recompute_layers(llm: PreTrainedModel, share: float) -> int:
 
     By replacing each layer's `forward`: transformers' own switch works in train mode alone, in
     which layers of some LLMs drop out. The backward pass runs where packed attention is no longer
-    enabled, so the recomputation enables it again. """
+    enabled, so the recomputation enables it again."""
     from torch.utils.checkpoint import checkpoint
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -1709,10 +1751,10 @@ class BackboneOutput(dict):
     def __init__(self, hidden: Tensor):
         super().__init__(last_hidden_state=hidden)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | None:
         return self.get(name)
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: str | int) -> Tensor:
         return super().__getitem__("last_hidden_state" if key == 0 else key)
 
 
@@ -1722,6 +1764,17 @@ class BackboneOutput(dict):
 class Answer(NamedTuple):
     text: str
     finished: bool  # whether the LLM ended it, not the limit of tokens
+
+
+def end_tokens(llm: PreTrainedModel, prompt: Prompt) -> set[int]:
+    """The ids that end an answer: the template's, and those of the LLM's generation_config."""
+    ends = {prompt.end_ids[-1]}
+    own_ends = llm.generation_config.eos_token_id  # None, one or several
+    if isinstance(own_ends, list):
+        ends |= set(own_ends)
+    elif own_ends is not None:
+        ends.add(own_ends)
+    return ends
 
 
 def generate_batch(llm: PreTrainedModel, prompt: Prompt, prompt_embeds: list[Tensor],
@@ -1736,21 +1789,17 @@ def generate_batch(llm: PreTrainedModel, prompt: Prompt, prompt_embeds: list[Ten
     if longest >= limit:
         raise UserError(f"a prompt has {longest} tokens: the LLM reads {limit}")
 
-    end = prompt.end_ids[-1]
-    own_ends = llm.generation_config.eos_token_id  # None, one or several
-    if not isinstance(own_ends, list):
-        own_ends = [own_ends]
-    ends = {end, *own_ends} - {None}
-    sampling = {"temperature", "top_p", "top_k"} & set(options)
+    ends = end_tokens(llm, prompt)
+    samples = bool({"temperature", "top_p", "top_k"} & set(options))
     options = {
         "eos_token_id": sorted(ends),
-        "pad_token_id": end,
+        "pad_token_id": prompt.end_ids[-1],
         "tokenizer": prompt.tokenizer,  # for stop_strings
-        "do_sample": bool(sampling),
+        "do_sample": samples,
         "max_new_tokens": min(max_new_tokens, limit - longest),
         **options}
-    # Greedy is greedy whatever the LLM's generation_config.json says; sampling is as that says.
-    # transformers fills gaps of a config it is given from the LLM's own, so that one is replaced.
+    # Ignore the LLM's generation_config unless we sample. transformers fills the gaps of a config
+    # that it is given from the LLM's own: so that one is exchanged.
     config = llm.generation_config if options["do_sample"] else GenerationConfig()
     masks = [torch.ones_like(embeds[:, 0], dtype=torch.long) for embeds in prompt_embeds]
     pad_left = functools.partial(
@@ -1758,14 +1807,19 @@ def generate_batch(llm: PreTrainedModel, prompt: Prompt, prompt_embeds: list[Ten
     with temporarily_set(llm, "generation_config", config):
         out = llm.generate(inputs_embeds=pad_left(prompt_embeds), attention_mask=pad_left(masks),
                            **options)
+    return decode_answers(out.tolist(), ends, prompt.tokenizer)
 
-    ids_of_answers = []
+
+def decode_answers(ids_of_answers: list[list[int]], ends: set[int],
+                   tokenizer: PreTrainedTokenizerBase) -> list[Answer]:
+    """Answers up to the first of the ids `ends`."""
+    cut_ids = []
     finished = []
-    for ids in out.tolist():
+    for ids in ids_of_answers:
         end_positions = [i for i, token in enumerate(ids) if token in ends]
         finished.append(bool(end_positions))
-        ids_of_answers.append(ids[: end_positions[0]] if end_positions else ids)
-    texts = prompt.tokenizer.batch_decode(ids_of_answers, skip_special_tokens=True)
+        cut_ids.append(ids[: end_positions[0]] if end_positions else ids)
+    texts = tokenizer.batch_decode(cut_ids, skip_special_tokens=True)
     return [Answer(text, done) for text, done in zip(texts, finished, strict=True)]
 
 
@@ -1781,7 +1835,7 @@ class ELM(nn.Module):
 
     Attributes: llm, adapter, prompt; trained_for, a dict of what an adapter belongs to; lockstep,
     whether all processes must run equally many passes through the LLM, because ZeRO 3 shares it
-    out. """
+    out."""
 
     def __init__(self, llm: PreTrainedModel, adapter: Adapter, prompt: Prompt):
         super().__init__()
@@ -1812,14 +1866,13 @@ class ELM(nn.Module):
             name = metadata["llm"]["name"]
             trained_in_bf16 = metadata["llm"]["bf16"]
             template = metadata["llm"]["template"]
-            parts = metadata["prompt"]
+            template_parts = metadata["prompt"]
             trained_for = dict(metadata["trained_for"])
         name = llm or name
         device = find_device()
         tokenizer = load_tokenizer(name, "llm")
-        kinds = (ValueError, LookupError, TypeError)
-        with user_error(f"{path}: its prompt cannot be used", *kinds):
-            prompt = Prompt(tokenizer, template, parts)
+        check_template_parts(template_parts, path)
+        prompt = Prompt(tokenizer, template, template_parts)
         if bf16 is None:
             bf16 = trained_in_bf16
         frozen = load_llm(name, device, bf16, "llm", deepspeed)
@@ -1860,7 +1913,7 @@ class ELM(nn.Module):
                 "name": self.llm.name_or_path,
                 "bf16": self.llm.dtype == torch.bfloat16,
                 "template": self.prompt.template},
-            "prompt": self.prompt.parts,
+            "prompt": self.prompt.template_parts,
             "trained_for": self.trained_for,
             **metadata}
         # One entry: safetensors keeps no order of several.
@@ -1988,9 +2041,10 @@ class ELM(nn.Module):
         prompts = []
         for soft, query in zip(soft_tokens, queries, strict=True):
             before, after = self.prompt.encode(list(self.prompt.split_query(query)))
-            left = embed_ids(self.prompt.prefix_ids + before)
-            right = embed_ids(after + self.prompt.suffix_ids)
-            prompts.append(torch.cat([left, soft.to(left.dtype), right]))
+            embeds_before = embed_ids(self.prompt.prefix_ids + before)
+            embeds_after = embed_ids(after + self.prompt.suffix_ids)
+            soft = soft.to(embeds_before.dtype)
+            prompts.append(torch.cat([embeds_before, soft, embeds_after]))
         return prompts
 
 
@@ -2016,21 +2070,36 @@ def check_llm(elm: ELM, max_tokens: int = 0) -> None:
         raise UserError(f"data.max_seq_length = {max_tokens}: the LLM reads {limit}")
     name = type(elm.llm).__name__
     message = f"model.llm: {name} cannot be used, as rows are packed and prompts are embeddings"
-    # What the code of an LLM raises that cannot take packed rows or embeddings (MPT and Llama 4
-    # AttributeError, Gemma 4 RuntimeError); and ValueError from the checks.
-    kinds = (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError)
-    with user_error(message, *kinds):
+    # ValueError is of our checks. The others are what an LLM's code raises that cannot take packed
+    # rows or embeddings (MPT and Llama 4 AttributeError, Gemma 4 RuntimeError).
+    foreign = (TypeError, AttributeError, RuntimeError, NotImplementedError)
+    try:
         check_attention(elm)
         embed = elm.llm.get_input_embeddings()
         ids = torch.arange(20, device=elm.device) % embed.num_embeddings
         prompt = 1.5 * embed(ids)  # like soft tokens, it is not in the table
         generate_batch(elm.llm, elm.prompt, [prompt], max_new_tokens=1)
+    except UserError:
+        raise
+    except ValueError as e:
+        raise UserError(f"{message}: {e}") from e
+    except foreign as e:
+        if isinstance(e, torch.OutOfMemoryError) or is_raised_here(e):
+            raise
+        raise UserError(f"{message}: {shorten(str(e) or repr(e), 300)}") from e
+
+
+def is_raised_here(error: BaseException) -> bool:
+    """Whether a line of this file raised the error itself: then it is a bug of this file."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_code.co_filename == is_raised_here.__code__.co_filename
 
 
 def check_attention(elm: ELM) -> None:
-    """Two tests on two prompts. Packed and alone, by the LLM's own attention, they have equal
-    losses: examples do not see each other. And a prompt's loss does not change with its last input
-    token, which no label comes after: no token sees a later one. Raises: ValueError."""
+    """Compare the losses of two prompts, packed and alone by the LLM's own attention, each with its
+    last input token as it is and exchanged for another. Raises: ValueError."""
     # Relative to a loss. Two bf16 kernels differ by up to 2e-2; one kernel on the same shapes by a
     # twentieth of it, as kernels of MoE layers sum in varying order.
     between_kernels = 2e-2 if elm.llm.dtype.itemsize == 2 else 1e-4
@@ -2053,9 +2122,9 @@ def check_attention(elm: ELM) -> None:
         labels = ids[prompt][num_unlabelled:]
         alone = nll_alone(elm, ids[prompt], labels)
         alone_exchanged = nll_alone(elm, exchanged[prompt], labels)
-        check_close(packed[i], packed_exchanged[i], within_kernel)
-        check_close(alone, alone_exchanged, within_kernel)
-        check_close(packed[i], alone, between_kernels)
+        check_causal(packed[i], packed_exchanged[i], within_kernel)
+        check_causal(alone, alone_exchanged, within_kernel)
+        check_packed_equals_alone(packed[i], alone, between_kernels)
 
 
 def nll_alone(elm: ELM, input_ids: Tensor, labels: Tensor) -> float:
@@ -2065,9 +2134,18 @@ def nll_alone(elm: ELM, input_ids: Tensor, labels: Tensor) -> float:
     return F.cross_entropy(logits, labels, reduction="sum").item()
 
 
-def check_close(a: float, b: float, tolerance: float) -> None:
-    if not math.isclose(a, b, rel_tol=tolerance):
-        raise ValueError(f"its attention is more than causal ({a}, not {b})")
+def check_causal(nll: float, nll_exchanged: float, tolerance: float) -> None:
+    """No label comes after the last input token: a loss that changes with it comes from tokens that
+    see later ones. Raises: ValueError."""
+    if not math.isclose(nll, nll_exchanged, rel_tol=tolerance):
+        raise ValueError(f"its attention is more than causal ({nll}, not {nll_exchanged})")
+
+
+def check_packed_equals_alone(packed: float, alone: float, tolerance: float) -> None:
+    """Raises: ValueError if examples of a packed row see each other, or attention differs from the
+    LLM's own in another way."""
+    if not math.isclose(packed, alone, rel_tol=tolerance):
+        raise ValueError(f"packed rows have other losses than single ones ({packed}, not {alone})")
 
 
 # -----------------------------------------------------------------------------
@@ -2087,7 +2165,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     exist."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor],
+    def forward(ctx: FunctionCtx, hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor],
                 num_chunks: int) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0]
         losses = []
@@ -2110,7 +2188,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         # The loss of a row depends on its hidden state alone.
         (at_hidden,) = ctx.saved_tensors
         return (gradient[:, None] * at_hidden).to(at_hidden.dtype), None, None, None
@@ -2331,12 +2409,13 @@ def word_targets(words: list[np.ndarray], embed: nn.Module, device: torch.device
     distinct_ids, word_of_entry = np.unique(np.concatenate(words), return_inverse=True)
     word_of_entry = torch.from_numpy(word_of_entry).to(device)
     list_of_entry = torch.from_numpy(np.repeat(np.arange(len(words)), lengths)).to(device)
-    table = embed(torch.from_numpy(distinct_ids).to(device)).float()
+    embedding_table = embed(torch.from_numpy(distinct_ids).to(device)).float()
 
     num_lists_with = torch.bincount(word_of_entry)  # a list has a word once
     weights = torch.log(len(words) / num_lists_with)[word_of_entry]
     starts = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)
-    sums = F.embedding_bag(word_of_entry, table, starts, mode="sum", per_sample_weights=weights)
+    sums = F.embedding_bag(
+        word_of_entry, embedding_table, starts, mode="sum", per_sample_weights=weights)
     total_weights = torch.zeros(len(words), device=device).index_add(0, list_of_entry, weights)
     return sums / total_weights[:, None].clamp(min=1e-6)
 
@@ -2363,7 +2442,7 @@ def fit_adapter(adapter: Adapter, embeddings: Tensor, targets: Tensor, heldout: 
 
 @dataclass
 class TrainState:
-    """What the loop carries on beside the adapter and its optimizer."""
+    """Everything a resume needs besides adapter and optimizer."""
 
     step: int = 0  # updates done
     epoch: int = 0
@@ -2438,29 +2517,39 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Runs no code from the file. Raises: UserError if it is not a whole checkpoint."""
     from pickle import UnpicklingError
 
-    kinds = (OSError, zipfile.BadZipFile, UnpicklingError, RuntimeError, ValueError, LookupError,
-             TypeError, AttributeError, EOFError, NotImplementedError)
-    with user_error(f"train.resume: {path}: no whole checkpoint", *kinds):
+    message = f"train.resume: {path}: no whole checkpoint"
+    exception_types = (OSError, zipfile.BadZipFile, UnpicklingError, RuntimeError, ValueError,
+                       LookupError, TypeError, AttributeError, EOFError, NotImplementedError)
+    with user_error(message, *exception_types):  # only zipfile and torch.load run in here
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # by CRC-32, which torch.load does not verify
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} differs")
-        parts = torch.load(path, map_location="cpu", weights_only=True)
-        state = TrainState(**parts.pop("state"))
-        return Checkpoint(state, **parts)
+        saved = None
+        if damaged is None:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    if damaged is not None:
+        raise UserError(f"{message}: the checksum of {damaged} differs")
+    if not has_fields_of(saved, Checkpoint) or not has_fields_of(saved["state"], TrainState):
+        raise UserError(f"{message}: it lacks fields, or is of another version")
+    return Checkpoint(**saved | {"state": TrainState(**saved["state"])})
 
 
-def step_of_checkpoint(path: Path) -> int | None:
-    """N of checkpoint_step_N.pt, None of another name."""
-    match = re.fullmatch(r"checkpoint_step_(\d+)\.pt", path.name)
+def has_fields_of(saved: object, dataclass_type: type) -> bool:
+    """Whether a value is a dict of the dataclass's fields."""
+    names = {item.name for item in dataclasses.fields(dataclass_type)}
+    return isinstance(saved, dict) and set(saved) == names
+
+
+def step_of_file(path: Path) -> int | None:
+    """N of checkpoint_step_N.pt and adapter_step_N.safetensors, None of another name."""
+    match = re.fullmatch(r"(?:checkpoint|adapter)_step_(\d+)\.(?:pt|safetensors)", path.name)
     return int(match[1]) if match else None
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The whole checkpoint of the most steps; None if there are none. Raises: UserError if none of
     them is whole."""
-    numbered = [p for p in folder.glob("checkpoint_step_*.pt") if step_of_checkpoint(p) is not None]
-    numbered.sort(key=step_of_checkpoint, reverse=True)
+    numbered = [p for p in folder.glob("checkpoint_step_*.pt") if step_of_file(p) is not None]
+    numbered.sort(key=step_of_file, reverse=True)
     # The final checkpoint is that of the last step under a second name.
     paths = numbered + list(folder.glob("checkpoint_final.pt"))
     for path in paths:
@@ -2494,16 +2583,16 @@ def check_no_later_files(folder: Path, step: int) -> None:
     """Raises: UserError if the folder holds adapters or checkpoints of later steps, which a branch
     of the run would mix with its own."""
     for path in folder.glob("*_step_*"):
-        match = re.fullmatch(r"(?:adapter|checkpoint)_step_(\d+)\.\w+", path.name)
-        if match and int(match[1]) > step:
-            raise UserError(f"train.resume: {folder} goes on to step {match[1]}; to branch off "
+        later_step = step_of_file(path)
+        if later_step is not None and later_step > step:
+            raise UserError(f"train.resume: {folder} goes on to step {later_step}; to branch off "
                             f"from step {step}, choose another output.dir")
 
 
 def check_still_newest(folder: Path, step: int) -> None:
     """Raises: UserError if another process has meanwhile saved a later, whole checkpoint."""
     for path in folder.glob("checkpoint_step_*.pt"):
-        later_step = step_of_checkpoint(path)
+        later_step = step_of_file(path)
         if later_step is None or later_step <= step:
             continue
         try:
@@ -2540,7 +2629,7 @@ def keep_metrics(folder: Path, state: TrainState) -> None:
         last = state.last_validated_step if "val_loss" in entry else state.step
         if entry["step"] <= last:
             kept.append(entry)
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
+    write_text(folder / "metrics.jsonl", jsonl(kept))
 
 
 # -----------------------------------------------------------------------------
@@ -2586,7 +2675,7 @@ class SignalWatch:
 
     def __init__(self) -> None:
         self.received: list[int] = []
-        self._handlers: dict[int, Any] = {}
+        self._handlers: dict[int, Callable | int | None] = {}
 
     def __enter__(self) -> SignalWatch:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -2596,7 +2685,7 @@ class SignalWatch:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -2617,7 +2706,7 @@ class WandbRun:
                 self.id = self._run.id
 
     @staticmethod
-    def _start(cfg: Config, run_id: str | None) -> Any:
+    def _start(cfg: Config, run_id: str | None) -> wandb.Run:
         import wandb
 
         mode = os.environ.get("WANDB_MODE", cfg.wandb.mode)
@@ -2662,14 +2751,15 @@ class MetricLog:
     """Console, progress bar, metrics.jsonl, report.png and W&B, all written by process 0; all
     processes take part. As a context it ends the bar, and W&B's run with the exit code."""
 
-    def __init__(self, cfg: Config, state: TrainState, total_steps: int, plots: bool):
+    def __init__(self, folder: Path, wandb_run: WandbRun, first_step: int, total_steps: int,
+                 plots: bool):
         """`plots`: whether report.png is drawn at each validation."""
-        self.folder = Path(cfg.output.dir)
-        self.plots = plots
+        self.folder = folder
+        self.wandb = wandb_run
         self.total_steps = total_steps
-        self.wandb = WandbRun(cfg, state.wandb_id)
-        self._bar = progress(None, "steps", total=total_steps, initial=state.step, unit="step")
-        self._first_step = state.step
+        self.plots = plots
+        self._bar = progress(None, "steps", total=total_steps, initial=first_step, unit="step")
+        self._first_step = first_step
         self._start_time = time.perf_counter()
         self._last_time = self._start_time  # of the last line
         self._num_tokens = 0  # since the last line
@@ -2677,7 +2767,8 @@ class MetricLog:
     def __enter__(self) -> MetricLog:
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, exception_type: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         self._bar.close()
         self.wandb.finish(exit_code(error))
 
@@ -2689,10 +2780,11 @@ class MetricLog:
         """Log a step, with the speed since the last line and the time that is left."""
         now = time.perf_counter()
         passed = now - self._start_time
-        left = passed / (step - self._first_step) * (self.total_steps - step)
+        eta_seconds = passed / (step - self._first_step) * (self.total_steps - step)
         speed = self._num_tokens / (now - self._last_time)
         entry = entry | {"tokens_per_second": speed, "memory_gib": memory_gib()}
-        self._write(step, entry, f"  {format_seconds(passed)} passed, {format_seconds(left)} left")
+        clock = f"  {format_seconds(passed)} passed, {format_seconds(eta_seconds)} left"
+        self._write(step, entry, clock)
 
     def write_validation(self, step: int, losses: dict[str, float]) -> None:
         self._write(step, losses)
@@ -2706,7 +2798,7 @@ class MetricLog:
     def _write(self, step: int, entry: dict[str, float], end: str = "") -> None:
         values = "  ".join(f"{key} {format_number(value)}" for key, value in entry.items())
         log.info(f"step {step:6d}  {values}{end}")
-        line = json.dumps({"step": step, **entry}) + "\n"
+        line = jsonl([{"step": step, **entry}])
         run_on_rank0(lambda: append_text(self.folder / "metrics.jsonl", line))
         self.wandb.log(entry, step)
         self._last_time = time.perf_counter()
@@ -2726,11 +2818,11 @@ def format_seconds(seconds: float) -> str:
 # The inputs of a run
 
 
-def report_split_name(cfg: Config) -> str:
+def choose_report_split(split_name: str | None, data_dir: str) -> str:
     """eval.split; by default test, if it has files, else val."""
-    if cfg.eval.split is not None:
-        return cfg.eval.split
-    paths = (vectors_path(cfg.data.dir, "test"), rows_path(cfg.data.dir, "test"))
+    if split_name is not None:
+        return split_name
+    paths = (vectors_path(data_dir, "test"), rows_path(data_dir, "test"))
     return "test" if any(path.exists() for path in paths) else "val"
 
 
@@ -2821,11 +2913,11 @@ def fits_in_memory(elm: ELM, num_tokens: int, max_seq_length: int, loss_cfg: Los
     optimizer will allocate, fits on every process. All processes take part."""
     step = trial_step(num_tokens, max_seq_length, elm.adapter)
 
-    def run_trial_pass() -> None:
+    def run_trial_pass() -> None:  # a function: its tensors are freed when it fails
         # 4: a parameter's gradient, AdamW's two moments, and what the update holds for a while.
         reserve = [torch.empty_like(p) for p in elm.adapter.parameters() for _ in range(4)]
         soft_gradient(elm, elm(step.batches[0].embeddings), step, loss_cfg, probe)
-        del reserve
+        del reserve  # not before: it stands for what the optimizer will hold
 
     failed = torch.zeros((), device=elm.device)
     try:
@@ -2854,8 +2946,9 @@ def trial_step(num_tokens: int, max_seq_length: int, adapter: Adapter) -> Step:
 
 
 class Trainer:
-    """A training run. __init__ opens, checks and resumes everything, and writes nothing; run()
-    trains and reports.
+    """A training run. __init__ opens and checks the data: what is wrong with them shows within
+    seconds. run() loads the models, trains and reports; it writes nothing before the first step is
+    possible. A sweep's TrialTrainer overrides methods.
 
     The order within the loop: update, log, save, leave after a signal, validate, end. All processes
     run all of it; process 0 alone writes.
@@ -2871,32 +2964,31 @@ class Trainer:
         if cfg.wandb.enabled:
             import_optional("wandb")
 
-        checkpoint = find_checkpoint(self.folder, cfg.train.resume)
-        self.is_resumed = checkpoint is not None
-        self.state = checkpoint.state if checkpoint else TrainState()
+        self.checkpoint = find_checkpoint(self.folder, cfg.train.resume)
+        self.is_resumed = self.checkpoint is not None
+        self.state = self.checkpoint.state if self.is_resumed else TrainState()
+        stored_prompt = self.checkpoint.prompt if self.is_resumed else None
 
-        # Data come before the LLM: what is wrong with them shows within seconds.
-        self.report_split = report_split_name(cfg)
-        self.splits = open_inputs(
-            cfg, ("train", "val", self.report_split), cfg.model.tokens,
-            checkpoint.prompt if checkpoint else None)
+        self.report_split = choose_report_split(cfg.eval.split, cfg.data.dir)
+        names = ("train", "val", self.report_split)
+        self.splits = open_inputs(cfg, names, cfg.model.tokens, stored_prompt)
         self.rows_per_step = cfg.train.batch_size * cfg.train.grad_accum * world_size()
         self.total_steps = self.count_steps()
         self.eval_steps = self.choose_eval_steps()
-        self.finished_report = self.find_finished_report(checkpoint)
-        if self.finished_report is not None:
-            log.info(f"{self.folder} holds a finished run of {self.state.step} steps; nothing to "
-                     "do")
-            return
-        self.check_embedder()
 
+    def prepare_models(self) -> None:
+        """Load the LLM, make or resume the adapter and its optimizer, fit what is fitted in closed
+        form, plan the memory. Raises: UserError."""
+        cfg = self.cfg
+        self.check_embedder()
         self.elm = self.build_elm()
         self.optimizer = torch.optim.AdamW(
             self.elm.adapter.parameters(), betas=(0.9, 0.999), eps=1e-8,
             weight_decay=cfg.train.weight_decay, fused=True)
-        self.probe = None  # of the drift loss
-        if checkpoint:
-            self.restore(checkpoint)
+        self.probe: Probe | None = None  # of the drift loss
+        if self.is_resumed:
+            self.restore(self.checkpoint)
+            self.checkpoint = None  # its tensors are copied
         elif cfg.train.warm_start:
             warm_start(self.elm, self.splits["train"])
         if cfg.loss.drift_weight == 0:
@@ -2925,10 +3017,10 @@ class Trainer:
     def choose_eval_steps(self) -> int:
         return self.cfg.train.eval_steps
 
-    def find_finished_report(self, checkpoint: Checkpoint | None) -> Json | None:
+    def find_finished_report(self) -> Json | None:
         """The report of a run that has nothing left to do, if it is whole."""
         path = self.folder / "eval.json"
-        if checkpoint is None or checkpoint.config["model"] != self.cfg.model.to_dict():
+        if not self.is_resumed or self.checkpoint.config["model"] != self.cfg.model.to_dict():
             return None
         if not self.has_ended() or not path.exists():
             return None
@@ -2940,12 +3032,8 @@ class Trainer:
         return report if is_of_this_step else None
 
     def check_embedder(self) -> None:
-        """Compare the embedder's vectors with the stored ones, on process 0, before the LLM takes
-        the memory."""
-        cfg = self.cfg
-        if cfg.eval.samples and cfg.eval.embedder:
-            run_on_rank0(lambda: compare_embedder(
-                cfg.eval.embedder, cfg.model.bf16, self.device, self.splits))
+        """Before the LLM takes the memory."""
+        check_embedder(self.cfg.eval, self.cfg.model.bf16, self.device, self.splits)
 
     def load_llm(self) -> PreTrainedModel:
         model = self.cfg.model
@@ -2988,17 +3076,24 @@ class Trainer:
             tensors = {name: t.to(self.device) for name, t in checkpoint.probe.items()}
             self.probe = Probe(**tensors)
 
-    def claim_folder(self) -> None:
-        """Lock output.dir until self.resources is closed, drop what a run logged there after this
-        state, write config.toml. On process 0. Raises: UserError."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.resources.enter_context(locked(self.folder / ".lock"))
-        if self.cfg.train.resume == "auto":
-            check_still_newest(self.folder, self.state.step)
-        elif self.cfg.train.resume is not None:
-            check_no_later_files(self.folder, self.state.step)
-        keep_metrics(self.folder, self.state)
-        write_text(self.folder / "config.toml", config_text(self.cfg))
+    @contextlib.contextmanager
+    def claimed_folder(self) -> Iterator[None]:
+        """Hold the lock of output.dir, on process 0; drop what a run logged there after this state,
+        and write config.toml. All processes take part. Raises: UserError, OSError."""
+
+        def claim() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(self.folder / ".lock"))
+            if self.cfg.train.resume == "auto":
+                check_still_newest(self.folder, self.state.step)
+            elif self.cfg.train.resume is not None:
+                check_no_later_files(self.folder, self.state.step)
+            keep_metrics(self.folder, self.state)
+            write_text(self.folder / "config.toml", config_text(self.cfg))
+
+        with contextlib.ExitStack() as stack:
+            run_on_rank0(claim)
+            yield
 
     def announce(self) -> None:
         warmup = self.cfg.train.warmup_steps
@@ -3015,22 +3110,30 @@ class Trainer:
     def run(self) -> Json:
         """Train and report: returns the dict of eval.json. Raises: UserError; SystemExit(128 +
         signal) after a signal, with a checkpoint."""
-        if self.finished_report is not None:
-            return self.finished_report
-        with contextlib.ExitStack() as self.resources:  # the folder's lock and the log
-            run_on_rank0(self.claim_folder)
-            self.metric_log = MetricLog(self.cfg, self.state, self.total_steps, self.plots)
-            self.resources.enter_context(self.metric_log)
-            self.state.wandb_id = self.metric_log.wandb.id
-            self.announce()
-            if self.is_resumed:  # the file may be of a step that the checkpoint does not know
-                self.save_best_adapter()
-            with self.signals:
-                self.fit()
-                self.save("checkpoint_final.pt")
-                self.leave_if_signalled()  # a signal may have come after the last step
-            report = self.report()
-            self.metric_log.wandb.summarize(report)
+        finished_report = self.find_finished_report()
+        if finished_report is not None:
+            log.info(f"{self.folder} holds a finished run of {self.state.step} steps; nothing to "
+                     "do")
+            return finished_report
+        self.prepare_models()
+        with self.claimed_folder():
+            wandb_run = WandbRun(self.cfg, self.state.wandb_id)
+            self.state.wandb_id = wandb_run.id
+            self.metric_log = MetricLog(
+                self.folder, wandb_run, self.state.step, self.total_steps, self.plots)
+            with self.metric_log:
+                return self.fit_and_report()
+
+    def fit_and_report(self) -> Json:
+        self.announce()
+        if self.is_resumed:  # the file may be of a step that the checkpoint does not know
+            self.save_best_adapter()
+        with self.signals:
+            self.fit()
+            self.save("checkpoint_final.pt")
+            self.leave_if_signalled()  # a signal may have come after the last step
+        report = self.report()
+        self.metric_log.wandb.summarize(report)
         return report
 
     def fit(self) -> None:
@@ -3158,7 +3261,7 @@ class Trainer:
             probe=self.probe._asdict() if self.probe else None,
             trained_for=self.elm.trained_for,
             config=self.cfg.to_dict(),
-            prompt=self.elm.prompt.parts)
+            prompt=self.elm.prompt.template_parts)
         names = (f"checkpoint_step_{step}.pt", *more_names)
         paths = [self.folder / name for name in names]
         run_on_rank0(lambda: save_checkpoint(checkpoint, paths))
@@ -3294,7 +3397,7 @@ def validation_losses(elm: ELM, split: Split, with_text: bool) -> dict[str, floa
 
 @dataclass
 class Measured:
-    """What a report needs of the LLM."""
+    """The LLM's part of a report."""
 
     losses: pd.DataFrame  # a row for each of the split's: vector, task, tokens, nll, nll_shuffled,
     #   nll_text, the last NaN where there is none
@@ -3354,9 +3457,9 @@ def generate_answers(elm: ELM, split: Split, row_ids: np.ndarray, vector_ids: np
         embeddings = split.embeddings(vector_ids[start : start + size])
         answers_of_batch[start] = elm.answer_batch(embeddings, queries, max_new_tokens)
     if stride > 1:
-        parts: list[Any] = [None] * stride
-        torch.distributed.all_gather_object(parts, answers_of_batch)
-        for part in parts:
+        gathered: list[dict[int, list[str]] | None] = [None] * stride
+        torch.distributed.all_gather_object(gathered, answers_of_batch)
+        for part in gathered:
             answers_of_batch |= part
     answers = []
     for start in sorted(answers_of_batch):
@@ -3394,6 +3497,7 @@ def load_scorer(cfg: EvalConfig, device: torch.device | str) -> BERTScorer:
     name = cfg.bertscore_model
     layers = scorer_layers(cfg)
     bert_score = import_optional("bert_score")
+    announce_download(name, key)
     with report_load_errors(name, key):
         scorer = bert_score.BERTScorer(name, num_layers=layers, device=str(device))
     scorer._model.float()
@@ -3416,6 +3520,7 @@ def load_embedder(name: str, bf16: bool, device: torch.device | str, key: str = 
         raise UserError(f"{key}: cannot load {name}: without modules.json, the library would take "
                         "mean pooling; add this file and 1_Pooling/config.json, as in "
                         "data/tiny/embedder")
+    announce_download(name, key)
     dtype = torch.bfloat16 if bf16 else torch.float32
     with report_load_errors(name, key):
         model = library.SentenceTransformer(
@@ -3457,6 +3562,14 @@ def compare_embedder(name: str, bf16: bool, device: torch.device,
                         "consistency and MRR mean little")
     del model
     free_memory()
+
+
+def check_embedder(cfg: EvalConfig, bf16: bool, device: torch.device,
+                   splits: dict[str, Split]) -> None:
+    """Compare the embedder that the report will use, on process 0. All processes take part. Raises:
+    UserError."""
+    if cfg.samples and cfg.embedder:
+        run_on_rank0(lambda: compare_embedder(cfg.embedder, bf16, device, splits))
 
 
 # Scores of answers
@@ -3576,8 +3689,8 @@ RATIOS = (
 
 
 def summands(losses: pd.DataFrame, scores: pd.DataFrame | None) -> pd.DataFrame:
-    """What RATIOS and scores sum up, by row; scores of rows that were not answered are NaN, which a
-    sum leaves out."""
+    """The summands of RATIOS and scores, by row; scores of rows that were not answered are NaN,
+    which a sum leaves out."""
     columns = losses.drop(columns="task")
     has_text = losses["nll_text"].notna()
     gap = losses["nll_shuffled"] - losses["nll"]
@@ -3644,31 +3757,16 @@ def write_report(measured: Measured, split: Split, cfg: Config, device: torch.de
     """Score the answers, write predictions.jsonl, eval.json and report.png into `folder`, print the
     table, and return the dict of eval.json, which begins with `header`. `run_folder` has the
     metrics of the training. On process 0 alone."""
-    predictions = []
     rows = split.read(measured.sample_ids)
-    for row, answer, shuffled_answer in zip(
-            rows, measured.answers, measured.shuffled_answers, strict=True):
-        predictions.append({
-            "task_type": row.task_type,
-            "embedding_file_idx": row.embedding_file_idx,
-            "query": row.query,
-            "response": row.response,
-            "prediction": answer,
-            "prediction_shuffled": shuffled_answer})
+    predictions = list_predictions(rows, measured)
     # Before the scores, which may fail.
     write_text(folder / "predictions.jsonl", jsonl(predictions))
-
     scores = None
     if predictions:
         references = [row.response for row in rows]
         scores = score(measured, references, split, cfg.eval, cfg.model.bf16, device)
     result = header | summarize(measured.losses, scores)
-    result["tasks"] = {}
-    for task, losses in measured.losses.groupby("task", observed=True):
-        task_scores = None
-        if scores is not None:
-            task_scores = scores[scores.index.isin(losses.index)]
-        result["tasks"][task] = summarize(losses, task_scores)
+    result["tasks"] = summarize_tasks(measured.losses, scores)
     write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
 
     metrics = read_metrics(run_folder / "metrics.jsonl")
@@ -3680,6 +3778,32 @@ def write_report(measured: Measured, split: Split, cfg: Config, device: torch.de
         table = vectors_path(cfg.data.dir, result["split"])
         print_next_command(adapter, table, predictions[0]["query"])
     return result
+
+
+def list_predictions(rows: list[Row], measured: Measured) -> list[Json]:
+    """The lines of predictions.jsonl, of the rows that were answered."""
+    predictions = []
+    answers = zip(rows, measured.answers, measured.shuffled_answers, strict=True)
+    for row, answer, shuffled_answer in answers:
+        predictions.append({
+            "task_type": row.task_type,
+            "embedding_file_idx": row.embedding_file_idx,
+            "query": row.query,
+            "response": row.response,
+            "prediction": answer,
+            "prediction_shuffled": shuffled_answer})
+    return predictions
+
+
+def summarize_tasks(losses: pd.DataFrame, scores: pd.DataFrame | None) -> Json:
+    """summarize() of the rows of each task type."""
+    summaries = {}
+    for task, losses_of_task in losses.groupby("task", observed=True):
+        scores_of_task = None
+        if scores is not None:
+            scores_of_task = scores[scores.index.isin(losses_of_task.index)]
+        summaries[task] = summarize(losses_of_task, scores_of_task)
+    return summaries
 
 
 def gap_closed(loss: float, loss_shuffled: float, loss_text: float) -> float | None:
@@ -3942,6 +4066,9 @@ class SweepConfig(Table):
 
 KEYS_SET_BY_SWEEP = (
     "eval.", "output.", "wandb.", "train.eval_steps", "train.resume", "train.seed")
+sweep_log = logging.getLogger("elm.sweep")  # is heard while trials are quiet
+sweep_log.setLevel(logging.INFO)
+
 HEARTBEAT_SECONDS = 30
 GRACE_SECONDS = 120  # a trial without a heartbeat for so long was killed
 
@@ -3956,10 +4083,11 @@ def trial_config(sweep: Sweep, settings: Json, name: str) -> Config:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file says, settings by dotted name."""
+    """A sweep file, resolved; settings by dotted name."""
 
     study: StudyConfig
     output_dir: str
+    log_file: str | None
     base: Json  # all settings of the trainings that differ from the defaults
     space: Json  # a range or choices by setting
 
@@ -3979,7 +4107,8 @@ def load_sweep(path: str, overrides: Iterable[str]) -> Sweep:
         for key, value in own_table.items():
             settings[f"{section}.{key}"] = value
     cfg = parse_config(apply_overrides({}, settings), Config, path)
-    sweep = Sweep(given.study, cfg.output.dir, settings, flatten(given.space))
+    sweep = Sweep(
+        given.study, cfg.output.dir, cfg.output.log_file, settings, flatten(given.space))
 
     errors = []
     if not cfg.eval.samples or not sweep.space:
@@ -4055,8 +4184,9 @@ def create_study(sweep: Sweep) -> optuna.Study:
     address = url.split("@")[-1].split("?")[0]  # without a password
     # A trial whose worker was killed misses its heartbeats; another worker begins it again.
     retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
-    kinds = (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, RuntimeError)
-    with user_error(f"study.storage: cannot open {address}", *kinds):
+    exception_types = (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError,
+                       RuntimeError)
+    with user_error(f"study.storage: cannot open {address}", *exception_types):
         storage = optuna.storages.RDBStorage(
             url, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
             heartbeat_stale_trial_callback=retry)
@@ -4087,6 +4217,8 @@ class TrialTrainer(Trainer):
     """A trial of a sweep: without checkpoints and report, on the worker's LLM and scorer. It tells
     Optuna its score at each quarter, and returns the last one alone."""
 
+    plots = False
+
     def __init__(self, cfg: Config, worker: SweepWorker, trial: optuna.Trial):
         self.worker = worker
         self.trial = trial
@@ -4094,11 +4226,7 @@ class TrialTrainer(Trainer):
 
     def choose_eval_steps(self) -> int:
         """Quarters, so that trials of different batch sizes are pruned at equal progress."""
-        eval_steps = max(1, math.ceil(self.total_steps / 4))
-        self.trial.set_user_attr("eval_steps", eval_steps)
-        return eval_steps
-
-    plots = False
+        return max(1, math.ceil(self.total_steps / 4))
 
     def check_embedder(self) -> None:
         pass
@@ -4120,16 +4248,16 @@ class TrialTrainer(Trainer):
         losses = super().validation_losses()
         step = self.state.step
         if 0 < step < self.total_steps:
-            losses["val_bertscore"] = self.score()
+            losses["val_bertscore"] = self.validation_bertscore()
             self.trial.report(losses["val_bertscore"], step // self.eval_steps)
         return losses
 
-    def score(self) -> float:
-        return self.worker.score(self.elm, self.splits["val"], self.cfg.eval)
+    def validation_bertscore(self) -> float:
+        return self.worker.validation_bertscore(self.elm, self.splits["val"], self.cfg.eval)
 
     def report(self) -> Json:
         self.elm.eval().adapter.load_state_dict(self.state.best_adapter)
-        return {"bertscore_composite": self.score()}
+        return {"bertscore_composite": self.validation_bertscore()}
 
 
 class SweepWorker:
@@ -4157,7 +4285,7 @@ class SweepWorker:
             self._llm_key = key
         return self._llm
 
-    def score(self, elm: ELM, split: Split, cfg: EvalConfig) -> float:
+    def validation_bertscore(self, elm: ELM, split: Split, cfg: EvalConfig) -> float:
         """The bertscore_composite that a report would find, and nothing else."""
         row_ids = pick_samples(split, cfg.samples)
         vector_ids = split.index["vector_id"][row_ids]
@@ -4173,11 +4301,13 @@ class SweepWorker:
             for key, spec in self.sweep.space.items():
                 suggest(trial, key, spec)
             cfg = trial_config(self.sweep, trial.params, f"trial_{trial.number}")
-            return TrialTrainer(cfg, self, trial).run()["bertscore_composite"]
+            trainer = TrialTrainer(cfg, self, trial)
+            trial.set_user_attr("eval_steps", trainer.eval_steps)
+            return trainer.run()["bertscore_composite"]
         except (UserError, RuntimeError) as e:
             reason = (str(e) or repr(e)).splitlines()[0]
             trial.set_user_attr("reason", reason)
-            print(f"trial {trial.number} failed: {reason}")
+            sweep_log.info(f"trial {trial.number} failed: {reason}")
             raise
 
     def run(self) -> None:
@@ -4211,19 +4341,19 @@ class SweepWorker:
         with locked(folder / ".lock", wait=True):  # other workers write them, too
             trials = self.study.get_trials(deepcopy=False)
             write_text(folder / "trials.jsonl", jsonl(describe_trial(trial) for trial in trials))
-            plot_sweep(folder / "sweep.png", self.study)
             complete = self.complete_trials()
             if not complete:
-                print(f"{len(trials)} trials, none is complete yet", flush=True)
+                sweep_log.info(f"{len(trials)} trials, none is complete yet")
                 return
+            plot_sweep(folder / "sweep.png", self.study)
             best = max(complete, key=lambda trial: trial.value)
             settings = best.params | {"train.eval_steps": best.user_attrs["eval_steps"]}
             cfg = trial_config(self.sweep, settings, "best")
             title = (f"# trial {best.number} of {self.study.study_name}: {best.value!r} on the "
                      "validation split\n")
             write_text(folder / "best.toml", title + config_text(cfg))
-        message = f"{len(trials)} trials, the best is trial {best.number}: {best.value:.4f}"
-        print(message, flush=True)
+        sweep_log.info(
+            f"{len(trials)} trials, the best is trial {best.number}: {best.value:.4f}")
 
 
 def describe_trial(trial: optuna.trial.FrozenTrial) -> Json:
@@ -4256,7 +4386,7 @@ def run_sweep(sweep: Sweep) -> None:
     level = log.level
     log.setLevel(logging.WARNING)  # of a trial its warnings alone
     try:
-        with log_to_file(sweep.base.get("output.log_file")):
+        with log_to_file(sweep.log_file):
             SweepWorker(sweep).run()
     finally:
         log.setLevel(level)
@@ -4268,8 +4398,8 @@ def run_sweep(sweep: Sweep) -> None:
 
 class EvalOptions(Config):
     adapter: PathStr  # a file, a run's folder, or a name on the hub
-    report_dir: PathStr | None = None  # of the report, a new folder; none: beside the adapter,
-    #   eval_SPLIT_step_N. The tables of the training's TOML file follow:
+    report_dir: PathStr | None = None  # a new folder for the report; none: eval_SPLIT_step_N
+    #   beside the adapter
 
 
 class GenerateOptions(Table):
@@ -4290,7 +4420,7 @@ def evaluate(options: EvalOptions) -> Json:
     """The report of a training's end on any adapter: returns the dict of eval.json. Raises:
     UserError."""
     device = start_distributed()
-    split_name = report_split_name(options)
+    split_name = choose_report_split(options.eval.split, options.data.dir)
     path = Path(options.adapter)
     adapter, metadata = Adapter.load(path)
     step = metadata.get("step")  # None: saved by ELM.save
@@ -4307,9 +4437,7 @@ def evaluate(options: EvalOptions) -> Json:
     where = f"data.dir: {split_name}"
     check_width(split.vectors, adapter, where)
     check_norm(adapter.norms, split.statistics["norms"][1].item(), where)
-    embedder = options.eval.embedder
-    if options.eval.samples and embedder:
-        run_on_rank0(lambda: compare_embedder(embedder, options.model.bf16, device, splits))
+    check_embedder(options.eval, options.model.bf16, device, splits)
     elm = ELM.from_adapter(
         adapter, metadata, path, options.model.llm, options.model.bf16, options.deepspeed)
     check_llm(elm, options.data.max_seq_length)
@@ -4325,8 +4453,7 @@ def evaluate(options: EvalOptions) -> Json:
 
 
 def generate(options: GenerateOptions) -> None:
-    """Print answers about the vectors of a file as lines of JSON, as they come. Raises:
-    UserError."""
+    """Print answers about the vectors of a file as lines of JSON, streamed. Raises: UserError."""
     vectors = open_vectors(Path(options.embeddings))
     adapter, metadata = Adapter.load(options.adapter)
     row_ids = range(len(vectors)) if options.rows is None else options.rows
@@ -4334,9 +4461,7 @@ def generate(options: GenerateOptions) -> None:
         if not 0 <= row_id < len(vectors):
             raise UserError(f"rows: no row {row_id} among {len(vectors)}")
     Prompt.split_query(options.query)
-    for start in range(0, len(row_ids), 1024):  # a bad one is named before the first answer
-        part = row_ids[start : start + 1024]
-        check_vectors(vectors[list(part)], adapter, options.embeddings, part)
+    check_rows(vectors, row_ids, adapter, options.embeddings)  # before the first answer
 
     device = start_distributed()
     zero = DeepSpeedConfig(zero_stage=options.zero_stage)
@@ -4369,6 +4494,7 @@ class Command(NamedTuple):
     name: str
     operands: dict[str, str]  # the paths that it takes: argument -> name in the usage
     config_class: type[Table]  # what `key=value` sets
+    summary: str
     example: str
     run: Callable[[argparse.Namespace], None]
     less_memory: str  # settings that need less
@@ -4381,7 +4507,9 @@ def run_train(args: argparse.Namespace) -> None:
 def run_eval(args: argparse.Namespace) -> None:
     if "output.dir" in parse_overrides(args.settings):
         raise UserError("output.dir: eval writes its report to report_dir=NEW")
-    evaluate(load_config(args.toml, args.settings, EvalOptions))
+    options = load_config(args.toml, args.settings, EvalOptions)
+    with log_to_file(options.output.log_file):
+        evaluate(options)
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -4398,29 +4526,33 @@ LESS_MEMORY = ("model.grad_checkpoint = true, or data.max_seq_length = 512, or o
 COMMANDS = (
     Command(
         name="train", operands={"toml": "TRAIN.TOML"}, config_class=Config, run=run_train,
+        summary="train an adapter and report on it",
         example="deepspeed elm.py train.toml train.lr=2e-4", less_memory=LESS_MEMORY),
     Command(
         name="eval", operands={"toml": "TRAIN.TOML"}, config_class=EvalOptions, run=run_eval,
+        summary="report on any adapter",
         example="python elm.py eval train.toml adapter=data/checkpoints/tiny",
         less_memory=LESS_MEMORY),
     Command(
         name="generate", operands={}, config_class=GenerateOptions, run=run_generate,
+        summary="answers about vectors, as lines of JSON",
         example="python elm.py generate adapter=data/checkpoints/tiny rows=[0] "
                 "embeddings=data/tiny/embeddings/test_embeddings.safetensors "
                 "'query=What is it about?'",
         less_memory="max_new_tokens = 64, or on several GPUs zero_stage = 3"),
     Command(
         name="sweep", operands={"toml": "SWEEP.TOML"}, config_class=SweepConfig,
-        run=run_sweep_file, example="python elm.py sweep sweep.toml study.trials=20",
+        run=run_sweep_file, summary="search settings by Optuna",
+        example="python elm.py sweep sweep.toml study.trials=20",
         less_memory="base.model.grad_checkpoint = true, or base.data.max_seq_length = 512"))
 
 
 def describe_tables(config_class: type[Table], name: str = "") -> str:
     """The fields of a config and of its tables, as they stand in a source file with their comments.
-    They end at the first blank line of the class."""
-    source = Path(inspect.getfile(config_class)).read_text("utf-8")
-    start = source.index(f"\nclass {config_class.__name__}(")
-    _, _, fields = source[start + 1 :].partition("\n\n")[0].partition("\n")
+    A blank line ends them. (inspect.getsource parses the whole file for each class: too slow.)"""
+    code = Path(inspect.getfile(config_class)).read_text("utf-8")
+    start = code.index(f"\nclass {config_class.__name__}(")
+    _, _, fields = code[start + 1 :].partition("\n\n")[0].partition("\n")
     text = f"\n[{name}]\n{fields}\n" if name else f"\n{fields}\n"
     if config_class is Config:
         text = ""  # its fields are the tables
@@ -4435,6 +4567,7 @@ class ShowHelp(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         command = parser.get_default("command")
+        print(f"{command.summary}\n")
         print(parser.format_usage())
         print(f"for example: {command.example}")
         print("\nSettings, as name=value in the words of TOML; none restores a default:")
@@ -4457,7 +4590,7 @@ def make_parser(
 
 def add_command(subparsers: Any, command: Command) -> None:
     """A sub-command with its operands, settings, and --help."""
-    subparser = subparsers.add_parser(command.name, help=command.example, add_help=False)
+    subparser = subparsers.add_parser(command.name, help=command.summary, add_help=False)
     subparser.set_defaults(command=command)
     subparser.add_argument("-h", "--help", nargs=0, action=ShowHelp)
     for argument, name in command.operands.items():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
+import functools
 import itertools
 import os
 import random
@@ -129,7 +130,7 @@ def pick_split(position: float, shares: Sequence[float]) -> str:
     return SPLITS[bisect.bisect_right(bounds, position * bounds[-1])]
 
 
-def check_splits(splits: dict[str, str], path: Path) -> None:
+def check_shares(splits: dict[str, str], path: Path) -> None:
     """Raises: UserError if a split is unknown, or has too few texts for the shuffled control."""
     sizes = Counter(splits.values())
     unknown = sorted(set(sizes) - set(SPLITS))
@@ -159,12 +160,14 @@ def resumable_work_folder(out: Path) -> Iterator[Path]:
 def write_table(path: Path, chunks: Iterable[Tensor], **metadata: str) -> None:
     """Write chunks of vectors [n, E] as the one tensor of a safetensors file. A scratch file beside
     it collects them, so that the table is never in memory. Raises: UserError."""
+    chunks = iter(chunks)
+    first_chunk = next(chunks)
     with elm.atomic_write(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as scratch:
-        for chunk in chunks:
+        for chunk in itertools.chain([first_chunk], chunks):
             scratch.write(chunk.contiguous().view(torch.uint8).numpy())
         scratch.flush()
         data = torch.from_numpy(np.memmap(scratch, np.uint8))
-        table = data.view(chunk.dtype).view(-1, chunk.shape[1])
+        table = data.view(first_chunk.dtype).view(-1, first_chunk.shape[1])
 
         temporary.touch()
         mode = temporary.stat().st_mode  # by the user's umask; safetensors makes files private
@@ -173,7 +176,7 @@ def write_table(path: Path, chunks: Iterable[Tensor], **metadata: str) -> None:
 
 
 def write_split(data_dir: Path, split_name: str, vectors: Tensor, vector_ids: np.ndarray,
-                rows: list[dict[str, Any]]) -> None:
+                rows: list[elm.Json]) -> None:
     """Write those of the vectors [N, E] at the ascending indices `vector_ids`, and rows, whose
     embedding_file_idx becomes the index among these. Raises: UserError."""
     parts = torch.from_numpy(vector_ids).split(8192)
@@ -211,13 +214,13 @@ def embed(options: EmbedOptions, texts_path: Path, out: Path) -> None:
         options.model, options.bf16, elm.find_device(), "model", options.max_tokens)
     texts = (source.text for source in read_texts(texts_path))
     with resumable_work_folder(out) as work:
-        embed_texts(model, texts, num_texts, options, work, out)
+        write_embeddings(model, texts, num_texts, options, work, out)
     width = elm.open_vectors(out).shape[1]
     elm.log.info(f"{num_texts} vectors of width {width}; texts of more than "
                  f"{model.max_seq_length} tokens are cut")
 
 
-def embed_texts(model: SentenceTransformer, texts: Iterable[str], num_texts: int,
+def write_embeddings(model: SentenceTransformer, texts: Iterable[str], num_texts: int,
                 options: EmbedOptions, work: Path, out: Path) -> None:
     """Write the vectors of texts as a table [num_texts, width] of unit vectors in fp32. Each block
     of texts is saved in the folder `work`, by a hash of all it depends on, and taken from there by
@@ -252,7 +255,7 @@ def filter_tasks(options: FilterOptions, data_dir: Path, out: Path) -> None:
     """A data set of some task types, whole or not at all: their rows as they are, but for the
     index, and only the vectors that these need, in the same order. Raises: UserError."""
     elm.check_new(out)
-    split_names = [name for name in SPLITS if has_split(data_dir, name)]
+    split_names = list(filter(functools.partial(has_split, data_dir), SPLITS))
     if not split_names:
         rows_path = elm.rows_path(str(data_dir), "train")
         raise UserError(f"{data_dir}: is no data set: no {rows_path} with its vectors")
@@ -336,7 +339,7 @@ class DraftRow:
     response: str = ""
     rejected: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> elm.Json:
         """The row as a data set has it."""
         return {
             "task_type": self.task_type,
@@ -357,7 +360,10 @@ def read_queries(path: str | None) -> dict[str, list[str]]:
             for text in texts:
                 elm.Prompt.split_query(text)  # refuses two placeholders
         queries |= given
-    return {task: texts for task, texts in queries.items() if texts}
+    for task in list(queries):
+        if not queries[task]:
+            del queries[task]
+    return queries
 
 
 def draw_rows(text: str, vector_id: int, queries: dict[str, list[str]],
@@ -470,12 +476,18 @@ def check_answers(rows: list[DraftRow], splits: dict[str, str]) -> None:
     """Raises: UserError unless two texts of each split have an accepted answer. Rows of RECONSTRUCT
     do not count beside others, as they say nothing about the LLM."""
     asked = [row for row in rows if row.task_type != RECONSTRUCT] or rows
-    answered_texts = {row.text for row in asked if not row.rejected}
-    sizes = {split_name: 0 for split_name in sorted(set(splits.values()))}
+    answered_texts = set()
+    rejected_for = set()
+    for row in asked:
+        if row.rejected:
+            rejected_for.add(row.rejected)
+        else:
+            answered_texts.add(row.text)
+    sizes = dict.fromkeys(sorted(set(splits.values())), 0)
     for text in answered_texts:
         sizes[splits[text]] += 1
     if min(sizes.values()) < 2:
-        reasons = ", ".join(sorted({row.rejected for row in asked if row.rejected}))
+        reasons = ", ".join(sorted(rejected_for))
         raise UserError(f"model: {sizes} texts have accepted answers, each split needs two; "
                         f"rejected: {reasons or 'none'}")
 
@@ -488,7 +500,7 @@ def synthesize(options: SynthesizeOptions, texts_path: Path, out: Path) -> None:
     answers, and vectors. Raises: OSError; UserError."""
     elm.check_new(out)
     splits = assign_splits(read_texts(texts_path), options.split)
-    check_splits(splits, texts_path)
+    check_shares(splits, texts_path)
     queries = read_queries(options.queries)
     rows = []
     for vector_id, text in enumerate(splits):
@@ -518,7 +530,7 @@ def embed_all(texts: list[str], options: SynthesizeOptions, work: Path, out: Pat
     """Write the vectors of texts. The embedder is freed again. Raises: UserError."""
     embed_options = EmbedOptions(model=options.embedder, bf16=options.bf16)
     model = elm.load_embedder(options.embedder, options.bf16, elm.find_device(), "embedder")
-    embed_texts(model, texts, len(texts), embed_options, work, out)
+    write_embeddings(model, texts, len(texts), embed_options, work, out)
     del model
     elm.free_memory()
 
@@ -586,15 +598,17 @@ COMMANDS = (
     elm.Command(
         name="synthesize", operands={"texts": "TEXTS", "out": "OUT"},
         config_class=SynthesizeOptions, run=run_synthesize,
+        summary="a data set from texts: queries, an LLM's answers, vectors, splits",
         example="python data/prepare.py synthesize texts.jsonl data/mine",
         less_memory="max_new_tokens = 128, or a server (endpoint=URL)"),
     elm.Command(
         name="embed", operands={"texts": "TEXTS", "out": "OUT"}, config_class=EmbedOptions,
-        run=run_embed, example="python data/prepare.py embed texts.jsonl out.safetensors",
+        run=run_embed, summary="a table of the vectors of texts",
+        example="python data/prepare.py embed texts.jsonl out.safetensors",
         less_memory="batch_size = 8, or max_tokens = 512"),
     elm.Command(
         name="filter", operands={"data": "DIR", "out": "OUT"}, config_class=FilterOptions,
-        run=run_filter,
+        run=run_filter, summary="a data set of only some task types",
         example="python data/prepare.py filter data/tiny data/few 'tasks=[\"summary\"]'",
         less_memory="fewer tasks"))
 

@@ -202,6 +202,22 @@ def processes():
     """For tests that start processes: whoever asks for it is slow."""
 
 
+@pytest.fixture(autouse=True)
+def no_unnamed_processes(request, monkeypatch):
+    """Refuses Python processes of tests that do not ask for `processes`; ruff's is quick."""
+    if "processes" in request.fixturenames:
+        return
+    popen = subprocess.Popen.__init__
+
+    def guarded(self, args, *rest, **options):
+        words = [str(word) for word in args] if isinstance(args, list | tuple) else [str(args)]
+        starts_python = re.match(r"python|deepspeed|torchrun", Path(words[0]).name)
+        assert not starts_python or "ruff" in words, "ask for the fixture `processes` or `run`"
+        popen(self, args, *rest, **options)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", guarded)
+
+
 @pytest.fixture
 def run(processes):
     """See start_elm."""

@@ -98,14 +98,15 @@ def test_names_of_special_tokens_in_rows_are_text(data_dir, layout):
 def test_tokenizer_without_chat_template_gets_a_plain_prompt(data_dir):
     tokenizer = byte_tokenizer(chat_template=None)
     prompt = elm.Prompt(tokenizer)
-    assert prompt.parts == {"prefix": "", "suffix": "\n", "end": "<|im_end|>"}
+    assert prompt.template_parts == {"prefix": "", "suffix": "\n", "end": "<|im_end|>"}
     assert prompt.split_query(" What is it?\n") == ("", "\nWhat is it?")
     assert prompt.split_query(" Is <EMB> it? ") == ("Is ", " it?")
     assert len(open_train(data_dir, prompt)) == 40
 
     with_bos = TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 257)])
     tokenizer.backend_tokenizer.post_processor = with_bos  # as Llama's
-    assert elm.Prompt(tokenizer).parts == prompt.parts | {"prefix": "<|im_start|>"}
+    with_start = prompt.template_parts | {"prefix": "<|im_start|>"}
+    assert elm.Prompt(tokenizer).template_parts == with_start
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_a_response_ends_as_the_template_ends_a_turn(data_dir, template, control
     tokenizer = byte_tokenizer(template, "<|endoftext|>")
     tokenizer.add_tokens(["\n", *control], special_tokens=special)
     prompt = elm.Prompt(tokenizer)
-    assert prompt.parts["end"].strip() == end
+    assert prompt.template_parts["end"].strip() == end
     assert prompt.end_ids == [tokenizer.convert_tokens_to_ids(end)]
     rows = read_jsonl(rows_path(data_dir))
     examples = open_train(data_dir, prompt).examples(range(40))
@@ -166,7 +167,7 @@ THINK = (
 
 def test_an_open_block_of_thoughts_is_warned_of(capsys):
     prompt = elm.Prompt(byte_tokenizer(CHAT + THINK))
-    assert prompt.parts["suffix"].endswith("assistant\n<think>\n")
+    assert prompt.template_parts["suffix"].endswith("assistant\n<think>\n")
     assert "<think>\\n', but an answer follows" in capsys.readouterr().err
 
     content = "{{ m['content']"
@@ -177,7 +178,7 @@ def test_an_open_block_of_thoughts_is_warned_of(capsys):
 
 def test_arguments_of_the_template(capsys):
     prompt = elm.Prompt(byte_tokenizer(CHAT + THINK), {"enable_thinking": False})
-    assert prompt.parts["suffix"].endswith("<think>\n</think>\n\n")
+    assert prompt.template_parts["suffix"].endswith("<think>\n</think>\n\n")
     assert not capsys.readouterr().err
 
 

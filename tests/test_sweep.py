@@ -288,7 +288,7 @@ class ScoredByRate(elm.SweepWorker):
         self.trial = trial
         return super().run_trial(trial)
 
-    def score(self, model, split, cfg):
+    def validation_bertscore(self, model, split, cfg):
         return 1 - self.trial.params["train.lr"]
 
 
@@ -320,11 +320,11 @@ class Signalled(elm.SweepWorker):
         self.number = number
         self.scores_left = n
 
-    def score(self, model, split, cfg):
+    def validation_bertscore(self, model, split, cfg):
         self.scores_left -= 1
         if self.scores_left == 0:
             os.kill(os.getpid(), self.number)
-        return super().score(model, split, cfg)
+        return super().validation_bertscore(model, split, cfg)
 
 
 @pytest.mark.parametrize("number, n, stopped", [

@@ -127,6 +127,7 @@ def test_the_loop_is_the_naive_loop(brief, stage):
     """Steps of several micro-batches: losses, clipped updates by AdamW, moments."""
     more = ["train.batch_size=40", "train.max_grad_norm=0.02"]
     trainer = elm.Trainer(elm.load_config(None, [*brief, *more]))  # as before its loop
+    trainer.prepare_models()
     adapter = trainer.elm.adapter
     split = trainer.splits["train"]
     row_ids = np.arange(40)
@@ -676,7 +677,8 @@ def test_a_wandb_run_ends_with_the_exit_code(stub_wandb, tmp_path, error, code):
     """Once."""
     stub, _ = stub_wandb
     cfg = elm.load_config(None, [f"output.dir={tmp_path}", "wandb.enabled=true"])
-    log = elm.MetricLog(cfg, elm.TrainState(), total_steps=1, plots=False)
+    wandb_run = elm.WandbRun(cfg, run_id=None)
+    log = elm.MetricLog(tmp_path, wandb_run, first_step=0, total_steps=1, plots=False)
     expected = pytest.raises(type(error)) if error else contextlib.nullcontext()
     with expected, log:
         if error:
