@@ -2976,6 +2976,8 @@ class Trainer:
         self.total_steps = self.count_steps()
         self.eval_steps = self.choose_eval_steps()
 
+    # Setting up
+
     def prepare_models(self) -> None:
         """Load the LLM, make or resume the adapter and its optimizer, fit what is fitted in closed
         form, plan the memory. Raises: UserError."""
@@ -2998,8 +3000,6 @@ class Trainer:
         self.elm.train()
         self.micro_batch_tokens = plan_memory(
             self.elm, cfg.data.max_seq_length, cfg.model.grad_checkpoint, cfg.loss, self.probe)
-
-    # Setting up
 
     def count_steps(self) -> int:
         """The steps of the whole run. A resumed run may have another batch size or another number
