@@ -17,7 +17,7 @@ TREE = ast.parse(SOURCE)
 PROGRAMS = [ROOT / "elm.py", *sorted((ROOT / "data").glob("*.py"))]
 HEAVY = {
     "accelerate", "bert_score", "deepspeed", "huggingface_hub", "jinja2", "matplotlib", "optuna",
-    "pandas", "scipy", "sentence_transformers", "sklearn", "tokenizers", "tqdm", "transformers",
+    "pandas", "scipy", "sentence_transformers", "sklearn", "tokenizers", "transformers",
     "wandb"}  # fmt: skip
 
 
