@@ -1614,6 +1614,8 @@ def packed_attention(
     """
     if s_aux is not None:
         raise ValueError("its attention has sinks")
+    if lengths is None:
+        raise ValueError("it does not pass the lengths of examples down to its attention")
     if can_use_varlen(query, softcap):
         out = varlen_attention(query, key, value, scaling, lengths, cu_seqlens, sliding_window)
         return out, None
@@ -2467,7 +2469,8 @@ class TrainState:
         """Take note of a validation. Returns whether its loss is the lowest so far."""
         self.last_validated_step = self.step
         self.evals_since_best += 1
-        is_best = loss < self.best_loss or self.best_adapter is None
+        is_first = self.best_adapter is None or math.isnan(self.best_loss)
+        is_best = is_first or loss < self.best_loss
         if is_best:
             self.best_loss = loss
             self.best_step = self.step
@@ -2573,10 +2576,16 @@ def find_checkpoint(folder: Path, resume: str | None) -> Checkpoint | None:
         path = run_on_rank0(lambda: newest_checkpoint(folder))
         return load_checkpoint(path) if path else None
     is_own = resume is not None and Path(resume).resolve().parent == folder.resolve()
-    if (folder / "metrics.jsonl").exists() and not is_own:
-        raise UserError(f"output.dir: {folder} holds a run already; go on with it by "
-                        "train.resume=auto, or choose another folder")
+    if not is_own:
+        check_holds_no_run(folder)
     return load_checkpoint(Path(resume)) if resume else None
+
+
+def check_holds_no_run(folder: Path) -> None:
+    """Raises: UserError."""
+    if (folder / "metrics.jsonl").exists():
+        raise UserError(f"output.dir: {folder} holds a run already; resume it by "
+                        "train.resume=auto, or choose another folder")
 
 
 def check_no_later_files(folder: Path, step: int) -> None:
@@ -3020,8 +3029,11 @@ class Trainer:
     def find_finished_report(self) -> Json | None:
         """The report of a run that has nothing left to do, if it is whole."""
         path = self.folder / "eval.json"
-        if not self.is_resumed or self.checkpoint.config["model"] != self.cfg.model.to_dict():
+        if not self.is_resumed:
             return None
+        for table in ("model", "data", "eval"):  # else the report would be another one
+            if self.checkpoint.config[table] != self.cfg.to_dict()[table]:
+                return None
         if not self.has_ended() or not path.exists():
             return None
         try:
@@ -3086,7 +3098,9 @@ class Trainer:
             stack.enter_context(locked(self.folder / ".lock"))
             if self.cfg.train.resume == "auto":
                 check_still_newest(self.folder, self.state.step)
-            elif self.cfg.train.resume is not None:
+            elif self.cfg.train.resume is None:
+                check_holds_no_run(self.folder)
+            else:
                 check_no_later_files(self.folder, self.state.step)
             keep_metrics(self.folder, self.state)
             write_text(self.folder / "config.toml", config_text(self.cfg))
@@ -3114,7 +3128,7 @@ class Trainer:
         if finished_report is not None:
             log.info(f"{self.folder} holds a finished run of {self.state.step} steps; nothing to "
                      "do")
-            return finished_report
+            return finished_report if rank() == 0 else {}
         self.prepare_models()
         with self.claimed_folder():
             wandb_run = WandbRun(self.cfg, self.state.wandb_id)
@@ -4106,7 +4120,7 @@ def load_sweep(path: str, overrides: Iterable[str]) -> Sweep:
         own_table = getattr(given, section).model_dump(exclude_unset=True)
         for key, value in own_table.items():
             settings[f"{section}.{key}"] = value
-    cfg = parse_config(apply_overrides({}, settings), Config, path)
+    cfg = parse_config(apply_overrides({}, settings), Config, f"{path} over {train_toml}")
     sweep = Sweep(
         given.study, cfg.output.dir, cfg.output.log_file, settings, flatten(given.space))
 
@@ -4125,8 +4139,7 @@ def load_sweep(path: str, overrides: Iterable[str]) -> Sweep:
 
 def check_space(sweep: Sweep, key: str, spec: object) -> None:
     """Raises: ValueError or TypeError if a setting cannot have the values of `spec`."""
-    from optuna.trial import FixedTrial
-
+    fixed_trial = import_optional("optuna").trial.FixedTrial
     if key.startswith(KEYS_SET_BY_SWEEP):
         raise ValueError("is set by the sweep itself")
     if isinstance(spec, dict):
@@ -4139,7 +4152,7 @@ def check_space(sweep: Sweep, key: str, spec: object) -> None:
         raise ValueError("must be choices in a list, or {low, high}")
     for value in values:
         trial_config(sweep, {key: value}, "check")
-        suggest(FixedTrial({key: value}), key, spec)
+        suggest(fixed_trial({key: value}), key, spec)
 
 
 def suggest(trial: optuna.trial.BaseTrial, key: str, spec: Json | list[Any]) -> None:
@@ -4214,8 +4227,9 @@ def check_study(study: optuna.Study, sweep: Sweep) -> None:
 
 
 class TrialTrainer(Trainer):
-    """A trial of a sweep: without checkpoints and report, on the worker's LLM and scorer. It tells
-    Optuna its score at each quarter, and returns the last one alone."""
+    """A trial of a sweep: without checkpoints and report, on the worker's LLM and scorer. It
+    reports the scores of its first three quarters to Optuna, for pruning, and returns that of its
+    best adapter."""
 
     plots = False
 
@@ -4424,6 +4438,9 @@ def evaluate(options: EvalOptions) -> Json:
     path = Path(options.adapter)
     adapter, metadata = Adapter.load(path)
     step = metadata.get("step")  # None: saved by ELM.save
+    if options.report_dir is None and not path.exists():  # on the hub
+        raise UserError("report_dir: an adapter of the hub has no folder here for the report; name "
+                        "one")
     run_folder = (path if path.is_dir() else path.parent).resolve()
     if options.report_dir is not None:
         folder = Path(options.report_dir)
@@ -4432,6 +4449,8 @@ def evaluate(options: EvalOptions) -> Json:
         folder = run_folder / f"eval_{split_name}_{name}"
     run_on_rank0(lambda: check_new(folder / "metrics.jsonl", folder / "eval.json"))
 
+    if "prompt" in metadata:
+        check_template_parts(metadata["prompt"], path)
     splits = open_inputs(options, (split_name,), adapter.tokens, metadata.get("prompt"))
     split = splits[split_name]
     where = f"data.dir: {split_name}"
