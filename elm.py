@@ -333,10 +333,18 @@ def parse_config(
     lines = []
     for error in errors:
         key = ".".join(str(part) for part in error["loc"])
-        is_override = any(f"{key}.".startswith(f"{name}.") for name in overrides)
-        prefix = f"{file_name}: " if file_name and not is_override else ""
+        is_of_file = file_name and error["type"] != "missing" and not is_set_by(overrides, key)
+        prefix = f"{file_name}: " if is_of_file else ""
         lines.append(prefix + format_error(error, config_class))
     raise UserError("\n".join(lines))
+
+
+def is_set_by(overrides: Iterable[str], key: str) -> bool:
+    """Whether an override sets the key, a table that holds it, or a part of it."""
+    for name in overrides:
+        if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}."):
+            return True
+    return False
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -1467,9 +1475,12 @@ def report_load_errors(name: str, key: str) -> Iterator[None]:
     else:
         transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # silence the load report
+    message = f"{key}: cannot load {name}"
+    if not Path(name).is_dir():
+        message += f" (there is no such folder in {Path.cwd()})"
     # At a broken folder libraries raise exceptions of any type, tokenizers even Exception itself.
     # Only their code runs in here.
-    with user_error(f"{key}: cannot load {name}", Exception):
+    with user_error(message, Exception):
         yield
 
 
@@ -4057,11 +4068,12 @@ class AnswerLog:
 # -----------------------------------------------------------------------------
 # Sweep
 #
-# Optuna over the settings of a training, by any number of workers.
+# Optuna over the settings of a training, by any number of workers. It maximises the BERTScore
+# composite of eval.samples answers on the validation split.
 
 
 class StudyConfig(Table):
-    name: str = "elm-summary-optimization"
+    name: str = "elm-summary-optimization"  # of the study in the storage
     trials: PositiveInt = 50  # that all workers together end, also failed and killed ones
     timeout_hours: PositiveFloat = 24.0  # after which this worker begins no other
     storage: str | None = None  # a database URL as Optuna takes it; none: SQLite in output.dir
@@ -4109,8 +4121,9 @@ class Sweep:
 def load_sweep(path: str, overrides: Iterable[str]) -> Sweep:
     """A sweep file under overrides. Both ends of each range, and each choice, are checked as
     settings of a training. Raises: UserError with one line per mistake."""
-    values = flatten(read_toml(path)) | parse_overrides(overrides)
-    given = parse_config(apply_overrides({}, values), SweepConfig, path)
+    own_values = parse_overrides(overrides)
+    values = flatten(read_toml(path)) | own_values
+    given = parse_config(apply_overrides({}, values), SweepConfig, path, own_values)
     base_settings = flatten(given.base)
     train_toml = base_settings.pop("config", None) or "train.toml"
     # Of equal settings those of the sweep's own tables count, then [base], then the training's
@@ -4447,7 +4460,8 @@ def evaluate(options: EvalOptions) -> Json:
     else:
         name = path.stem if step is None else f"step_{step}"
         folder = run_folder / f"eval_{split_name}_{name}"
-    run_on_rank0(lambda: check_new(folder / "metrics.jsonl", folder / "eval.json"))
+    if (folder / "metrics.jsonl").exists() or (folder / "eval.json").exists():
+        raise UserError(f"{folder}: holds a report or a run already; choose report_dir=NEW")
 
     if "prompt" in metadata:
         check_template_parts(metadata["prompt"], path)
@@ -4561,7 +4575,8 @@ COMMANDS = (
         less_memory="max_new_tokens = 64, or on several GPUs zero_stage = 3"),
     Command(
         name="sweep", operands={"toml": "SWEEP.TOML"}, config_class=SweepConfig,
-        run=run_sweep_file, summary="search settings by Optuna",
+        run=run_sweep_file,
+        summary="search settings by Optuna: the best BERTScore composite on validation",
         example="python elm.py sweep sweep.toml study.trials=20",
         less_memory="base.model.grad_checkpoint = true, or base.data.max_seq_length = 512"))
 

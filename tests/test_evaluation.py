@@ -292,7 +292,7 @@ def test_eval_repeats_the_report_of_training_to_the_byte(trained, tmp_path, caps
     assert "gap_closed" not in written
     for name in ("predictions.jsonl", "report.png"):
         assert (beside / name).read_bytes() == (folder / name).read_bytes()
-    refused(f"{beside}/eval.json: exists already", *words)
+    refused(f"{beside}: holds a report or a run already", *words)
     assert {path: path.read_bytes() for path in copy.iterdir() if path.is_file()} == before
 
 
@@ -511,7 +511,7 @@ def test_bad_input_of_eval(trained, tmp_path):
     new = tmp_path / "new"
     for message, *more in (
         ("output.dir: eval writes its report to report_dir=", f"output.dir={new}"),
-        ("metrics.jsonl: exists already", f"report_dir={folder}"),
+        ("holds a report or a run already; choose report_dir", f"report_dir={folder}"),
         ("foreign.safetensors/x: Not a directory", f"report_dir={foreign / 'x'}"),
         ("No such file", f"adapter={tmp_path / 'nowhere.safetensors'}"),
         ("adapter: is missing", "adapter=none"),
