@@ -613,7 +613,7 @@ def prefetch(function: Callable[[S], T], items: Iterable[S], num_threads: int) -
             for item in itertools.islice(items, 1):
                 pending.append(pool.submit(function, item))
     finally:
-        # Cancel what is queued, wait for what runs; but not after Ctrl-C.
+        # Cancel what is queued and wait for what runs, unless Ctrl-C ended the wait for a result.
         interrupted = sys.exc_info()[0] is KeyboardInterrupt
         pool.shutdown(wait=not interrupted, cancel_futures=True)
 
@@ -734,6 +734,8 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, template: Json) -> dict[st
     with user_error(f"{name}: its chat template fails", TemplateError, ValueError, TypeError):
         prefix, suffix = render([user], add_generation_prompt=True).split(PLACEHOLDER)
         conversation = render([user, assistant])
+    if ANSWER not in conversation:
+        raise UserError(f"{name}: its chat template does not show the assistant's turn as it is")
 
     # A reasoning model may begin its answers with a block that the generation prompt leaves open.
     before_answer = conversation.partition(PLACEHOLDER)[2].partition(ANSWER)[0]
@@ -888,8 +890,9 @@ class Encoder:
             ids = before + text[:text_room] + after + answer
         else:
             ids = before + [SOFT_TOKEN] * self.num_soft_tokens + after + answer
-        truncated = len(answer) < len(response) or len(text) > text_room
-        return Example(np.array(ids, np.int64), len(answer), truncated)
+        is_response_cut = len(answer) < len(response)
+        is_text_cut = layout == "text" and len(text) > text_room
+        return Example(np.array(ids, np.int64), len(answer), is_response_cut or is_text_cut)
 
 
 @dataclass(frozen=True)
@@ -3051,8 +3054,9 @@ class Trainer:
             report = json.loads(path.read_bytes())
         except (ValueError, RecursionError):
             return None
-        is_of_this_step = isinstance(report, dict) and report.get("step") == self.state.step
-        return report if is_of_this_step else None
+        if not isinstance(report, dict) or report.get("split") != self.report_split:
+            return None
+        return report if report.get("step") == self.state.step else None
 
     def check_embedder(self) -> None:
         """Before the LLM takes the memory."""
@@ -3114,6 +3118,7 @@ class Trainer:
             else:
                 check_no_later_files(self.folder, self.state.step)
             keep_metrics(self.folder, self.state)
+            (self.folder / "eval.json").unlink(missing_ok=True)  # of an earlier end of the run
             write_text(self.folder / "config.toml", config_text(self.cfg))
 
         with contextlib.ExitStack() as stack:
@@ -4268,6 +4273,7 @@ class TrialTrainer(Trainer):
         super().validate()
         step = self.state.step
         if 0 < step < self.total_steps and self.trial.should_prune():
+            self.leave_if_signalled()  # the worker would begin another trial
             self.metric_log.wandb.finish(0)
             raise import_optional("optuna").TrialPruned
 
