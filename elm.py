@@ -1068,11 +1068,6 @@ class Row(BaseModel, frozen=True, strict=True, extra="allow"):
 RowClass = TypeVar("RowClass", bound=BaseModel)
 
 
-def parse_line(line: bytes, row_class: type[RowClass]) -> RowClass:
-    """A model from a line of JSON. Raises: ValueError that names the field."""
-    return validate_row(parse_json(line), row_class)
-
-
 def parse_json(line: bytes) -> Any:
     """Raises: ValueError, also where JSON is nested too deeply."""
     return pydantic_core.from_json(line.removeprefix(codecs.BOM_UTF8))
@@ -4450,8 +4445,14 @@ class GenerateOptions(Table):
 
 
 def evaluate(options: EvalOptions) -> Json:
-    """The report of a training's end on any adapter: returns the dict of eval.json. Raises:
-    UserError."""
+    """The report of a training's end on any adapter: returns the dict of eval.json, of other
+    processes than 0 {}. Raises: UserError."""
+    with log_to_file(options.output.log_file):
+        return report_on_adapter(options)
+
+
+def report_on_adapter(options: EvalOptions) -> Json:
+    """As evaluate, without the log file."""
     device = start_distributed()
     split_name = choose_report_split(options.eval.split, options.data.dir)
     path = Path(options.adapter)
@@ -4546,9 +4547,7 @@ def run_train(args: argparse.Namespace) -> None:
 def run_eval(args: argparse.Namespace) -> None:
     if "output.dir" in parse_overrides(args.settings):
         raise UserError("output.dir: eval writes its report to report_dir=NEW")
-    options = load_config(args.toml, args.settings, EvalOptions)
-    with log_to_file(options.output.log_file):
-        evaluate(options)
+    evaluate(load_config(args.toml, args.settings, EvalOptions))
 
 
 def run_generate(args: argparse.Namespace) -> None:

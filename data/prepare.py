@@ -80,7 +80,7 @@ def read_texts(path: Path) -> Iterator[SourceText]:
                     text = line.decode("utf-8-sig").rstrip("\r\n")
                     source = elm.validate_row({"text": text}, SourceText)
                 else:
-                    source = elm.parse_line(line, SourceText)
+                    source = elm.validate_row(elm.parse_json(line), SourceText)
             yield source
     if number == 0:
         raise UserError(f"{path}: is empty")

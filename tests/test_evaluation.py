@@ -525,3 +525,13 @@ def test_bad_input_of_eval(trained, tmp_path):
         refused(message, "eval", NO_TABLES, *words)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert not new.exists()
+
+
+def test_eval_writes_the_log_file(trained, tmp_path):
+    """As training does, also where it is called from Python."""
+    _, folder, settings = trained
+    log_file = tmp_path / "log.txt"
+    more = [f"adapter={folder}", f"report_dir={tmp_path / 'report'}", "eval.samples=0",
+            f"output.log_file={log_file}"]  # fmt: skip
+    elm.evaluate(elm.load_config(None, [*settings, *more], elm.EvalOptions))
+    assert "gap_closed: " in log_file.read_text()
