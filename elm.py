@@ -3654,9 +3654,30 @@ def consistency_scores(texts: list[str], embed: Callable[[list[str]], Tensor], s
     return result
 
 
+# Letters of scripts that put no spaces between words: Thai, Lao, Tibetan; Burmese; Khmer; kana and
+# Han with their marks of repetition.
+NO_SPACES = (
+    "\u0e00-\u0fff\u1000-\u109f\uaa60-\uaa7f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U000323af")  # fmt: skip
+WORDS = re.compile(f"(?P<no_spaces>[{NO_SPACES}]+)|[^\\s{NO_SPACES}]+")
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text, as spaces divide them; in scripts without spaces the pairs of adjacent
+    characters instead. Single characters would not do: two Thai texts have nearly the same."""
+    words = []
+    for match in WORDS.finditer(text):
+        run = match[0]
+        if match["no_spaces"] and len(run) > 1:
+            words += map("".join, itertools.pairwise(run))
+        else:
+            words.append(run)
+    return words
+
+
 def repetition(text: str) -> float:
-    """The share of the word trigrams of a text that occurred in it before."""
-    words = text.split()
+    """The share of the trigrams of a text's words (split_words) that occurred in it before."""
+    words = split_words(text)
     trigrams = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
 

@@ -296,6 +296,30 @@ def filter_split(data_dir: Path, split_name: str, tasks: Sequence[str], out: Pat
 
 QUERIES_FILE = Path(__file__).resolve().parent / "queries.toml"
 PREAMBLE = re.compile(r"<think>|(here('s|’s| is| are)|sure|certainly|of course)\b", re.IGNORECASE)
+# How chats begin in other languages, as `normalize` writes them. Only what begins no good answer:
+# not 这是 or C'est, "this is".
+PREAMBLES = (
+    "以下是", "以下为", "以下為", "好的,", "好的!", "好的。", "当然,", "当然!", "当然可以", "當然,",
+    "當然!", "當然可以", "没问题", "沒問題",
+    "はい、", "もちろん", "承知", "かしこまりました", "以下は", "以下に",
+    "네,", "물론", "다음은", "아래는", "알겠습니다",
+    "แน่นอน", "ต่อไปนี้", "ได้เลย", "ได้ครับ", "ได้ค่ะ",
+    "hier ist ", "hier sind ", "gerne,", "gerne!", "gerne.", "natürlich,", "natürlich!",
+    "selbstverständlich", "klar,", "klar!",
+    "hier is ", "hier zijn ", "natuurlijk,", "natuurlijk!", "zeker,", "zeker!",
+    "voici ", "bien sûr", "certainement,", "certainement!", "certainement !", "d'accord,",
+    "d’accord,",
+    "aquí está", "aquí tien", "¡claro", "claro,", "claro!", "claro.", "claro que", "por supuesto",
+    "¡por supuesto", "desde luego,", "a continuación",
+    "aqui está", "aqui estão", "com certeza", "certamente,", "certamente!",
+    "ecco ", "certo,", "certo!", "certo.", "naturalmente,", "naturalmente!", "va bene,",
+    "конечно,", "конечно!", "конечно.", "вот ", "разумеется", "хорошо,", "звичайно,",
+    "oczywiście,", "oczywiście!", "jasne,", "jasne!",
+    "işte ", "tabii ki", "tabii,", "elbette",
+    "إليك", "بالطبع", "بالتأكيد", "فيما يلي", "حسنًا",
+    "dưới đây là", "chắc chắn rồi", "tentu,", "tentu!", "tentu saja", "berikut adalah",
+    "berikut ini")  # fmt: skip
+REFUSED = "refused by the server"
 
 
 def count_or_all(value: Any) -> Any:
@@ -459,17 +483,26 @@ def rejection_reason(row: DraftRow, answer: elm.Answer) -> str:
         return "copied"
     if elm.repetition(text) > 0.3:
         return "repetitive"
-    if PREAMBLE.match(text):
+    if PREAMBLE.match(text) or normalize(text).startswith(PREAMBLES):
         return "preamble"
     return ""
 
 
 def is_copied(answer: str, text: str) -> bool:
     """Whether an answer has over .8 of the text's words, and little else."""
-    answer_words = set(re.findall(r"\w+", answer.casefold()))
-    text_words = set(re.findall(r"\w+", text.casefold()))
+    answer_words = set(elm.split_words(strip_marks(answer)))
+    text_words = set(elm.split_words(strip_marks(text)))
     num_common = len(answer_words & text_words)
     return num_common > 0.8 * len(text_words) and num_common > 0.5 * len(answer_words)
+
+
+def strip_marks(text: str) -> str:
+    """The text in lower case, with a space for all that is no letter, vowel sign or number."""
+    kept = []
+    for character in text.casefold():
+        is_kept = character == "_" or unicodedata.category(character)[0] in "LMN"
+        kept.append(character if is_kept else " ")
+    return "".join(kept)
 
 
 def check_answers(rows: list[DraftRow], splits: dict[str, str]) -> None:

@@ -228,6 +228,20 @@ def test_scores_are_taken_by_name_and_row():
         assert result[key] == without[key]
 
 
+@pytest.mark.parametrize("text, expected", [
+    ("", 0), ("a b", 0), ("a b c d a b c", 1 / 5), ("a b c " * 3, 1 - 3 / 7),
+    ("It's so.  It's so.\nIt's so.", 1 - 2 / 4),
+    ("你好吗", 0),
+    ("很好很好很好很", 1 - 2 / 4),  # pairs 很好 好很 很好 好很 很好 好很
+    ("使用 BERT 模型。使用 BERT 模型。使用 BERT 模型。", 1 - 4 / 10),
+    ("すごいすごいすごい", 1 - 3 / 6),
+    ("ดีมากดีมากดีมาก", 1 - 5 / 12),
+    ("아주 좋아 아주 좋아 아주", 1 - 2 / 3)])
+def test_repetition_is_the_share_of_trigrams_that_came_before(text, expected):
+    """Of words or, in scripts without spaces, of pairs of characters."""
+    assert elm.repetition(text) == pytest.approx(expected)
+
+
 def test_consistency_is_the_cosine_and_the_rank_of_the_source():
     torch.manual_seed(0)
     table = torch.randn(50, 6)

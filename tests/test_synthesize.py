@@ -207,6 +207,62 @@ def test_texts_that_differ_in_case_and_spaces_alone_are_one(tmp_path):
 # Answers that are rejected
 
 
+CHINESE = "我们研究智利的聚合物，这是一个化学主题。我们发现密度因降雨而上升。该工作依靠成像。"
+JAPANESE = "本研究ではチリの高分子を調べ、降雨によって密度が上昇することを示した。撮影に基づく。"
+THAI = "เราศึกษาพอลิเมอร์จากประเทศชิลีและพบว่าความหนาแน่นเพิ่มขึ้นเพราะฝน งานนี้อาศัยการถ่ายภาพ"
+HINDI = "हम चिली के बहुलकों का अध्ययन करते हैं और पाते हैं कि वर्षा से घनत्व बढ़ता है"
+ARABIC = "ندرس البوليمرات من تشيلي ونجد أن الكثافة ترتفع بسبب هطول الأمطار ويعتمد العمل على التصوير"
+
+
+@pytest.mark.parametrize("text, answer, is_copied", [
+    (CHINESE, CHINESE, True),
+    (CHINESE, CHINESE.replace("智利", "古巴"), True),
+    (CHINESE, "降雨使智利聚合物的密度上升，作者以成像证明了这一点。", False),
+    (JAPANESE, f"{JAPANESE}以上。", True),
+    (JAPANESE, "チリの高分子の密度は雨で高まる。", False),
+    (THAI, THAI.replace(" ", ""), True),
+    (THAI, "งานวิจัยนี้แสดงว่าฝนทำให้พอลิเมอร์ในชิลีหนาแน่นขึ้น โดยใช้ภาพถ่ายเป็นหลักฐานสำคัญ", False),
+    ("本文用BERT模型分析GPU日志。", "本文用BERT模型分析GPU日志", True),
+    ("本文用BERT模型分析GPU日志。", "BERT和GPU", False),
+    (HINDI, HINDI, True),
+    (HINDI, "वर्षा बहुलकों को सघन बनाती है, यही इस चिली के शोध का सार और निष्कर्ष है", False),
+    (ARABIC, ARABIC, True),
+    # English, by hand: 9 of 10 words; 8 of 10, which is not over .8; all, and as many others.
+    ("a b c d e f g h i j", "A, b: c d e f g h-i!", True),
+    ("a b c d e f g h i j", "a b c d e f g h", False),
+    ("a b c", "a b c x y z", False)])
+def test_copies_are_found_in_scripts_without_spaces(text, answer, is_copied):
+    """And a summary, which has nearly all letters of a Thai text, is none."""
+    assert prepare.is_copied(answer, text) is is_copied
+
+
+@pytest.mark.parametrize("answer", [
+    "以下是摘要：", "好的，这是摘要。", "当然可以！", "はい、要約します。", "もちろんです。",
+    "네, 요약입니다.", "ต่อไปนี้คือบทสรุป", "Hier ist die Zusammenfassung:", "Gerne! Der Text",
+    "Voici un résumé :", "Bien sûr ! Le texte", "Aquí está el resumen:", "¡Claro! El texto",
+    "Claro, aquí tienes", "Aqui está o resumo:", "Ecco il riassunto:", "Конечно! Вот",
+    "Вот краткое изложение:", "إليك الملخص", "Tentu! Berikut"])
+def test_preambles_in_other_languages(answer):
+    row = prepare.DraftRow("summary", 0, "?", "a text")
+    assert prepare.rejection_reason(row, elm.Answer(answer, True)) == "preamble"
+
+
+@pytest.mark.parametrize("answer", [
+    "这是一项关于聚合物的研究。", "当然之选是聚合物。", "好的材料很少。",
+    "これは高分子の研究である。", "Natürliche Sprache", "Natürlich vorkommende Stoffe", "Gernegroß",
+    "Clarós", "Certosa", "Хорошо известно", "Вотчина", "Tabii kaynaklar", "นี่คือการศึกษา",
+    "C'est une étude."])
+def test_good_answers_in_other_languages(answer):
+    row = prepare.DraftRow("summary", 0, "?", "a text")
+    assert prepare.rejection_reason(row, elm.Answer(answer, True)) == ""
+
+
+def test_preambles_are_written_as_texts_are_normalized():
+    for preamble in prepare.PREAMBLES:
+        assert prepare.normalize(preamble) == preamble.strip()
+    assert len(set(prepare.PREAMBLES)) == len(prepare.PREAMBLES)
+
+
 @pytest.mark.parametrize("text, finished, reason", [
     ("It is about frogs.", True, ""),
     ("It is about", False, "not finished"),
@@ -215,7 +271,8 @@ def test_texts_that_differ_in_case_and_spaces_alone_are_one(tmp_path):
     (f"{TEXTS[0].upper()} And more.", True, "copied"),
     ("Here is a summary.", True, "preamble"),
     ("Surely it is so.", True, ""),
-    ("<think>\nWell.\n</think>\nIt is about frogs.", True, "preamble")])
+    ("<think>\nWell.\n</think>\nIt is about frogs.", True, "preamble"),
+    ("我们研究聚合物。" * 5, True, "repetitive")])
 def test_reasons_of_rejection(text, finished, reason):
     answer = elm.Answer(text, finished)
     row = prepare.DraftRow("summary", 0, "Summarize it.", TEXTS[0])
