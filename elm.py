@@ -493,6 +493,12 @@ def progress(items: Iterable[T] | None, label: str, **options: Any) -> tqdm[T]:
     return tqdm(items, label, leave=False, disable=True if quiet else None, **options)
 
 
+@functools.cache
+def warn_once(message: str) -> None:
+    """A warning that a process gives once, however often it is found."""
+    log.warning(message)
+
+
 @contextlib.contextmanager
 def user_error(message: str, *exception_types: type[Exception]) -> Iterator[None]:
     """Raise UserError, `message` and the reason in one line, in place of `exception_types`: what a
@@ -3496,17 +3502,48 @@ def generate_answers(elm: ELM, split: Split, row_ids: np.ndarray, vector_ids: np
 
 
 def scorer_layers(cfg: EvalConfig) -> int:
-    """The layer of the scorer's hidden states, from its config alone. Raises: UserError if the
+    """The layer of the scorer's hidden states, from its config alone: the one set, else the one
+    that bert-score chose for this model, else the last, with a warning. Raises: UserError if the
     config cannot be loaded, or has fewer layers."""
     from transformers import AutoConfig
 
-    bert_score = import_optional("bert_score")
     name = cfg.bertscore_model
     num_layers = load_pretrained(AutoConfig, name, "eval.bertscore_model").num_hidden_layers
-    layers = cfg.bertscore_layers or bert_score.utils.model2layers.get(name, num_layers)
+    layers = cfg.bertscore_layers
+    if layers is None:
+        layers = known_scorer_layers(name, num_layers)
+    if layers is None:
+        warn_once(f"eval.bertscore_model = {name}: bert-score knows no layer for it, so its last, "
+                  f"{num_layers}, is taken; set eval.bertscore_layers")
+        layers = num_layers
     if layers > num_layers:
         raise UserError(f"eval.bertscore_layers = {layers}: {name} has {num_layers} layers")
     return layers
+
+
+def known_scorer_layers(name: str, num_layers: int) -> int | None:
+    """The layer that bert-score chose for a model of `num_layers`, a hub name or a folder, by the
+    last part of its name: of the folder, of the link's target, or of what its config was saved
+    from. None: bert-score knows no model of this name, or only one with more layers."""
+    layers_of_model = import_optional("bert_score").utils.model2layers
+    names = [name, os.path.realpath(name)]
+    config = Path(name) / "config.json"
+    if config.is_file():
+        saved_from = parse_json(config.read_bytes()).get("_name_or_path")
+        names.append(str(saved_from or ""))
+    for candidate in names:
+        model = last_part(candidate)
+        layers = {n for known, n in layers_of_model.items() if last_part(known) == model}
+        if len(layers) == 1 and max(layers) <= num_layers:
+            return max(layers)
+    return None
+
+
+def last_part(name: str) -> str:
+    """deberta-base of microsoft/deberta-base, of /models/deberta-base/, and of a folder of the
+    hub's cache: …/models--microsoft--deberta-base/snapshots/HASH."""
+    cached = re.search(r"models--(?:[^/]*--)?([^/]+)", name)
+    return cached[1] if cached else Path(name).name
 
 
 def load_scorer(cfg: EvalConfig, device: torch.device | str) -> BERTScorer:

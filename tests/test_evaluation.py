@@ -162,6 +162,45 @@ def test_a_half_precision_scorer_is_read_in_full(tmp_path):
     assert scores[0] == pytest.approx([1] * 4, abs=1e-6)
 
 
+def save_config(folder: Path, num_layers: int = 48, **fields: str) -> Path:
+    """The config of a BERT of so many layers."""
+    folder.mkdir(parents=True)
+    config = {"model_type": "bert", "num_hidden_layers": num_layers, **fields}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def layers_of(name) -> int:
+    return elm.scorer_layers(elm.EvalConfig(bertscore_model=str(name)))
+
+
+def test_a_folder_of_a_known_scorer_has_the_layer_that_the_library_chose(tmp_path, capsys):
+    """40 of the 48 layers of deberta-xlarge-mnli: by the folder's name, in the hub's cache, by a
+    link's target, by what the config was saved from. Else the last one, with a warning."""
+    assert bert_score.utils.model2layers["microsoft/deberta-xlarge-mnli"] == 40
+    named = save_config(tmp_path / "deberta-xlarge-mnli")
+    cache = tmp_path / "hub" / "models--microsoft--deberta-xlarge-mnli" / "snapshots" / "0f1e"
+    save_config(cache)
+    (tmp_path / "link").symlink_to(named)
+    (tmp_path / "link_to_cache").symlink_to(cache)
+    copy = save_config(tmp_path / "copy", _name_or_path="microsoft/deberta-xlarge-mnli")
+    for folder in (named, f"{named}/", cache, tmp_path / "link", tmp_path / "link_to_cache", copy):
+        assert layers_of(folder) == 40, folder
+    base = save_config(tmp_path / "models--bert-base-uncased" / "snapshots" / "1", num_layers=12)
+    assert layers_of(base) == 9
+    assert capsys.readouterr().err == ""
+
+    elm.warn_once.cache_clear()
+    other = save_config(tmp_path / "mine")
+    small = save_config(tmp_path / "small" / "roberta-large", num_layers=4)  # which has 24
+    for folder, last in ((other, 48), (small, 4)):
+        assert layers_of(folder) == last
+        assert layers_of(folder) == last
+        err = capsys.readouterr().err
+        assert err.count(f"eval.bertscore_model = {folder}: bert-score knows no layer") == 1
+        assert "set eval.bertscore_layers" in err
+
+
 # -----------------------------------------------------------------------------
 # Summaries
 
