@@ -3769,19 +3769,34 @@ RATIOS = (
     Ratio("gap", "gap", "tokens"),
     Ratio("loss_text", "nll_text", "tokens_text"),
     Ratio("gap_closed", "gap_with_text", "gap_text", needs_interval_above_0=True))
+FEWEST_SOURCES = 30  # vectors; gap_closed of fewer is called unreliable
+FEWEST_ROWS = 10  # with text, of a task type; it has no gap_closed of fewer
+
+
+def unread_tasks(losses: pd.DataFrame) -> list[str]:
+    """The task types that gap_closed leaves out: the LLM reads their text no better than another
+    row's vector. That is said of a type, by the sum over its rows, never of a single row: to choose
+    rows by their own loss would bias the measure."""
+    losses = losses[losses["nll_text"].notna()]
+    gap = losses["nll_shuffled"] - losses["nll_text"]
+    by_task = gap.groupby(losses["task"], observed=True)
+    is_unread = (by_task.sum() <= 0) & (by_task.size() > 1)
+    return is_unread.index[is_unread].tolist()
 
 
 def summands(losses: pd.DataFrame, scores: pd.DataFrame | None) -> pd.DataFrame:
     """The summands of RATIOS and scores, by row; scores of rows that were not answered are NaN,
-    which a sum leaves out."""
+    which a sum leaves out. Those of gap_closed are 0 in rows of unread_tasks or without text."""
     columns = losses.drop(columns="task")
     has_text = losses["nll_text"].notna()
+    is_read = has_text & ~losses["task"].isin(unread_tasks(losses))
     gap = losses["nll_shuffled"] - losses["nll"]
+    gap_text = losses["nll_shuffled"] - losses["nll_text"]
     columns = columns.assign(
         tokens_text=losses["tokens"] * has_text,
         gap=gap,
-        gap_with_text=gap * has_text,
-        gap_text=losses["nll_shuffled"] - losses["nll_text"])
+        gap_with_text=gap.where(is_read, 0.0),
+        gap_text=gap_text.where(is_read, 0.0))
     if scores is not None:
         columns = columns.join(scores.assign(samples=1.0))
     return columns
@@ -3804,8 +3819,9 @@ def resampled_sums(sums: np.ndarray, num_resamples: int) -> np.ndarray:
 def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
               num_resamples: int = 1000) -> Json:
     """RATIOS and mean scores over rows (see Measured and score), with bootstrap 95 % intervals:
-    vectors are drawn with replacement, with all their rows. gap_closed is left out unless the
-    interval of its denominator lies above 0."""
+    vectors are drawn with replacement, with all their rows. gap_closed is over the rows with text
+    whose task is not among unread_tasks, and left out unless the interval of its denominator lies
+    above 0. `sources` counts the vectors."""
     result: Json = {
         "rows": len(losses), "rows_text": int(losses["nll_text"].notna().sum())}
     measures = list(RATIOS)
@@ -3814,6 +3830,7 @@ def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
         measures += [Ratio(name, name, "samples") for name in scores.columns]
 
     by_vector = summands(losses, scores).groupby("vector").sum()
+    result["sources"] = len(by_vector)
     totals = by_vector.sum()
     resamples = resampled_sums(by_vector.to_numpy(), num_resamples)
     resampled = {name: resamples[:, i] for i, name in enumerate(by_vector.columns)}
@@ -3849,12 +3866,16 @@ def write_report(measured: Measured, split: Split, cfg: Config, device: torch.de
         references = [row.response for row in rows]
         scores = score(measured, references, split, cfg.eval, cfg.model.bf16, device)
     result = header | summarize(measured.losses, scores)
+    result["tasks_left_out"] = unread_tasks(measured.losses)
     result["tasks"] = summarize_tasks(measured.losses, scores)
     write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
 
     metrics = read_metrics(run_folder / "metrics.jsonl")
     plot_report(folder / "report.png", metrics, run_folder.name, result)
     print_report(result, predictions, metrics)
+    if "gap_closed" in result and result["sources"] < FEWEST_SOURCES:
+        log.warning(f"gap_closed is of {result['sources']} vectors: of fewer than "
+                    f"{FEWEST_SOURCES} it is not reliable")
     log.info(f"files: {folder}")
     adapter = folder / "adapter_best.safetensors"
     if predictions and adapter.exists():
@@ -3879,13 +3900,17 @@ def list_predictions(rows: list[Row], measured: Measured) -> list[Json]:
 
 
 def summarize_tasks(losses: pd.DataFrame, scores: pd.DataFrame | None) -> Json:
-    """summarize() of the rows of each task type."""
+    """summarize() of the rows of each task type, without gap_closed where few rows have text."""
     summaries = {}
     for task, losses_of_task in losses.groupby("task", observed=True):
         scores_of_task = None
         if scores is not None:
             scores_of_task = scores[scores.index.isin(losses_of_task.index)]
-        summaries[task] = summarize(losses_of_task, scores_of_task)
+        summary = summarize(losses_of_task, scores_of_task)
+        if summary["rows_text"] < FEWEST_ROWS:
+            summary.pop("gap_closed", None)
+            summary["intervals"].pop("gap_closed", None)
+        summaries[task] = summary
     return summaries
 
 
@@ -3897,11 +3922,16 @@ def gap_closed(loss: float, loss_shuffled: float, loss_text: float) -> float | N
 
 
 def describe_gap(result: Json, metrics: list[Json]) -> str:
-    """The gap closed of a report, and on the validation split at its first and last validation."""
+    """The gap closed of a report, and on the validation split at its first and last validation,
+    unless the report leaves out tasks: the losses on validation are of all."""
     if "gap_closed" in result:
         text = f"{result['gap_closed']:.4f} on {result['split']}"
+        if result["sources"] < FEWEST_SOURCES:
+            text += f", not reliable: of {result['sources']} vectors"
     else:
         text = "none: no text that this LLM reads better than another row's vector"
+    if result["tasks_left_out"]:
+        return text
     validations = [entry for entry in metrics if {"val_loss", "val_loss_shuffled"} <= entry.keys()]
     ceilings = [entry["val_loss_text"] for entry in validations if "val_loss_text" in entry]
     if not ceilings:
@@ -3941,7 +3971,11 @@ def plot_report(path: Path, metrics: list[Json], name: str,
 
     if result:
         keys = [key for key in TASK_LOSS_COLORS if key in result]
-        tasks = pd.DataFrame(list(result["tasks"].values()), list(result["tasks"]), keys)
+        names = []
+        for task, summary in result["tasks"].items():
+            is_small = summary["rows"] < FEWEST_ROWS
+            names.append(f"{task} ({summary['rows']} rows)" if is_small else task)
+        tasks = pd.DataFrame(list(result["tasks"].values()), names, keys)
         mrr = f", MRR {result['mrr']:.2f}" if "mrr" in result else ""
         tasks.plot.barh(
             ax=axes[1], color=[TASK_LOSS_COLORS[key] for key in keys], width=0.8,
@@ -3973,6 +4007,11 @@ def print_report(result: Json, predictions: list[Json],
     lines.append(report_table(result))
     lines.append("")
     lines.append(f"gap_closed: {describe_gap(result, metrics)}")
+    left_out = result["tasks_left_out"]
+    if left_out:
+        lines.append(
+            f"left out of it: {len(left_out)} of {len(result['tasks'])} task types, whose text the "
+            f"LLM reads no better than another row's vector: {', '.join(left_out)}")
     for key in REPORT_COLUMNS:
         if key in result and key not in ("rows", "gap_closed"):
             lines.append(f"{key}: {result[key]:.4f}")

@@ -222,7 +222,8 @@ def test_measures_are_ratios_of_sums_and_vectors_are_drawn_whole():
     assert result["loss"] == pytest.approx(nll.sum() / tokens.sum())
     assert result["rows"] == 9000
     assert result["rows_text"] == 0
-    assert set(result) - {"rows", "rows_text", "intervals"} == {"loss", "loss_shuffled", "gap"}
+    counts = {"rows", "rows_text", "sources"}
+    assert set(result) - counts - {"intervals"} == {"loss", "loss_shuffled", "gap"}
     used, which = np.unique(vector, return_inverse=True)
     draws = np.random.default_rng(0).multinomial(len(used), np.full(len(used), 1 / len(used)), 500)
     drawn = draws[:, which]  # how often each row is
@@ -246,6 +247,87 @@ def test_text_measures_are_of_the_rows_with_text():
     assert "gap_closed" not in useless
     assert "gap_closed" not in useless["intervals"]
     assert useless["loss_text"] == pytest.approx(7.8 / 4)
+
+
+def test_tasks_whose_text_is_not_read_are_no_part_of_the_gap_closed():
+    """By hand: of `bad` the text is worse by .5 in sum, although one of its rows is better; of
+    `summary` the vector closes 1 + 2 of 2 + 4. With `bad` it would be 7 of 5.5. A task of one row
+    is never left out."""
+    losses = losses_of(
+        [0, 1, 0, 1], task=["summary", "summary", "bad", "bad"], nll=[2.0, 3.0, 1.0, 3.0],
+        nll_shuffled=[3.0, 5.0, 3.0, 5.0], nll_text=[1.0, 1.0, 1.0, 7.5], tokens=[1, 1, 2, 2])
+    assert elm.unread_tasks(losses) == ["bad"]
+    result = elm.summarize(losses)
+    assert result["gap_closed"] == pytest.approx(3 / 6)
+    # Of the two vectors' shares, 1 of 2 and 2 of 4, every resample has .5.
+    assert result["intervals"]["gap_closed"] == pytest.approx([0.5, 0.5])
+    assert result["loss"] == pytest.approx(9 / 6)
+    assert result["loss_text"] == pytest.approx(10.5 / 6)
+    assert result["gap"] == pytest.approx(7 / 6)
+    one_row = losses.assign(task=["summary", "summary", "summary", "bad"])
+    assert elm.unread_tasks(one_row) == []
+    assert elm.unread_tasks(losses.assign(nll_text=np.nan)) == []
+
+
+def test_a_task_of_few_rows_with_text_has_no_share():
+    """Nine, ten, and ten of which one has no text."""
+    losses = losses_of(
+        [*range(29)], task=["nine"] * 9 + ["ten"] * 10 + ["one less"] * 10, nll=2.0,
+        nll_shuffled=3.0, nll_text=[1.0] * 28 + [np.nan])
+    tasks = elm.summarize_tasks(losses, None)
+    assert {name: task["rows"] for name, task in tasks.items()} == {
+        "nine": 9, "ten": 10, "one less": 10}
+    shares = {name: task.get("gap_closed") for name, task in tasks.items()}
+    assert shares == {"nine": None, "ten": 0.5, "one less": None}
+    assert "gap_closed" in tasks["ten"]["intervals"]
+    assert "gap_closed" not in tasks["nine"]["intervals"]
+
+
+def write_report(folder: Path, data_dir: Path, losses: pd.DataFrame) -> dict:
+    """The report of these losses, without answers."""
+    folder.mkdir()
+    split = elm.open_split(str(data_dir), "test", elm.TASKS, elm.Encoder(PROMPT, 1, 256))
+    measured = elm.Measured(losses, np.arange(0), [], [])
+    cfg = elm.load_config(None, ["eval.samples=0", f"data.dir={data_dir}"])
+    header = {"split": "test", "step": 3, "adapter_step": 3}
+    return elm.write_report(measured, split, cfg, CPU, folder, folder, header)
+
+
+def write_validations(folder: Path) -> None:
+    """Of losses whose share is .5 and then .75."""
+    for step, loss in ((0, 2.0), (3, 1.5)):
+        entry = {"step": step, "val_loss": loss, "val_loss_shuffled": 3.0, "val_loss_text": 1.0}
+        elm.append_text(folder / "metrics.jsonl", elm.jsonl([entry]))
+
+
+def test_a_report_of_few_vectors_or_without_some_tasks_says_so(data_dir, tmp_path, capsys):
+    """What is left out is named, and the losses on validation, which are of all tasks, give no
+    share beside it."""
+    few = losses_of([*range(29)], nll=2.0, nll_shuffled=3.0, nll_text=1.0)
+    result = write_report(tmp_path / "few", data_dir, few)
+    out, err = capsys.readouterr()
+    assert result["sources"] == 29
+    assert result["tasks_left_out"] == []
+    assert "gap_closed: 0.5000 on test, not reliable: of 29 vectors\n" in out
+    assert "elm: warning: gap_closed is of 29 vectors: of fewer than 30 it is not reliable" in err
+
+    bad = losses_of([0, 1], task="bad", nll=1.0, nll_shuffled=1.0, nll_text=2.0)
+    enough = losses_of([*range(30)], nll=2.0, nll_shuffled=3.0, nll_text=1.0)
+    result = write_report(
+        tmp_path / "enough", data_dir, pd.concat([enough, bad], ignore_index=True))
+    out, err = capsys.readouterr()
+    assert result["tasks_left_out"] == ["bad"]
+    assert json.loads((tmp_path / "enough" / "eval.json").read_text()) == result
+    assert "gap_closed: 0.5000 on test\n" in out
+    assert "left out of it: 1 of 2 task types, whose text" in out
+    assert "another row's vector: bad\n" in out
+    assert "not reliable" not in out + err
+
+    write_validations(tmp_path)
+    metrics = elm.read_metrics(tmp_path / "metrics.jsonl")
+    with_val = "0.5000 on test; on val 0.5000 at step 0, 0.7500 at step 3"
+    assert elm.describe_gap(result, metrics) == "0.5000 on test"
+    assert elm.describe_gap(result | {"tasks_left_out": []}, metrics) == with_val
 
 
 def test_scores_are_taken_by_name_and_row():
