@@ -3889,13 +3889,16 @@ def list_predictions(rows: list[Row], measured: Measured) -> list[Json]:
     predictions = []
     answers = zip(rows, measured.answers, measured.shuffled_answers, strict=True)
     for row, answer, shuffled_answer in answers:
-        predictions.append({
+        prediction = {
             "task_type": row.task_type,
             "embedding_file_idx": row.embedding_file_idx,
             "query": row.query,
             "response": row.response,
             "prediction": answer,
-            "prediction_shuffled": shuffled_answer})
+            "prediction_shuffled": shuffled_answer}
+        if row.text:
+            prediction["text"] = row.text
+        predictions.append(prediction)
     return predictions
 
 
@@ -3995,13 +3998,15 @@ FEWEST_SAMPLES = 20  # a mean of fewer answers says little
 
 def print_report(result: Json, predictions: list[Json],
                  metrics: list[Json]) -> None:
-    """Five answers beside their references, the table, and lines of `key: value`."""
+    """Five answers beside their texts and references, the table, and lines of `key: value`."""
     lines = [""]
     stride = max(1, len(predictions) // 5)
     for p in predictions[::stride][:5]:
-        lines.append(f"{p['task_type']}: {p['query']}")
-        lines.append(f"    reference   {p['response']}")
-        lines.append(f"    prediction  {p['prediction']}")
+        lines.append(f"{p['task_type']}: {clip(p['query'])}")
+        if "text" in p:
+            lines.append(f"    text        {clip(p['text'])}")
+        lines.append(f"    reference   {clip(p['response'])}")
+        lines.append(f"    prediction  {clip(p['prediction'])}")
     lines.append("")
     lines.append("losses per response token by other rows' vectors, the right ones and the text")
     lines.append(report_table(result))
@@ -4018,6 +4023,12 @@ def print_report(result: Json, predictions: list[Json],
     lines.append(f"steps: {result['step']}")
     lines.append(f"adapter_step: {result['adapter_step']}")
     log.info("\n".join(lines))
+
+
+def clip(text: str, length: int = 300) -> str:
+    """The beginning of a text, in one line of at most `length` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
 def report_table(result: Json) -> str:
