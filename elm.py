@@ -2817,7 +2817,9 @@ class MetricLog:
 
     def _plot(self) -> None:
         metrics = read_metrics(self.folder / "metrics.jsonl")
-        plot_report(self.folder / "report.png", metrics, self.folder.name)
+        path = self.folder / "report.png"
+        with drawing(path):
+            plot_report(path, metrics, self.folder.name)
 
     def _write(self, step: int, entry: dict[str, float], end: str = "") -> None:
         values = "  ".join(f"{key} {format_number(value)}" for key, value in entry.items())
@@ -3871,7 +3873,9 @@ def write_report(measured: Measured, split: Split, cfg: Config, device: torch.de
     write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
 
     metrics = read_metrics(run_folder / "metrics.jsonl")
-    plot_report(folder / "report.png", metrics, run_folder.name, result)
+    picture = folder / "report.png"
+    with drawing(picture):
+        plot_report(picture, metrics, run_folder.name, result)
     print_report(result, predictions, metrics)
     if "gap_closed" in result and result["sources"] < FEWEST_SOURCES:
         log.warning(f"gap_closed is of {result['sources']} vectors: of fewer than "
@@ -3953,6 +3957,26 @@ LOSS_COLORS = {
     "loss": "0.6", "val_loss_shuffled": "tab:red", "val_loss": "tab:blue",
     "val_loss_text": "tab:green"}
 TASK_LOSS_COLORS = {"loss_shuffled": "tab:red", "loss": "tab:blue", "loss_text": "tab:green"}
+
+
+@contextlib.contextmanager
+def drawing(path: Path) -> Iterator[None]:
+    """For what draws and saves the picture at `path`. A $ in a name is a $, and begins no
+    formula. A picture never ends a run: what matplotlib raises, or a full disk, is a warning."""
+    try:
+        settings = {"text.parse_math": False, "text.usetex": False}
+        with (import_optional("matplotlib").rc_context(settings),
+              warnings.catch_warnings(record=True) as found):
+            yield
+    except Exception as e:
+        if is_raised_here(e) and not isinstance(e, UserError):
+            raise
+        log.warning(f"{path.name} is left out: {clip(str(e) or repr(e))}")
+        return
+    for warning in found:
+        if str(warning.message).startswith("Glyph"):  # one for each character
+            warn_once("report.png: matplotlib's font lacks some characters of the names, which are "
+                      "drawn as boxes; name another as font.family in a matplotlibrc")
 
 
 def plot_report(path: Path, metrics: list[Json], name: str,
@@ -4481,7 +4505,9 @@ class SweepWorker:
             if not complete:
                 sweep_log.info(f"{len(trials)} trials, none is complete yet")
                 return
-            plot_sweep(folder / "sweep.png", self.study)
+            picture = folder / "sweep.png"
+            with drawing(picture):
+                plot_sweep(picture, self.study)
             best = max(complete, key=lambda trial: trial.value)
             settings = best.params | {"train.eval_steps": best.user_attrs["eval_steps"]}
             cfg = trial_config(self.sweep, settings, "best")
@@ -4509,9 +4535,11 @@ def plot_sweep(path: Path, study: optuna.Study) -> None:
     """sweep.png: the values of all trials and the best so far."""
     plot = import_optional("optuna.visualization.matplotlib").plot_optimization_history
     axes = plot(study, target_name="BERTScore composite, validation")
-    with atomic_write(path) as temporary:
-        axes.figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
-    import_optional("matplotlib.pyplot").close(axes.figure)
+    try:
+        with atomic_write(path) as temporary:
+            axes.figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+    finally:
+        import_optional("matplotlib.pyplot").close(axes.figure)
 
 
 def run_sweep(sweep: Sweep) -> None:

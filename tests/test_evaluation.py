@@ -500,6 +500,67 @@ def numbers_of_report(folder: Path) -> dict:
     return {k: v for k, v in report.items() if k != "step" and not isinstance(v, str)}
 
 
+def test_names_with_dollars_are_drawn_as_they_are(settings, data_dir, tmp_path, capsys):
+    """Of the folder, of a task and of a split's file; also of characters that the font lacks, which
+    are told once."""
+    elm.warn_once.cache_clear()
+    task = "pri$e_$x^{2 任务"
+    for split in elm.SPLITS:
+        rows = read_jsonl(rows_path(data_dir, split))
+        write_rows(data_dir, split, [row | {"task_type": task} for row in rows])
+    out = tmp_path / "cost_$5^{ to $6 测试"
+    result, folder = go(settings, f"output.dir={out}", f"data.tasks={json.dumps([task])}")
+    assert list(result["tasks"]) == [task]
+    assert (folder / "report.png").stat().st_size > 1000
+    err = capsys.readouterr().err
+    assert "is left out" not in err
+    assert err.count("font lacks some characters") == 1
+    assert "Glyph" not in err
+
+
+def test_a_picture_never_ends_a_run(settings, tmp_path, monkeypatch, capsys):
+    """Not what matplotlib raises, nor a full disk; all else is there."""
+
+    def fail(*arguments, **options):
+        raise RuntimeError("no such font")
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    for failure, reason in ((fail, "no such font"), (full, "No space left on device")):
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", failure)
+        result, folder = go(settings, f"output.dir={tmp_path / failure.__name__}")
+        err = capsys.readouterr().err
+        assert err.count("elm: warning: report.png is left out: ") == 3  # two validations, the end
+        assert reason in err
+        assert json.loads((folder / "eval.json").read_text()) == result
+        assert (folder / "predictions.jsonl").exists()
+        assert not (folder / "report.png").exists()
+
+
+def test_an_error_of_our_own_in_a_picture_keeps_its_traceback(tmp_path):
+    path = tmp_path / "report.png"
+    with pytest.raises(KeyError, match="tasks"), elm.drawing(path):
+        elm.plot_report(path, [], "a run", {"split": "test"})
+
+
+def test_samples_show_the_text_and_are_clipped(settings, data_dir, tmp_path, capsys):
+    rows = read_jsonl(rows_path(data_dir, "test"))
+    long = "長" * 1000
+    for row in rows:
+        row["response"] = long
+    rows[0].pop("text")
+    write_rows(data_dir, "test", rows)
+    go(settings, "train.max_steps=0", "eval.samples=40")
+    predictions = read_jsonl(tmp_path / "out" / "predictions.jsonl")
+    assert "text" not in predictions[0]
+    assert [p["text"] for p in predictions[1:]] == [row["text"] for row in rows[1:]]
+    out = capsys.readouterr().out
+    assert out.count("    text        ") == 4
+    assert f"    reference   {'長' * 299}…\n" in out
+    assert f"    text        {predictions[8]['text']}\n" in out
+
+
 def test_answers_are_kept_where_the_scores_fail(settings, tmp_path, monkeypatch):
     monkeypatch.setattr("bert_score.BERTScorer.score", None)
     with pytest.raises(TypeError):

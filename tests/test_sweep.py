@@ -230,6 +230,16 @@ def test_what_a_sweep_leaves_and_going_on(sweep_file, out, capsys, monkeypatch):
     assert (out / "trials.jsonl").read_bytes() == before
 
 
+def test_a_picture_never_ends_a_sweep(sweep_file, out, capsys, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert elm.main(["sweep", str(sweep_file), "study.trials=1"]) == 0
+    assert re.search("warning: sweep.png is left out: .*No space left", capsys.readouterr().err)
+    assert {"trials.jsonl", "best.toml"} <= {path.name for path in out.iterdir()}
+
+
 @pytest.mark.slow
 def test_more_trials_are_added_to_those_there_are(sweep_file, out):
     """Each gives its value again as a training, whatever the trials before it did to the LLM that
