@@ -51,6 +51,7 @@ import codecs
 import contextlib
 import dataclasses
 import difflib
+import email.utils
 import functools
 import gc
 import hashlib
@@ -70,6 +71,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 import warnings
@@ -1781,6 +1783,7 @@ class BackboneOutput(dict):
 class Answer(NamedTuple):
     text: str
     finished: bool  # whether the LLM ended it, not the limit of tokens
+    refusal: str = ""  # why a server gave no answer to this question
 
 
 def end_tokens(llm: PreTrainedModel, prompt: Prompt) -> set[int]:
@@ -4085,6 +4088,9 @@ def print_next_command(adapter: Path, table: Path, query: str) -> None:
 # what they answered.
 
 SERVER_RETRIES = 5  # of a request, after waits that grow to eight seconds
+LONGEST_RETRY_AFTER = 3600  # seconds that a server may let a request wait, all in all
+# Statuses of a request that are about its text: it is too long, or a content filter stops it.
+REFUSAL_STATUSES = (400, 413, 422)
 
 
 @dataclass(frozen=True)
@@ -4129,8 +4135,8 @@ class LLMEngine:
 
 
 class ServerEngine:
-    """Answers by an OpenAI-compatible server. The client retries what may pass, obeys Retry-After,
-    and takes its key from OPENAI_API_KEY."""
+    """Answers by an OpenAI-compatible server. The client retries what may pass, and takes its key
+    from OPENAI_API_KEY."""
 
     batch_size = 1
     name = "server"
@@ -4149,9 +4155,12 @@ class ServerEngine:
         self._client = self._openai.OpenAI(
             base_url=endpoint, api_key=os.environ.get("OPENAI_API_KEY", "").strip() or "none",
             max_retries=SERVER_RETRIES, timeout=600)
+        self._lock = threading.Lock()
+        self._waits_until = 0.0  # time.monotonic() of the end of the last wait that was announced
 
     def answer(self, questions: list[Question], seed: int, temperature: float) -> list[Answer]:
-        """Raises: UserError if the server refuses, or cannot be reached."""
+        """An answer has a `refusal` where the server refuses its text. Raises: UserError if it
+        refuses all else, or cannot be reached."""
         return [self._answer_one(question, seed, temperature) for question in questions]
 
     def _answer_one(self, question: Question, seed: int, temperature: float) -> Answer:
@@ -4159,16 +4168,58 @@ class ServerEngine:
         message = {"role": "user", "content": before + question.text + after}
         where = f"endpoint: {self.endpoint} about {question.text[:50]!r}"
         with user_error(where, self._openai.OpenAIError, ValueError):
-            reply = self._client.chat.completions.create(
-                model=self.model, messages=[message], max_tokens=self.max_new_tokens, seed=seed,
-                temperature=temperature, extra_body=self.extra_body)
+            try:
+                reply = self._complete(message, seed, temperature)
+            except self._openai.APIStatusError as e:
+                if e.status_code not in REFUSAL_STATUSES:
+                    raise
+                return Answer("", finished=False, refusal=clip(str(e)))
         try:
             choice = reply.choices[0]
             text = choice.message.content or ""
             text = text.encode(errors="replace").decode()  # half a character at a limit of tokens
             return Answer(text, choice.finish_reason == "stop")
         except (AttributeError, TypeError, IndexError):  # a page of HTML has no choices
-            raise UserError(f"{where}: no chat completion: {shorten(str(reply), 300)}") from None
+            raise UserError(f"{where}: no chat completion: {clip(str(reply))}") from None
+
+    def _complete(self, message: Json, seed: int, temperature: float) -> Any:
+        """The server's reply. Where it is busy, wait as long as its Retry-After says: the client
+        obeys only one of a minute or two. Raises: OpenAIError."""
+        start = time.monotonic()
+        while True:
+            try:
+                return self._client.chat.completions.create(
+                    model=self.model, messages=[message], max_tokens=self.max_new_tokens,
+                    seed=seed, temperature=temperature, extra_body=self.extra_body)
+            except self._openai.APIStatusError as e:
+                seconds = retry_after_seconds(e.response.headers.get("retry-after"))
+                passed = time.monotonic() - start
+                is_busy = e.status_code in (429, 503) and seconds > 0
+                if not is_busy or passed + seconds > LONGEST_RETRY_AFTER:
+                    raise
+            self._wait(seconds)
+
+    def _wait(self, seconds: float) -> None:
+        """Sleep, and say so, once for all threads that are told to wait at that time."""
+        now = time.monotonic()
+        with self._lock:
+            is_news = now >= self._waits_until
+            self._waits_until = max(self._waits_until, now + seconds)
+        if is_news:
+            log.info(f"endpoint: {self.endpoint} is busy and asks to wait {seconds:.0f} s")
+        time.sleep(seconds)
+
+
+def retry_after_seconds(header: str | None) -> float:
+    """From the value of a Retry-After header, a number of seconds or a date (RFC 9110); 0 without
+    one."""
+    if header is None:
+        return 0.0
+    with contextlib.suppress(ValueError):
+        return float(header)
+    with contextlib.suppress(ValueError):
+        return email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+    return 0.0
 
 
 class AnswerLog:
@@ -4182,7 +4233,8 @@ class AnswerLog:
         for line in lines:
             with contextlib.suppress(ValueError, LookupError, TypeError):  # torn by a kill, blank
                 entry = json.loads(line)
-                self._answers[entry["key"]] = Answer(entry["text"], entry["finished"])
+                self._answers[entry["key"]] = Answer(
+                    entry["text"], entry["finished"], entry.get("refusal", ""))
 
     def __contains__(self, key: str) -> bool:
         return key in self._answers

@@ -430,7 +430,9 @@ def make_engine(options: SynthesizeOptions) -> elm.LLMEngine | elm.ServerEngine:
 def answer_rows(engine: elm.LLMEngine | elm.ServerEngine, rows: Iterable[DraftRow],
                 log: elm.AnswerLog, options: SynthesizeOptions) -> None:
     """Set the responses that rows lack, or why an answer is rejected. A rejected answer is asked
-    for once more, with another seed and a temperature above 0. Raises: UserError."""
+    for once more, with another seed and a temperature above 0, but not one that the server refused.
+    Raises: UserError."""
+    refusals = []
     pending = [row for row in rows if not row.response]
     pending.sort(key=lambda row: len(row.text), reverse=True)  # texts of a batch are alike long
     for attempt in range(2):
@@ -445,7 +447,12 @@ def answer_rows(engine: elm.LLMEngine | elm.ServerEngine, rows: Iterable[DraftRo
             row.rejected = rejection_reason(row, answer)
             if not row.rejected:
                 row.response = answer.text.strip()
-        pending = [row for row in pending if row.rejected]
+            if answer.refusal:
+                refusals.append(answer.refusal)
+        pending = [row for row in pending if row.rejected and row.rejected != REFUSED]
+    if refusals:
+        elm.log.warning(f"endpoint: the server refused {len(refusals)} of {len(rows)} rows, which "
+                        f"are left out; the first: {refusals[0]}")
 
 
 def answer_key(engine_name: str, row: DraftRow, attempt: int, options: SynthesizeOptions) -> str:
@@ -458,23 +465,46 @@ def answer_key(engine_name: str, row: DraftRow, attempt: int, options: Synthesiz
 def ask_missing(engine: elm.LLMEngine | elm.ServerEngine, questions: dict[str, elm.Question],
                 log: elm.AnswerLog, temperature: float, label: str) -> None:
     """Append the answers that the log lacks, as they come. Raises: UserError."""
-    missing = [key for key in questions if key not in log]
+    missing = missing_keys(questions, log)
 
-    def ask(keys: list[str]) -> int:
+    def ask(keys: list[str]) -> list[elm.Answer]:
         seed = int(keys[0][:7], 16)
         answers = engine.answer([questions[key] for key in keys], seed, temperature)
         log.append(dict(zip(keys, answers, strict=True)))
-        return len(keys)
+        return answers
 
+    is_first_refusal = True
     blocks = elm.in_blocks(missing, engine.batch_size)
     with elm.progress(None, label, total=len(missing), unit="answer") as bar:
-        for num_answers in elm.prefetch(ask, blocks, engine.num_threads):
-            bar.update(num_answers)
+        for answers in elm.prefetch(ask, blocks, engine.num_threads):
+            bar.update(len(answers))
+            if answers[0].refusal and is_first_refusal:
+                elm.log.warning("endpoint: the server refuses a text; its rows are left out, the "
+                                f"others go on: {answers[0].refusal}")
+                is_first_refusal = False
+
+
+def missing_keys(questions: dict[str, elm.Question], log: elm.AnswerLog) -> list[str]:
+    """The keys that the log has no answers of. A refusal is an answer, unless most are refusals:
+    then a setting or the server was at fault rather than the texts, and they are asked again."""
+    missing = []
+    refused = []
+    for key in questions:
+        if key not in log:
+            missing.append(key)
+        elif log[key].refusal:
+            refused.append(key)
+    num_known = len(questions) - len(missing)
+    if len(refused) > num_known / 2:
+        missing += refused
+    return missing
 
 
 def rejection_reason(row: DraftRow, answer: elm.Answer) -> str:
     """Why an answer is rejected, or ""."""
     text = answer.text.strip()
+    if answer.refusal:
+        return REFUSED
     if not answer.finished:
         return "not finished"
     if not text:

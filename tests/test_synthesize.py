@@ -1,5 +1,6 @@
 """synthesize: from texts alone to a trained adapter, on the embedded default; servers that fail."""
 
+import email.utils
 import json
 import os
 import re
@@ -337,14 +338,15 @@ def test_killed_and_started_again_and_shuffled_ends_with_the_same_bytes(tmp_path
 class TinyServer(ThreadingHTTPServer):
     """Answers by the tiny LLM as an OpenAI-compatible server does. The first requests about each
     message fail, each in the way that stands at its place in `failures`: a status, "garbage" with
-    status 200, "half" an answer, or "nothing"."""
+    status 200, "half" an answer, or "nothing"; after a slash the value of a Retry-After header."""
 
     daemon_threads = True
 
     def __init__(self, failures=()):
         super().__init__(("127.0.0.1", 0), Handler)
         self.failures = failures
-        self.refused_text = None  # requests about it fail with status 400
+        self.answers_about = []  # texts; requests about these do not fail
+        self.refused_text = None  # requests about it fail with status 400; "": all
         self.num_asked = Counter()  # by message
         self.keys = set()
         self.llm = elm.load_llm(str(TINY / "llm"), CPU, bf16=False)
@@ -362,6 +364,8 @@ class TinyServer(ThreadingHTTPServer):
         number = self.num_asked[message] - 1
         if self.refused_text is not None and self.refused_text in message:
             return "400"
+        if any(text in message for text in self.answers_about):
+            return ""
         return self.failures[number] if number < len(self.failures) else ""
 
     @torch.no_grad()
@@ -387,10 +391,13 @@ class Handler(BaseHTTPRequestHandler):
         message = body["messages"][0]["content"]
         self.server.keys.add(self.headers["Authorization"])
         failure = self.server.failure_of(message)
+        failure, _, retry_after = failure.partition("/")
         if failure == "nothing":
             return
         if failure in ("", "half"):
             reply = self.server.answer(message, body["max_tokens"])
+        elif failure == "400":
+            reply = json.dumps({"message": "maximum context length exceeded"}).encode()
         else:
             reply = b"<garbage\xff"
         status = int(failure) if failure.isdecimal() else 200
@@ -398,7 +405,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(reply) + missing))
-        self.send_header("Retry-After-Ms", "1")  # or the tests would wait as long as users do
+        if retry_after:
+            self.send_header("Retry-After", retry_after)
+        else:
+            self.send_header("Retry-After-Ms", "1")  # or the tests would wait as long as users do
         self.end_headers()
         self.wfile.write(reply)
 
@@ -458,18 +468,127 @@ def test_a_server_that_is_not_there_is_reported(texts, tmp_path, monkeypatch):
     assert_refused("endpoint: http://127.0.0.1:9/v1 .*", *words, "endpoint=http://127.0.0.1:9/v1")
 
 
-def test_a_refused_request_loses_no_answer(texts, tmp_path, start_server):
+@pytest.mark.parametrize("failure", ["401", "403", "404", "500"])
+def test_a_refused_request_loses_no_answer(texts, tmp_path, start_server, monkeypatch, failure):
+    """What is not about the text, a wrong key or model, ends the command, which can go on."""
+    monkeypatch.setattr(elm, "SERVER_RETRIES", 0)
     out = tmp_path / "mine"
-    server = start_server()
-    server.refused_text = min(FEW_TEXTS, key=len)  # asked about last
+    server = start_server(failure)
+    refused_text = min(FEW_TEXTS, key=len)  # asked about last
+    for text in FEW_TEXTS:
+        if text != refused_text:
+            server.answers_about.append(text)
     words = ["synthesize", texts, out, *OPTIONS, "tasks=2", server.endpoint, "concurrency=2"]
-    assert_refused(f"endpoint: .* about '{server.refused_text[:50]}': .*400", *words)
+    assert_refused(f"endpoint: .* about '{refused_text[:50]}': .*{failure}", *words)
 
     again = start_server()
     synthesize(texts, out, "tasks=2", again.endpoint)
-    answered = [message for message in server.num_asked if server.refused_text not in message]
+    answered = [message for message in server.num_asked if refused_text not in message]
     assert answered
     assert not set(answered) & set(again.num_asked)
+
+
+def test_a_refused_text_is_left_out_and_not_asked_again(texts, tmp_path, start_server):
+    """Nor after the command was ended by another text, which has the server's status 404. The
+    server's reason is told."""
+    out = tmp_path / "mine"
+    server = start_server("404")
+    by_length = sorted(FEW_TEXTS, key=len, reverse=True)  # the order in which they are asked about
+    server.answers_about = by_length[:20]
+    server.refused_text = by_length[5]
+    words = ["synthesize", texts, out, *OPTIONS, "tasks=2", "reconstruct=0", "concurrency=1"]
+    code, printed = run_prepare(*words, server.endpoint)
+    assert code == 2
+    reason = "400 .*maximum context length exceeded"
+    assert re.search(f"warning: endpoint: the server refuses a text; .*{reason}", printed)
+    assert printed.count("refuses a text") == 1
+    asked = [message for message in server.num_asked if server.refused_text in message]
+    assert len(asked) == 2
+
+    server.answers_about = FEW_TEXTS
+    code, printed = run_prepare(*words, server.endpoint)
+    assert {server.num_asked[message] for message in asked} == {1}
+    assert code == 0
+    assert re.search(f"warning: endpoint: the server refused 2 of 48 rows, .*{reason}", printed)
+    assert "refused by the server  test  train  val\n" in printed
+    rows = read_all_rows(out)
+    assert len(rows) == 46
+    assert {row["text"] for row in rows} == set(FEW_TEXTS) - {server.refused_text}
+
+
+def test_refusals_are_remembered_unless_most_are_refused(tmp_path):
+    """A server that refuses all has another fault than the texts: the same command asks again."""
+    log = elm.AnswerLog(tmp_path / "answers.jsonl")
+    log.append({"a": elm.Answer("A.", True), "b": elm.Answer("", False, "too long")})
+    log.append({"c": elm.Answer("", False, "too long")})
+    read = elm.AnswerLog(tmp_path / "answers.jsonl")
+    assert read["b"] == elm.Answer("", False, "too long")
+    question = elm.Question("?", "a text")
+    assert prepare.missing_keys(dict.fromkeys("abd", question), read) == ["d"]
+    assert prepare.missing_keys(dict.fromkeys("abcd", question), read) == ["d", "b", "c"]
+
+
+def test_a_server_that_refuses_all_says_why(texts, tmp_path, start_server):
+    server = start_server()
+    server.refused_text = ""
+    words = ["synthesize", texts, tmp_path / "mine", *OPTIONS, "tasks=2", server.endpoint]
+    code, printed = run_prepare(*words)
+    assert code == 2
+    assert "the server refused 48 of" in printed
+    assert "maximum context length exceeded" in printed
+    assert "rejected: refused by the server" in printed
+    run_prepare(*words)
+    assert set(server.num_asked.values()) == {2}
+
+
+class Clock:
+    """A clock that only a sleep moves on."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        self.sleeps = []
+        monkeypatch.setattr(elm.time, "sleep", self.sleep)
+        monkeypatch.setattr(elm.time, "monotonic", lambda: self.now)
+
+    def sleep(self, seconds):
+        self.sleeps.append(seconds)
+        self.now += seconds
+
+
+def make_engine(server) -> elm.ServerEngine:
+    return elm.ServerEngine(server.endpoint.removeprefix("endpoint="), "tiny", {}, 64, 2)
+
+
+QUESTION = elm.Question("Summarize the text.", TEXTS[0])
+
+
+def test_retry_after_is_obeyed(start_server, monkeypatch, capsys):
+    """Longer than the client would, up to an hour in all, said in a line."""
+    server = start_server("429/200", "503/300")
+    engine = make_engine(server)
+    clock = Clock(monkeypatch)
+    (answer,) = engine.answer([QUESTION], seed=1, temperature=0.0)
+    assert answer.finished and answer.text
+    assert [seconds for seconds in clock.sleeps if seconds > 10] == [200, 300]
+    out = capsys.readouterr().out
+    assert "is busy and asks to wait 200 s\n" in out
+    assert "is busy and asks to wait 300 s\n" in out
+
+
+@pytest.mark.parametrize("retry_after", ["3601", "1801"])
+def test_more_than_an_hour_is_not_waited(start_server, monkeypatch, retry_after):
+    engine = make_engine(start_server(*[f"429/{retry_after}"] * 9))
+    clock = Clock(monkeypatch)
+    with pytest.raises(elm.UserError, match="endpoint: .* about .*429"):
+        engine.answer([QUESTION], seed=1, temperature=0.0)
+    assert sum(clock.sleeps) < 3600
+
+
+def test_retry_after_is_a_number_or_a_date():
+    assert elm.retry_after_seconds("2.5") == 2.5
+    assert elm.retry_after_seconds(None) == elm.retry_after_seconds("soon") == 0
+    soon = email.utils.formatdate(time.time() + 100, usegmt=True)
+    assert 98 < elm.retry_after_seconds(soon) <= 100
 
 
 @pytest.mark.slow
