@@ -3765,7 +3765,8 @@ class Ratio(NamedTuple):
     name: str
     numerator: str  # columns of summands()
     denominator: str
-    needs_interval_above_0: bool = False  # of the denominator; else the measure is left out
+    must_be_positive: str | None = None  # a column: unless the interval of its sum lies above 0,
+    #   the measure is left out
 
 
 RATIOS = (
@@ -3773,7 +3774,8 @@ RATIOS = (
     Ratio("loss_shuffled", "nll_shuffled", "tokens"),
     Ratio("gap", "gap", "tokens"),
     Ratio("loss_text", "nll_text", "tokens_text"),
-    Ratio("gap_closed", "gap_with_text", "gap_text", needs_interval_above_0=True))
+    # The condition is about all task types: the sum over chosen ones is positive by the choice.
+    Ratio("gap_closed", "gap_with_text", "gap_text", must_be_positive="gap_text_of_all"))
 FEWEST_SOURCES = 30  # vectors; gap_closed of fewer is called unreliable
 FEWEST_ROWS = 10  # with text, of a task type; it has no gap_closed of fewer
 
@@ -3801,7 +3803,8 @@ def summands(losses: pd.DataFrame, scores: pd.DataFrame | None) -> pd.DataFrame:
         tokens_text=losses["tokens"] * has_text,
         gap=gap,
         gap_with_text=gap.where(is_read, 0.0),
-        gap_text=gap_text.where(is_read, 0.0))
+        gap_text=gap_text.where(is_read, 0.0),
+        gap_text_of_all=gap_text.where(has_text, 0.0))
     if scores is not None:
         columns = columns.join(scores.assign(samples=1.0))
     return columns
@@ -3825,8 +3828,8 @@ def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
               num_resamples: int = 1000) -> Json:
     """RATIOS and mean scores over rows (see Measured and score), with bootstrap 95 % intervals:
     vectors are drawn with replacement, with all their rows. gap_closed is over the rows with text
-    whose task is not among unread_tasks, and left out unless the interval of its denominator lies
-    above 0. `sources` counts the vectors."""
+    whose task is not among unread_tasks, and left out unless over all tasks the LLM reads the text
+    better than another row's vector: the interval lies above 0. `sources` counts the vectors."""
     result: Json = {
         "rows": len(losses), "rows_text": int(losses["nll_text"].notna().sum())}
     measures = list(RATIOS)
@@ -3841,15 +3844,18 @@ def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
     resampled = {name: resamples[:, i] for i, name in enumerate(by_vector.columns)}
 
     intervals = {}
-    for name, numerator, denominator, needs_interval_above_0 in measures:
+    for measure in measures:
+        numerator = measure.numerator
+        denominator = measure.denominator
+        condition = measure.must_be_positive
         if totals[denominator] <= 0:
             continue
-        if needs_interval_above_0 and np.percentile(resampled[denominator], 2.5) <= 0:
+        if condition is not None and np.percentile(resampled[condition], 2.5) <= 0:
             continue
-        result[name] = float(totals[numerator] / totals[denominator])
+        result[measure.name] = float(totals[numerator] / totals[denominator])
         if len(by_vector) > 1 and (resampled[denominator] > 0).all():
             ratios = resampled[numerator] / resampled[denominator]
-            intervals[name] = np.percentile(ratios, (2.5, 97.5)).tolist()
+            intervals[measure.name] = np.percentile(ratios, (2.5, 97.5)).tolist()
     result["intervals"] = intervals
     return result
 
@@ -3939,7 +3945,7 @@ def describe_gap(result: Json, metrics: list[Json]) -> str:
         if result["sources"] < FEWEST_SOURCES:
             text += f", not reliable: of {result['sources']} vectors"
     else:
-        text = "none: no text that this LLM reads better than another row's vector"
+        text = "none: this LLM does not read the texts better than other rows' vectors"
     if result["tasks_left_out"]:
         return text
     validations = [entry for entry in metrics if {"val_loss", "val_loss_shuffled"} <= entry.keys()]
@@ -4040,7 +4046,7 @@ def print_report(result: Json, predictions: list[Json],
     lines.append("")
     lines.append(f"gap_closed: {describe_gap(result, metrics)}")
     left_out = result["tasks_left_out"]
-    if left_out:
+    if left_out and "gap_closed" in result:
         lines.append(
             f"left out of it: {len(left_out)} of {len(result['tasks'])} task types, whose text the "
             f"LLM reads no better than another row's vector: {', '.join(left_out)}")
