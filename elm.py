@@ -724,24 +724,81 @@ SOFT_TOKEN = -1  # the id that marks a soft token in Example.ids
 MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, template: Json) -> dict[str, str]:
-    """The texts that the chat template puts around a user turn: {"prefix", "suffix", "end"}.
+# All characters that str.strip, and so Jinja's trim, takes for white space.
+WHITE_SPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
+
+# What an adapter stores of a template: the texts around the turns, and the characters that are
+# stripped from the beginning and the end of a user's and of an assistant's turn.
+TEXTS_OF_TEMPLATE = ("prefix", "suffix", "end")
+STRIPPED_BY_TEMPLATE = ("user_lstrip", "user_rstrip", "assistant_lstrip", "assistant_rstrip")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer's chat template, under arguments of the user's."""
+
+    tokenizer: PreTrainedTokenizerBase
+    arguments: Json
+    has_typed_contents: bool  # whether a turn's content is [{"type": "text", "text": ...}]
+
+    def render_prompt(self, query: str) -> str:
+        """A user's turn, and the beginning of an assistant's."""
+        turns = [self._turn("user", query)]
+        return self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **self.arguments)
+
+    def render_conversation(self, response: str) -> str:
+        """A user's turn and an assistant's."""
+        turns = [self._turn("user", PLACEHOLDER), self._turn("assistant", response)]
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, **self.arguments)
+
+    def _turn(self, role: str, text: str) -> Json:
+        content = [{"type": "text", "text": text}] if self.has_typed_contents else text
+        return {"role": role, "content": content}
+
+
+def open_template(tokenizer: PreTrainedTokenizerBase, arguments: Json) -> ChatTemplate:
+    """With typed contents where the template does not show plain ones. Raises: UserError if the
+    tokenizer has several templates, and neither a default nor the user's choice."""
+    from jinja2 import TemplateError
+
+    templates = tokenizer.chat_template
+    has_names = isinstance(templates, dict) and "default" not in templates
+    if has_names and "chat_template" not in arguments:
+        raise UserError(f"{tokenizer.name_or_path}: its chat templates are {sorted(templates)}, "
+                        "none of them the default; choose by model.template.chat_template")
+    for has_typed_contents in (False, True):
+        template = ChatTemplate(tokenizer, arguments, has_typed_contents)
+        with contextlib.suppress(TemplateError, ValueError, TypeError):
+            if PLACEHOLDER in template.render_prompt(PLACEHOLDER):
+                return template
+    return ChatTemplate(tokenizer, arguments, has_typed_contents=False)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, arguments: Json) -> dict[str, str]:
+    """What the chat template does to a user's turn and its answer: the texts TEXTS_OF_TEMPLATE and
+    the characters STRIPPED_BY_TEMPLATE.
 
     `end` ends an assistant's turn, up to its first control token. Without a chat template: what the
-    tokenizer puts before any text (a BOS token, say), a line break, the EOS token.
-    Raises: UserError if the template fails, or does not contain the user's turn exactly once.
+    tokenizer puts before any text (a BOS token, say), a line break, the EOS token; nothing is
+    stripped.
+    Raises: UserError if the template fails, or does not contain each turn exactly once.
     """
     from jinja2 import TemplateError
 
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
         return prompt_without_template(tokenizer)
-    user = {"role": "user", "content": PLACEHOLDER}
-    assistant = {"role": "assistant", "content": ANSWER}
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **template)
+    template = open_template(tokenizer, arguments)
     with user_error(f"{name}: its chat template fails", TemplateError, ValueError, TypeError):
-        prefix, suffix = render([user], add_generation_prompt=True).split(PLACEHOLDER)
-        conversation = render([user, assistant])
+        prompt = template.render_prompt(PLACEHOLDER)
+        num_shown = prompt.count(PLACEHOLDER)
+        if num_shown != 1:
+            raise ValueError(f"it shows the text of a user's turn {num_shown} times")
+        conversation = template.render_conversation(ANSWER)
+        of_user = find_stripped(template.render_prompt, PLACEHOLDER)
+        of_assistant = find_stripped(template.render_conversation, ANSWER)
+    prefix, suffix = prompt.split(PLACEHOLDER)
     if ANSWER not in conversation:
         raise UserError(f"{name}: its chat template does not show the assistant's turn as it is")
 
@@ -753,7 +810,35 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, template: Json) -> dict[st
                     f"{before_answer!r}; model.template.enable_thinking = false?")
     after_answer = conversation.rpartition(ANSWER)[2]
     end = cut_at_control_token(after_answer, tokenizer)
-    return {"prefix": prefix, "suffix": suffix, "end": end}
+    return {
+        "prefix": prefix,
+        "suffix": suffix,
+        "end": end,
+        "user_lstrip": of_user.left,
+        "user_rstrip": of_user.right,
+        "assistant_lstrip": of_assistant.left,
+        "assistant_rstrip": of_assistant.right}
+
+
+class Stripped(NamedTuple):
+    left: str  # the characters that a template strips from the beginning of a turn
+    right: str  # and from its end
+
+
+def find_stripped(render: Callable[[str], str], text: str) -> Stripped:
+    """By rendering a turn once for each character of WHITE_SPACE, which stands around `text`. By
+    lengths, as some templates print the time."""
+    before, _, after = render(text).partition(text)
+    left = ""
+    right = ""
+    for character in WHITE_SPACE:
+        shown = render(character + text + character)
+        shown_before, _, shown_after = shown.partition(text)
+        if len(shown_before) == len(before):
+            left += character
+        if len(shown_after) == len(after):
+            right += character
+    return Stripped(left, right)
 
 
 def prompt_without_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -762,7 +847,8 @@ def prompt_without_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, str
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     num_before = with_special_tokens.index(plain[0])
     prefix = tokenizer.decode(with_special_tokens[:num_before])
-    return {"prefix": prefix, "suffix": "\n", "end": tokenizer.eos_token}
+    texts = {"prefix": prefix, "suffix": "\n", "end": tokenizer.eos_token}
+    return texts | dict.fromkeys(STRIPPED_BY_TEMPLATE, "")
 
 
 def cut_at_control_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -776,8 +862,11 @@ def cut_at_control_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str |
 
 
 def check_template_parts(parts: object, path: str | Path) -> None:
-    """Raises: UserError unless what a file stores as its prompt has the form of render_prompt."""
-    is_whole = isinstance(parts, dict) and set(parts) == {"prefix", "suffix", "end"}
+    """Raises: UserError unless what a file stores as its prompt has the form of render_prompt.
+    STRIPPED_BY_TEMPLATE may be missing: early versions of elm stripped nothing."""
+    keys = set(parts) if isinstance(parts, dict) else set()
+    early = set(TEXTS_OF_TEMPLATE)
+    is_whole = keys in (early, early | set(STRIPPED_BY_TEMPLATE))
     if not is_whole or not all(isinstance(text, str) for text in parts.values()):
         raise UserError(f"{path}: its prompt cannot be used: {shorten(repr(parts), 100)}")
 
@@ -799,12 +888,21 @@ class Prompt:
         was trained with; they win over what the template renders now. Raises: UserError."""
         self.tokenizer = tokenizer
         self.template = template or {}
-        rendered = render_prompt(tokenizer, self.template)
-        if stored_parts and stored_parts != rendered:
-            log.warning(f"{tokenizer.name_or_path}: its chat template differs from training; the "
-                        "adapter's prompt is used")
-        self.template_parts = stored_parts or rendered
-        if not self.template_parts["end"]:
+        parts = render_prompt(tokenizer, self.template)
+        if stored_parts:
+            stored_parts = dict(stored_parts)
+            for key in STRIPPED_BY_TEMPLATE:
+                stored_parts.setdefault(key, "")  # of an early version of elm
+            if stored_parts != parts:
+                log.warning(f"{tokenizer.name_or_path}: its chat template differs from training; "
+                            "the adapter's prompt is used")
+            parts = stored_parts
+        elif not tokenizer.chat_template:
+            log.warning(f"{tokenizer.name_or_path}: has no chat template; a prompt is the query "
+                        "and a line break, as a base model reads it. An instruct model needs its "
+                        "template, as chat_template.jinja in its folder")
+        self.template_parts = parts
+        if not parts["end"]:
             raise UserError(
                 f"{tokenizer.name_or_path}: the tokenizer has no token that ends an answer")
 
@@ -824,6 +922,26 @@ class Prompt:
             return []
         encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
         return encoded["input_ids"]
+
+    def strip_response(self, response: str) -> str:
+        """As the template does."""
+        parts = self.template_parts
+        return response.lstrip(parts["assistant_lstrip"]).rstrip(parts["assistant_rstrip"])
+
+    def split_turn(self, query: str, text: str) -> tuple[str, str, str]:
+        """The texts before, in and after the vector's place, where `text` stands, stripped as the
+        template does with the user's turn that the three make up."""
+        before, after = self.split_query(query)
+        pieces = [before, text, after]
+        for i in (0, 1, 2):
+            pieces[i] = pieces[i].lstrip(self.template_parts["user_lstrip"])
+            if pieces[i]:
+                break
+        for i in (2, 1, 0):
+            pieces[i] = pieces[i].rstrip(self.template_parts["user_rstrip"])
+            if pieces[i]:
+                break
+        return pieces[0], pieces[1], pieces[2]
 
     @staticmethod
     def split_query(query: str) -> tuple[str, str]:
@@ -868,15 +986,24 @@ class Encoder:
         """Examples of rows, whose `names` stand in messages. Raises: UserError if a prompt leaves
         no room for a response."""
         prompt = self.prompt
-        queries = [prompt.split_query(row.query) for row in rows]
-        texts = [""] * len(rows)
-        if layout == "text":
-            texts = [row.text or "" for row in rows]
+        befores = []
+        texts = []
+        afters = []
+        responses = []
+        for row in rows:
+            text = ""
+            before, after = prompt.split_query(row.query)  # no white space at the query's ends
+            if layout == "text":
+                before, text, after = prompt.split_turn(row.query, row.text or "")
+            befores.append(before)
+            texts.append(text)
+            afters.append(after)
+            responses.append(prompt.strip_response(row.response))
         ids_of_rows = zip(
             names,
-            prompt.encode([before for before, _ in queries]),
-            prompt.encode([after for _, after in queries]),
-            prompt.encode([row.response for row in rows]),
+            prompt.encode(befores),
+            prompt.encode(afters),
+            prompt.encode(responses),
             prompt.encode(texts),
             strict=True)
         return [self._assemble(layout, *parts) for parts in ids_of_rows]
@@ -1510,9 +1637,46 @@ def load_pretrained(auto_class: Any, name: str, key: str, **options: Any) -> Any
 
 
 def load_tokenizer(name: str, key: str = "model.llm") -> PreTrainedTokenizerBase:
+    """The tokenizer of an LLM, with its chat template. Raises: UserError."""
     from transformers import AutoTokenizer
 
-    return load_pretrained(AutoTokenizer, name, key)
+    refuse_unmerged(name, key)
+    tokenizer = load_pretrained(AutoTokenizer, name, key)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = read_processor_template(name, key)
+    return tokenizer
+
+
+def find_model_file(name: str, key: str, file: str) -> Path | None:
+    """A file of a folder or of a hub repository, if it has it. Raises: UserError."""
+    from transformers.utils import cached_file
+
+    with report_load_errors(name, key):
+        found = cached_file(
+            name, file, _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False)
+    return None if found is None else Path(found)
+
+
+def read_processor_template(name: str, key: str) -> str | None:
+    """The chat template of a processor, which AutoTokenizer does not read: exports by transformers
+    before 4.52 hold it in a file of its own. Raises: UserError."""
+    path = find_model_file(name, key, "chat_template.json")
+    if path is None:
+        return None
+    with user_error(f"{key}: {path}: not a chat template", OSError, ValueError, LookupError,
+                    TypeError):
+        return json.loads(path.read_bytes())["chat_template"]
+
+
+def refuse_unmerged(name: str, key: str) -> None:
+    """Raises: UserError at a LoRA adapter. transformers ignores it beside an LLM's weights, or
+    applies it if peft is installed."""
+    if find_model_file(name, key, "adapter_config.json") is not None:
+        raise UserError(f"{key}: {name} has an adapter_config.json, of LoRA or another method of "
+                        "peft, which would not be used; merge it into the LLM (merge_and_unload), "
+                        "save both LLM and tokenizer in a new folder, and name that")
 
 
 def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm",
@@ -1530,12 +1694,16 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
 def load_frozen(name: str, bf16: bool, key: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    refuse_unmerged(name, key)
     announce_download(name, key)
     dtype = torch.bfloat16 if bf16 else torch.float32
     llm, info = load_pretrained(AutoModelForCausalLM, name, key, dtype=dtype,
                                 output_loading_info=True)
     if info["missing_keys"]:  # transformers initialises them randomly
         raise UserError(f"{key}: {name} lacks the weights {sorted(info['missing_keys'])[:3]}")
+    # transformers' own modules fail if config.json says otherwise: they call each other by it.
+    for config in (llm.config, llm.config.get_text_config()):
+        config.return_dict = True
     return llm.eval().requires_grad_(False)
 
 

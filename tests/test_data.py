@@ -1,6 +1,9 @@
 """Rows and vectors, prompts, and the rows of each step."""
 
+import json
 import os
+import shutil
+import sys
 from collections import Counter
 from itertools import islice
 
@@ -98,7 +101,9 @@ def test_names_of_special_tokens_in_rows_are_text(data_dir, layout):
 def test_tokenizer_without_chat_template_gets_a_plain_prompt(data_dir):
     tokenizer = byte_tokenizer(chat_template=None)
     prompt = elm.Prompt(tokenizer)
-    assert prompt.template_parts == {"prefix": "", "suffix": "\n", "end": "<|im_end|>"}
+    nothing_stripped = dict.fromkeys(elm.STRIPPED_BY_TEMPLATE, "")
+    texts = {"prefix": "", "suffix": "\n", "end": "<|im_end|>"}
+    assert prompt.template_parts == texts | nothing_stripped
     assert prompt.split_query(" What is it?\n") == ("", "\nWhat is it?")
     assert prompt.split_query(" Is <EMB> it? ") == ("Is ", " it?")
     assert len(open_train(data_dir, prompt)) == 40
@@ -180,6 +185,128 @@ def test_arguments_of_the_template(capsys):
     prompt = elm.Prompt(byte_tokenizer(CHAT + THINK), {"enable_thinking": False})
     assert prompt.template_parts["suffix"].endswith("<think>\n</think>\n\n")
     assert not capsys.readouterr().err
+
+
+TRIMS = (
+    "{% for m in messages %}{% set content = '<|im_start|>' + m['role'] + '\n\n' + m['content'] | "
+    "trim + '<|im_end|>' %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+)  # as Llama 3's
+QWEN3 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{{ '<think>\n\n</think>\n\n' + m.content.lstrip('\n') }}{% else %}{{ m.content }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+TYPED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text | trim }}{% endif %}{% endfor %}{{ '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)  # shows nothing of a plain string
+TYPED_ALONE = TYPED.replace(
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text | trim }}{% endif %}"
+    "{% endfor %}", "{{ m.content[0].text }}")  # fails at one
+ROLE_OF_GEMMA = "{{ 'model' if m.role == 'assistant' else m.role }}"
+TEMPLATES = {
+    "chatml": CHAT, "llama 3": TRIMS, "qwen3": QWEN3, "typed": TYPED, "typed alone": TYPED_ALONE,
+    "gemma": GEMMA.replace("{{ m.role }}", ROLE_OF_GEMMA)}  # fmt: skip
+
+
+def conversation(kind: str, *texts: str) -> list[dict]:
+    """A user's turn and an assistant's, as templates of this kind take them."""
+    contents = list(texts)
+    if kind.startswith("typed"):
+        contents = [[{"type": "text", "text": text}] for text in texts]
+    return [{"role": role, "content": content}
+            for role, content in zip(("user", "assistant"), contents, strict=True)]
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+@pytest.mark.parametrize("query", ["<EMB> What?", "\tSay <EMB>\n", "What is it?", "<EMB>"])
+def test_a_row_is_the_conversation_as_its_tokenizer_renders_it(data_dir, kind, query):
+    """With white space at the ends of its text and its response."""
+    text = "\u3000\n a text\n \n"
+    response = "\n\n \t A study.\n "
+    arguments = {"enable_thinking": False} if kind == "qwen3" else {}
+    tokenizer = byte_tokenizer(TEMPLATES[kind])
+    tokenizer.add_tokens(["<start_of_turn>", "<end_of_turn>"], special_tokens=True)
+    turn = query.strip().replace("<EMB>", text) if "<EMB>" in query else f"{text}\n{query}"
+    wanted = tokenizer.apply_chat_template(
+        conversation(kind, turn, response), return_dict=False, **arguments)
+
+    row = read_jsonl(rows_path(data_dir))[0] | dict(query=query, text=text, response=response)
+    write_rows(data_dir, "train", [row])
+    split = open_train(data_dir, elm.Prompt(tokenizer, arguments))
+    (by_text,), (by_vector,), (alone,) = (
+        split.examples([0], layout) for layout in ("text", "embedding", "response"))
+    length = len(by_text.ids)
+    assert by_text.ids.tolist() == wanted[:length]
+    assert not tokenizer.decode(wanted[length:]).strip()  # what follows an end
+    for example in (by_text, by_vector, alone):
+        assert example.ids[-example.num_labels :].tolist() == alone.ids.tolist()
+
+
+def test_what_a_template_strips():
+    characters = [chr(code) for code in range(sys.maxunicode)]
+    all_of_it = "".join(character for character in characters if character.isspace())
+    for template, user, assistant in (
+        (CHAT, ("", ""), ("", "")),
+        (TRIMS, (all_of_it, all_of_it), (all_of_it, all_of_it)),
+        ("{{ strftime_now('%f') }}" + TRIMS, (all_of_it, all_of_it), (all_of_it, all_of_it)),
+        (QWEN3, ("", ""), ("\n", "")),
+        (None, ("", ""), ("", "")),
+    ):
+        parts = elm.Prompt(byte_tokenizer(template)).template_parts
+        assert (parts["user_lstrip"], parts["user_rstrip"]) == user
+        assert (parts["assistant_lstrip"], parts["assistant_rstrip"]) == assistant
+
+
+def test_an_adapter_that_was_trained_on_what_a_template_strips(data_dir, capsys):
+    """By elm before it looked: its rows stay what they were."""
+    parts = elm.Prompt(byte_tokenizer(TRIMS)).template_parts
+    early = {key: parts[key] for key in ("prefix", "suffix", "end")}
+    elm.check_template_parts(early, "adapter")
+    prompt = elm.Prompt(byte_tokenizer(TRIMS), stored_parts=early)
+    assert "chat template differs from training" in capsys.readouterr().err
+    row = read_jsonl(rows_path(data_dir))[0] | dict(response=" A study.\n")
+    write_rows(data_dir, "train", [row])
+    (example,) = open_train(data_dir, prompt).examples([0], "response")
+    assert decode(example.ids) == " A study.\n<|im_end|>"
+    with pytest.raises(elm.UserError, match="^adapter: its prompt cannot be used"):
+        elm.check_template_parts(early | {"user_lstrip": ""}, "adapter")
+
+
+def test_templates_of_which_none_is_the_default():
+    templates = {"tool_use": "no", "rag": CHAT}
+    tokenizer = byte_tokenizer(templates)
+    with pytest.raises(elm.UserError, match=r"\['rag', 'tool_use'\], none of them the default"):
+        elm.Prompt(tokenizer)
+    wanted = elm.Prompt(byte_tokenizer()).template_parts
+    assert elm.Prompt(tokenizer, {"chat_template": "rag"}).template_parts == wanted
+    assert elm.Prompt(byte_tokenizer(templates | {"default": CHAT})).template_parts == wanted
+
+
+def test_the_template_of_an_older_export_is_read(llm_dir, tmp_path, capsys):
+    """A file of its own, that AutoTokenizer passes over; without any template elm says so."""
+    folder = tmp_path / "llm"
+    shutil.copytree(llm_dir, folder)
+    (folder / "chat_template.jinja").unlink()
+    no_template = "llm: has no chat template; a prompt is the query and a line break"
+    plain = elm.Prompt(elm.load_tokenizer(str(folder)))
+    assert plain.template_parts["suffix"] == "\n"
+    assert capsys.readouterr().err.count(no_template) == 1
+
+    path = folder / "chat_template.json"
+    path.write_text(json.dumps({"chat_template": CHAT}))
+    prompt = elm.Prompt(elm.load_tokenizer(str(folder)))
+    assert prompt.template_parts == PROMPT.template_parts
+    assert not capsys.readouterr().err
+    elm.Prompt(byte_tokenizer(None), stored_parts=plain.template_parts)
+    assert not capsys.readouterr().err
+    for text in ("{", "[]", "{}"):
+        path.write_text(text)
+        with pytest.raises(elm.UserError, match="chat_template.json: not a chat template: "):
+            elm.load_tokenizer(str(folder))
 
 
 # -----------------------------------------------------------------------------
