@@ -871,6 +871,16 @@ def check_template_parts(parts: object, path: str | Path) -> None:
         raise UserError(f"{path}: its prompt cannot be used: {shorten(repr(parts), 100)}")
 
 
+# Text on which tokenizers differ: by their vocabularies, and by how they treat capitals, accents,
+# digits, spaces, scripts and what they do not know.
+PROBE_TEXT = """The quick brown FOX jumped over 13 lazy dogs; naïve café, Straße, Cafe\u0301, ﬁve.
+  In 1984,  3.14159 of 1,000,000 (42%)...\t"Don't!" it's_x = f(y) + 0x1F;    // https://a.b/c?d=e
+
+Antidisestablishmentarianism, floccinaucinihilipilification, Myocardial infarction, zygotes.
+Привет, мир! Ελληνικά. 这是一个句子。日本語のテキスト 한국어 ภาษาไทย العربية עברית हिन्दी Việt 🙂
+"""
+
+
 class Prompt:
     """Turns queries and responses into token ids, within the LLM's chat template.
 
@@ -888,6 +898,7 @@ class Prompt:
         was trained with; they win over what the template renders now. Raises: UserError."""
         self.tokenizer = tokenizer
         self.template = template or {}
+        self.num_ids = 2**31  # that the LLM has embeddings for; see check_fits
         parts = render_prompt(tokenizer, self.template)
         if stored_parts:
             stored_parts = dict(stored_parts)
@@ -917,11 +928,38 @@ class Prompt:
         return self.tokenizer(self.template_parts[name], add_special_tokens=False)["input_ids"]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of plain texts."""
+        """Token ids of plain texts. Raises: UserError at an id that the LLM has no embedding
+        for."""
         if not texts:
             return []
         encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
-        return encoded["input_ids"]
+        ids_of_texts = encoded["input_ids"]
+        for text, ids in zip(texts, ids_of_texts, strict=True):
+            self._check_ids(ids, text)
+        return ids_of_texts
+
+    def _check_ids(self, ids: list[int], text: str) -> None:
+        largest = max(ids, default=0)
+        if largest >= self.num_ids:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise UserError(
+                f"{self.tokenizer.name_or_path}: the tokenizer makes id {largest}, {token!r}, of "
+                f"{text[:60]!r}, but the LLM has {self.num_ids} token embeddings; give the "
+                "LLM its own tokenizer")
+
+    def check_fits(self, llm: PreTrainedModel) -> None:
+        """Raises: UserError, now or in `encode`, at an id that the LLM has no embedding for. Ids of
+        tokens that no prompt or row has may be larger."""
+        self.num_ids = llm.get_input_embeddings().num_embeddings
+        self._check_ids(self.prefix_ids, self.template_parts["prefix"])
+        self._check_ids(self.suffix_ids, self.template_parts["suffix"])
+        self._check_ids(self.end_ids, self.template_parts["end"])
+
+    def ids_hash(self) -> str:
+        """A hash of the ids of the template's parts and of PROBE_TEXT: of what the tokenizer does,
+        in whatever form its files are."""
+        (probe_ids,) = self.encode([PROBE_TEXT])
+        return sha256_short(json.dumps([self.prefix_ids, self.suffix_ids, self.end_ids, probe_ids]))
 
     def strip_response(self, response: str) -> str:
         """As the template does."""
@@ -1535,8 +1573,14 @@ def fresh_adapter(llm: PreTrainedModel, statistics: dict[str, Tensor], standardi
     return adapter
 
 
+TOKENIZER_HASH = "hash of the tokenizer's ids"
+
+
 def check_trained_for(trained_for: Json, found: Json, where: Path | str) -> None:
     """Raises: UserError that names the first property in `found` that differs from training."""
+    if TOKENIZER_HASH in found and TOKENIZER_HASH not in trained_for:  # of an early version of elm
+        log.warning(f"{where}: does not say the {TOKENIZER_HASH} in training; it is not checked")
+        found = {key: value for key, value in found.items() if key != TOKENIZER_HASH}
     for key, value in found.items():
         if value != trained_for.get(key):
             raise UserError(f"{where}: {key} was {trained_for.get(key)} in training and is {value} "
@@ -2031,7 +2075,11 @@ class ELM(nn.Module):
         self.llm = llm
         self.adapter = adapter
         self.prompt = prompt
-        self.trained_for = {"hash of the LLM's weights": weights_hash(llm), **adapter.settings}
+        prompt.check_fits(llm)
+        self.trained_for = {
+            "hash of the LLM's weights": weights_hash(llm),
+            TOKENIZER_HASH: prompt.ids_hash(),
+            **adapter.settings}
         self.lockstep = is_partitioned(llm) and world_size() > 1
 
     # Making and keeping one
@@ -4284,6 +4332,7 @@ class LLMEngine:
         tokenizer = load_tokenizer(model, "model")
         self.llm = load_llm(model, find_device(), bf16, "model")
         self.prompt = Prompt(tokenizer, template)
+        self.prompt.check_fits(self.llm)
         self.batch_size = GENERATION_BATCH[self.llm.device.type]  # questions of a call
         self.name = f"{weights_hash(self.llm)} {'bf16' if bf16 else 'fp32'}"
 
@@ -4842,6 +4891,7 @@ def report_on_adapter(options: EvalOptions) -> Json:
     check_embedder(options.eval, options.model.bf16, device, splits)
     elm = ELM.from_adapter(
         adapter, metadata, path, options.model.llm, options.model.bf16, options.deepspeed)
+    split.encoder.prompt.check_fits(elm.llm)
     check_llm(elm, options.data.max_seq_length)
 
     folder.mkdir(parents=True, exist_ok=True)
