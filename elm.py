@@ -1806,9 +1806,21 @@ def is_partitioned(llm: PreTrainedModel) -> bool:
 
 
 def max_positions(llm: PreTrainedModel) -> int:
-    """The LLM's maximum context length, in tokens."""
+    """The LLM's maximum context length, in tokens; with LongRoPE longrope_length."""
     limit = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
-    return limit or 2**31
+    return longrope_length(llm) or limit or 2**31
+
+
+def longrope_length(llm: PreTrainedModel) -> int | None:
+    """The number of positions that an LLM with LongRoPE (Phi-3, Phi-4) has without it. transformers
+    switches the frequencies of all rows of a batch by its longest row: a row would read otherwise
+    beside one that is longer than that."""
+    parameters = getattr(llm.config.get_text_config(), "rope_parameters", None) or {}
+    tables = [parameters, *parameters.values()]  # one for all layers, or one for each type of layer
+    for table in tables:
+        if isinstance(table, dict) and table.get("rope_type") == "longrope":
+            return table["original_max_position_embeddings"]
+    return None
 
 
 @torch.no_grad()
@@ -1832,19 +1844,26 @@ def weights_hash(model: nn.Module) -> str:
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
     scaling: float | None = None, lengths: list[int] | None = None,
-    cu_seqlens: Tensor | None = None, sliding_window: int | None = None,
-    softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
+    cu_seqlens: Tensor | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each example of a packed row, as transformers calls it: query
     [1, heads, T, d], key and value with as many heads or fewer -> [1, T, heads, d].
 
     `lengths` [n] and `cu_seqlens` [n + 1] come from ELM.forward_hidden; the model's own code passes
-    them down. Raises: ValueError at attention sinks, as gpt-oss has them.
+    them down. Raises: ValueError at attention sinks, as gpt-oss has them, and at masks that the
+    layer makes itself, as Doge's do.
     """
     if s_aux is not None:
         raise ValueError("its attention has sinks")
+    if attention_mask is not None:
+        raise ValueError("its attention layers make masks of their own")
     if lengths is None:
         raise ValueError("it does not pass the lengths of examples down to its attention")
+    if "sliding_window" in options:
+        sliding_window = options["sliding_window"]
+    else:
+        sliding_window = window_of_mask(module)
     if can_use_varlen(query, softcap):
         out = varlen_attention(query, key, value, scaling, lengths, cu_seqlens, sliding_window)
         return out, None
@@ -1858,6 +1877,19 @@ def packed_attention(
     outs = [causal_attention(q, k, v, scaling, sliding_window, softcap) for q, k, v in examples]
     # Contiguous, as transformers' own are: some LLMs (JetMoE) take a view of it.
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None
+
+
+def window_of_mask(module: nn.Module) -> int | None:
+    """The sliding window of an attention layer that does not pass it on, as transformers has it in
+    the mask alone (Qwen2-MoE, PhiMoE). Other LLMs may have one in their config that no mask is made
+    of."""
+    modeling = sys.modules[type(module).__module__]
+    if not hasattr(modeling, "create_sliding_window_causal_mask"):
+        return None
+    layer_types = getattr(module.config, "layer_types", None)
+    if layer_types and layer_types[module.layer_idx] != "sliding_attention":
+        return None
+    return getattr(module.config, "sliding_window", None)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float | None,
@@ -2132,7 +2164,7 @@ class ELM(nn.Module):
         frozen = load_llm(llm, device, bf16, "llm")
         adapter = fresh_adapter(frozen, statistics, hidden_dim=hidden_dim, **settings)
         elm = cls(frozen, adapter.to(device), prompt)
-        check_llm(elm)
+        check_llm(elm, min(2048, max_positions(frozen)))
         return elm
 
     def save(self, path: str | Path, weights: dict[str, Tensor] | None = None,
@@ -2231,7 +2263,8 @@ class ELM(nn.Module):
         rows = [Row.model_construct(query=query, response=response)
                 for query, response in zip(queries, responses, strict=True)]
         names = [f"pair {i}" for i in range(len(rows))]
-        encoder = Encoder(self.prompt, self.adapter.tokens, max_tokens, "max_tokens")
+        limit = min(max_tokens, max_positions(self.llm))
+        encoder = Encoder(self.prompt, self.adapter.tokens, limit, "max_tokens")
         batch = collate(encoder.encode(rows, names), vectors)
         return self.nll(batch).sum() / len(batch.labels)
 
@@ -2295,25 +2328,35 @@ def repeat_per_vector(texts: str | list[str], n: int) -> list[str]:
 
 # The check of an LLM
 
+LENGTHS_CHECKED = (20, 26)  # of the prompts of check_attention, in tokens
+MAX_LENGTH_CHECKED = 8192  # of the row of check_long_row, on which the LLM may need O(T²) memory
+
 
 @torch.no_grad()
 def check_llm(elm: ELM, max_tokens: int = 0) -> None:
-    """Try the LLM on two short prompts. Raises: UserError if it cannot read max_tokens, cannot run
-    on packed rows or embeddings, or lets tokens interact other than by causal attention within an
-    example."""
+    """Try the LLM on short prompts and on one of max_tokens. Raises: UserError if it cannot read
+    max_tokens, cannot run on packed rows or embeddings, or lets tokens interact other than by
+    causal attention within an example."""
     limit = max_positions(elm.llm)
     if max_tokens > limit:
-        raise UserError(f"data.max_seq_length = {max_tokens}: the LLM reads {limit}")
+        reason = ""
+        if longrope_length(elm.llm):
+            reason = (": with longer rows its LongRoPE changes short ones, too; "
+                      f"data.max_seq_length = {limit}")
+        raise UserError(f"data.max_seq_length = {max_tokens}: the LLM reads {limit}{reason}")
     name = type(elm.llm).__name__
     message = f"model.llm: {name} cannot be used, as rows are packed and prompts are embeddings"
     # ValueError is of our checks. The others are what an LLM's code raises that cannot take packed
     # rows or embeddings (MPT and Llama 4 AttributeError, Gemma 4 RuntimeError).
     foreign = (TypeError, AttributeError, RuntimeError, NotImplementedError)
     try:
-        check_attention(elm)
+        # Ids that rows have, each once.
+        ids = torch.tensor(elm.prompt.encode([PROBE_TEXT])[0]).unique()
+        check_attention(elm, ids)
+        if max_tokens > sum(LENGTHS_CHECKED):
+            check_long_row(elm, ids, min(max_tokens, MAX_LENGTH_CHECKED))
         embed = elm.llm.get_input_embeddings()
-        ids = torch.arange(20, device=elm.device) % embed.num_embeddings
-        prompt = 1.5 * embed(ids)  # like soft tokens, it is not in the table
+        prompt = 1.5 * embed(ids[:20].to(elm.device))  # like soft tokens, it is not in the table
         generate_batch(elm.llm, elm.prompt, [prompt], max_new_tokens=1)
     except UserError:
         raise
@@ -2333,39 +2376,67 @@ def is_raised_here(error: BaseException) -> bool:
     return trace.tb_frame.f_code.co_filename == is_raised_here.__code__.co_filename
 
 
-def check_attention(elm: ELM) -> None:
-    """Compare the losses of two prompts, packed and alone by the LLM's own attention, each with its
-    last input token as it is and exchanged for another. Raises: ValueError."""
-    # Relative to a loss. Two bf16 kernels differ by up to 2e-2; one kernel on the same shapes by a
-    # twentieth of it, as kernels of MoE layers sum in varying order.
-    between_kernels = 2e-2 if elm.llm.dtype.itemsize == 2 else 1e-4
-    within_kernel = 0.05 * between_kernels
-    prompts = (slice(0, 20), slice(20, 46))
-    num_unlabelled = 4  # tokens at a prompt's beginning without a loss
-    ids = torch.arange(46) % elm.llm.get_input_embeddings().num_embeddings
-    exchanged = ids.clone()
-    for prompt in prompts:
-        exchanged[prompt.stop - 1] = ids[prompt.stop - 2]
+def tolerance_between_kernels(llm: PreTrainedModel) -> float:
+    """Relative to a loss, or to 1 nat a token. Two bf16 kernels differ by up to 2e-2."""
+    return 2e-2 if llm.dtype.itemsize == 2 else 1e-4
 
+
+def check_attention(elm: ELM, ids: Tensor) -> None:
+    """Compare the losses of two prompts of `ids`, packed and alone by the LLM's own attention, each
+    with its last input token as it is and exchanged for another. Raises: ValueError."""
+    between_kernels = tolerance_between_kernels(elm.llm)
+    # One kernel on the same shapes differs by less, as kernels of MoE layers sum in varying order.
+    within_kernel = 0.05 * between_kernels
+    num_unlabelled = 4  # tokens at a prompt's beginning without a loss
     examples = []
-    for prompt in prompts:
-        prompt_ids = ids[prompt].numpy()
-        examples.append(Example(prompt_ids, len(prompt_ids) - num_unlabelled, truncated=False))
+    prompts = []
+    prompts_exchanged = []
+    start = 0
+    for length in LENGTHS_CHECKED:
+        prompt = ids[torch.arange(start, start + length) % len(ids)]
+        exchanged = prompt.clone()
+        exchanged[-1] = prompt[-2]
+        prompts.append(prompt)
+        prompts_exchanged.append(exchanged)
+        examples.append(Example(prompt.numpy(), length - num_unlabelled, truncated=False))
+        start += length
+
     batch = collate(examples)
+    batch_exchanged = dataclasses.replace(batch, input_ids=torch.cat(prompts_exchanged))
     packed = elm.nll(batch).tolist()
-    packed_exchanged = elm.nll(dataclasses.replace(batch, input_ids=exchanged)).tolist()
+    packed_exchanged = elm.nll(batch_exchanged).tolist()
     for i, prompt in enumerate(prompts):
-        labels = ids[prompt][num_unlabelled:]
-        alone = nll_alone(elm, ids[prompt], labels)
-        alone_exchanged = nll_alone(elm, exchanged[prompt], labels)
+        labels = prompt[num_unlabelled:]
+        alone = nll_alone(elm, prompt, labels)
+        alone_exchanged = nll_alone(elm, prompts_exchanged[i], labels)
         check_causal(packed[i], packed_exchanged[i], within_kernel)
         check_causal(alone, alone_exchanged, within_kernel)
-        check_packed_equals_alone(packed[i], alone, between_kernels)
+        check_packed_equals_alone(packed[i], alone, between_kernels, len(labels))
+
+
+def check_long_row(elm: ELM, ids: Tensor, length: int) -> None:
+    """Compare the losses of a row of `length` of the `ids` and of a short one, packed and alone:
+    sliding windows and positions that change with the length show in long rows only. Raises:
+    ValueError."""
+    generator = torch.Generator().manual_seed(0)
+    long_row = ids[torch.randint(len(ids), (length,), generator=generator)]
+    # It ends as it begins: an LLM that sees the beginning can predict the end.
+    num_repeated = min(32, length // 2)
+    long_row[-num_repeated:] = long_row[:num_repeated]
+    rows = [ids[torch.arange(LENGTHS_CHECKED[0]) % len(ids)], long_row]
+    num_labels = num_repeated // 2
+    examples = [Example(row.numpy(), num_labels, truncated=False) for row in rows]
+    packed = elm.nll(collate(examples)).tolist()
+    for i, row in enumerate(rows):
+        alone = nll_alone(elm, row, row[-num_labels:])
+        tolerance = tolerance_between_kernels(elm.llm)
+        check_packed_equals_alone(packed[i], alone, tolerance, num_labels)
 
 
 def nll_alone(elm: ELM, input_ids: Tensor, labels: Tensor) -> float:
     """The summed cross-entropy of labels [l], the last of the tokens [t], by the LLM as it is."""
-    out = elm.llm(input_ids=input_ids[None].to(elm.device), use_cache=False)
+    out = elm.llm(input_ids=input_ids[None].to(elm.device), use_cache=False,
+                  logits_to_keep=len(labels) + 1)
     logits = out.logits[0, -len(labels) - 1 : -1].float().cpu()
     return F.cross_entropy(logits, labels, reduction="sum").item()
 
@@ -2377,10 +2448,11 @@ def check_causal(nll: float, nll_exchanged: float, tolerance: float) -> None:
         raise ValueError(f"its attention is more than causal ({nll}, not {nll_exchanged})")
 
 
-def check_packed_equals_alone(packed: float, alone: float, tolerance: float) -> None:
+def check_packed_equals_alone(packed: float, alone: float, tolerance: float,
+                              num_labels: int) -> None:
     """Raises: ValueError if examples of a packed row see each other, or attention differs from the
     LLM's own in another way."""
-    if not math.isclose(packed, alone, rel_tol=tolerance):
+    if not math.isclose(packed, alone, rel_tol=tolerance, abs_tol=tolerance * num_labels):
         raise ValueError(f"packed rows have other losses than single ones ({packed}, not {alone})")
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from functools import partial
+from pathlib import Path
 
 import bert_score
 import numpy as np
@@ -20,6 +21,7 @@ from conftest import (
     CHAT,
     CPU,
     EVERY_ARCHITECTURE,
+    NO_TABLES,
     PROMPT,
     ROOT,
     build_elm,
@@ -29,8 +31,12 @@ from conftest import (
     make_data,
     make_llm,
     open_train,
+    read_jsonl,
     read_table,
+    refused,
+    rows_path,
     vectors_path,
+    write_rows,
 )
 from naive import elm_step, naive_loss, naive_step, token_rows
 from safetensors.torch import save_file
@@ -365,7 +371,7 @@ def test_prompt_embeds_are_what_training_reads(parts):
         torch.testing.assert_close(loss, F.cross_entropy(logits.float(), answer))
 
 
-def test_answers_stop_at_every_end_token(plain):
+def test_answers_stop_at_every_end_token(plain, monkeypatch):
     """The template's, and any of generation_config.json's; or at a string."""
     model, split = plain
     llm = model.llm
@@ -382,7 +388,7 @@ def test_answers_stop_at_every_end_token(plain):
         assert ask() == [free[:4]]
     llm.generation_config.eos_token_id = other[0]
     assert ask(stop_strings=[free[3:5]]) == ask(stop_strings=free[4]) == [free[:5]]
-    model.prompt.end_ids = [ids[4]]
+    monkeypatch.setattr(model.prompt, "end_ids", [ids[4]])
     assert ask() == [free[:4]]
 
 
@@ -475,6 +481,7 @@ def test_the_prompt_is_part_of_the_adapter(settings, tmp_path, capsys):
     ("gpt_oss", dict(head_dim=8, num_local_experts=2, num_experts_per_tok=1)),  # sinks
     ("nemotron", {}),  # its layers do not pass the bounds of rows on: a TypeError
     ("mpt", {}),  # its attention needs a mask: an AttributeError
+    ("doge", {}),  # its attention makes a mask
     # it needs the ids of all tokens: a RuntimeError
     ("gemma4_text", dict(vocab_size_per_layer_input=300, hidden_size_per_layer_input=8)),
 ])
@@ -509,6 +516,224 @@ def test_attention_that_sees_what_comes_later_is_refused(llm_dir, plain, monkeyp
     monkeypatch.setitem(AttentionInterface._global_mapping, name, backwards)
     with pytest.raises(elm.UserError, match="its attention is more than causal"):
         elm.check_llm(model)
+
+
+def test_an_llm_that_returns_tuples_is_taken(llm_dir, tmp_path, plain):
+    """By "return_dict": false in its config.json."""
+    model, split = plain
+    folder = tmp_path / "tuples"
+    shutil.copytree(llm_dir, folder)
+    config = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps(config | {"return_dict": False}))
+    same = build_elm(folder, split)
+    elm.check_llm(same, 256)
+    words = split.vectors, "What?", ["yes"] * 10
+    assert torch.equal(same.loss(*words), model.loss(*words))
+    assert same.generate(*words[:2], max_new_tokens=3) == model.generate(*words[:2], 3)
+
+
+def long_factors(scale: float) -> list[float]:
+    return [scale * (i + 1) for i in range(4)]
+
+
+LONGROPE = dict(
+    rope_type="longrope", short_factor=long_factors(1.0), long_factor=long_factors(3.0),
+    rope_theta=10_000.0, original_max_position_embeddings=64)  # fmt: skip
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+               shared_expert_intermediate_size=16)  # fmt: skip
+LONG_ROWS = {  # lengths of rows, and LLMs whose attention or positions depend on the length
+    "mistral": ("mistral", dict(sliding_window=16)),
+    "gemma3": ("gemma3_text", dict(layer_types=["sliding_attention", "full_attention"])),
+    "qwen2": ("qwen2", dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)),
+    "qwen2 without": ("qwen2", dict(use_sliding_window=False, sliding_window=16)),
+    "qwen2_moe": ("qwen2_moe", dict(
+        use_sliding_window=True, sliding_window=16, max_window_layers=1, **EXPERTS)),
+    "qwen2_moe without": ("qwen2_moe", dict(
+        use_sliding_window=False, sliding_window=16, max_window_layers=1, **EXPERTS)),
+    "phimoe": ("phimoe", dict(sliding_window=16, num_local_experts=2)),
+    "llama": ("llama", dict(sliding_window=16)),  # of the config that no mask is made of
+    "phi3": ("phi3", dict(rope_parameters=LONGROPE, original_max_position_embeddings=64)),
+}  # fmt: skip
+
+
+def examples_of(lengths) -> list[elm.Example]:
+    generator = np.random.default_rng(0)
+    return [elm.Example(generator.integers(256, size=n), n - 2, False) for n in lengths]
+
+
+@torch.no_grad()
+def losses_alone(llm, examples) -> list[float]:
+    """By the LLM as it is."""
+    losses = []
+    for example in examples:
+        ids = torch.from_numpy(example.ids)
+        logits = llm(input_ids=ids[None]).logits[0, 1:-1]
+        losses.append(F.cross_entropy(logits, ids[2:], reduction="sum").item())
+    return losses
+
+
+@pytest.mark.parametrize("kind", LONG_ROWS)
+@torch.no_grad()
+def test_packed_rows_are_single_ones_at_every_length(tmp_path, kind):
+    """Beyond windows, also those that only a mask has; short rows beside long ones."""
+    architecture, shape = LONG_ROWS[kind]
+    llm = elm.load_llm(str(make_llm(tmp_path, architecture, **shape)), CPU, bf16=False)
+    model = elm.ELM(llm, elm.Adapter(12, 24, 32), PROMPT)
+    lengths = (20, 103, 30, 400)
+    if kind == "phi3":
+        lengths = (20, 64, 30, 63)
+    elm.check_llm(model, max(lengths))
+    examples = examples_of(lengths)
+    packed = model.nll(elm.collate(examples)).tolist()
+    np.testing.assert_allclose(packed, losses_alone(llm, examples), rtol=1e-5)
+
+
+def test_rows_that_longrope_would_mix_are_refused(tmp_path, settings, data_dir):
+    """A short row has another loss beside one that is longer than the original length."""
+    architecture, shape = LONG_ROWS["phi3"]
+    llm = make_llm(tmp_path / "llm", architecture, **shape)
+    settings = [*settings, f"model.llm={llm}", "eval.samples=0"]
+    with pytest.raises(elm.UserError) as e:
+        go(settings, "data.max_seq_length=65")
+    assert str(e.value) == (
+        "data.max_seq_length = 65: the LLM reads 64: with longer rows its LongRoPE changes short "
+        "ones, too; data.max_seq_length = 64")
+    vectors = read_table(data_dir)
+    model = elm.ELM.create(str(llm), vectors, bf16=False)
+    vector = vectors[0]
+    with pytest.raises(elm.UserError, match="pair 0: the prompt takes all of max_tokens = 64 "):
+        model.loss(vector, 64 * "x", ["yes"])
+    with pytest.raises(elm.UserError, match=r"a prompt has \d+ tokens: the LLM reads 64"):
+        model.generate(vector, 64 * "x")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_window_that_packed_rows_lack_is_found(tmp_path, monkeypatch, bf16):
+    """Where data.max_seq_length is beyond it, and only there."""
+    llm = make_llm(tmp_path, "mistral", sliding_window=100)
+    model = elm.ELM(elm.load_llm(str(llm), CPU, bf16), elm.Adapter(12, 24, 32), PROMPT)
+    elm.check_llm(model, 400)
+
+    def without_window(module, query, key, value, mask, **options):
+        options["sliding_window"] = None
+        return elm.packed_attention(module, query, key, value, mask, **options)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, elm.PACKED, without_window)
+    elm.check_llm(model, 100)
+    with pytest.raises(elm.UserError, match="packed rows have other losses than single ones"):
+        elm.check_llm(model, 400)
+
+
+# ------------------------------------------------------------------ its tokenizer and its files
+
+
+def llm_with_tokenizer(llm_dir: Path, folder: Path, change) -> Path:
+    """The LLM with its tokenizer.json changed."""
+    shutil.copytree(llm_dir, folder)
+    path = folder / "tokenizer.json"
+    table = json.loads(path.read_bytes())
+    change(table)
+    path.write_text(json.dumps(table, indent=7, sort_keys=True))
+    return folder
+
+
+def swap_digits(table: dict) -> None:
+    vocabulary = table["model"]["vocab"]
+    vocabulary.update({"3": vocabulary["4"], "4": vocabulary["3"]})
+
+
+def lowercase(table: dict) -> None:
+    table["normalizer"] = {"type": "Lowercase"}
+
+
+def compose(table: dict) -> None:
+    table["normalizer"] = {"type": "NFC"}
+
+
+def drop_spaces(table: dict) -> None:
+    table["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+        {"type": "WhitespaceSplit"}, table["pre_tokenizer"]]}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [swap_digits, lowercase, compose, drop_spaces])
+def test_an_adapter_belongs_to_a_tokenizer(trained, llm_dir, tmp_path, change):
+    """At load, eval and resume."""
+    _, folder, _ = trained
+    other = llm_with_tokenizer(llm_dir, tmp_path / "other", change)
+    message = "hash of the tokenizer's ids was .* in training and is"
+    with pytest.raises(elm.UserError, match=f"other: {message}"):
+        elm.ELM.load(folder, str(other))
+    toml = folder / "config.toml"
+    refused(f"other: {message}", "eval", toml, f"adapter={folder}", f"model.llm={other}",
+            f"report_dir={tmp_path / 'report'}")  # fmt: skip
+    refused(f"train.resume: {message}", toml, f"model.llm={other}", "train.max_steps=7",
+            f"train.resume={folder / 'checkpoint_step_2.pt'}",
+            f"output.dir={tmp_path / 'resumed'}")  # fmt: skip
+
+
+def test_a_tokenizer_that_is_saved_again_is_the_same(trained, llm_dir, tmp_path, capsys):
+    _, folder, _ = trained
+    sorted_keys = llm_with_tokenizer(llm_dir, tmp_path / "sorted", lambda table: None)
+    again = tmp_path / "again"
+    shutil.copytree(llm_dir, again)
+    for path in again.glob("*token*"):
+        path.unlink()
+    AutoTokenizer.from_pretrained(llm_dir).save_pretrained(again)
+    for llm in (sorted_keys, again):
+        elm.ELM.load(folder, str(llm))
+    adapter, metadata = elm.Adapter.load(folder)
+    assert "elm: " not in capsys.readouterr().err
+    del metadata["trained_for"]["hash of the tokenizer's ids"]  # as elm stored it at first
+    elm.ELM.from_adapter(adapter, metadata, "early")
+    said = "elm: warning: early: "
+    assert said in capsys.readouterr().err
+
+
+def test_ids_that_the_llm_has_no_embedding_for_are_refused(tmp_path, data_dir, settings):
+    """In the template or in text; tokens that neither has may be beyond the matrix."""
+    llm = make_llm(tmp_path / "llm", vocab_size=259)  # of 256 bytes and 3 control tokens
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    tokenizer.add_tokens(["<pad>", "<image>"], special_tokens=True)
+    tokenizer.add_tokens(["rare"])
+    tokenizer.save_pretrained(llm)
+    model = elm.ELM.create(str(llm), read_table(data_dir), bf16=False)
+    vector = read_table(data_dir)[0]
+    model.loss(vector, "<image> What?", ["<pad>"])
+    beyond = "llm: the tokenizer makes id 261, 'rare', of .*, but the LLM has 259 token embeddings"
+    for call in (
+        partial(model.loss, vector, "What?", ["this is rare"]),
+        partial(model.loss, vector, "rare?", ["yes"]),
+        partial(model.generate, vector, "rare?"),
+    ):
+        with pytest.raises(elm.UserError, match=beyond):
+            call()
+    model.save(tmp_path / "own.safetensors")
+    rows = read_jsonl(rows_path(data_dir, "test"))
+    write_rows(data_dir, "test", [*rows, rows[0] | dict(response="rare")])
+    more = [f"model.llm={llm}", "eval.samples=0", "train.max_steps=1", "train.eval_steps=1"]
+    refused(beyond, "eval", NO_TABLES, *more[:2], "model.bf16=false", f"data.dir={data_dir}",
+            "data.max_seq_length=256", f"adapter={tmp_path / 'own.safetensors'}",
+            f"report_dir={tmp_path / 'report'}")  # fmt: skip
+    refused(beyond, NO_TABLES, *settings, *more)
+
+    tokenizer.chat_template = CHAT.replace("assistant", "assistant<image>")
+    tokenizer.save_pretrained(llm)
+    with pytest.raises(elm.UserError, match="makes id 260, '<image>', of .*259 token embeddings"):
+        elm.ELM.create(str(llm), read_table(data_dir), bf16=False)
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_an_adapter_of_peft_is_refused(llm_dir, tmp_path, settings, with_weights):
+    """Beside the weights of an LLM it would be ignored."""
+    folder = tmp_path / "lora"
+    shutil.copytree(llm_dir, folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if not with_weights:
+        (folder / "model.safetensors").unlink()
+    message = "lora has an adapter_config.json, of LoRA .*; merge it into the LLM"
+    refused(f"model.llm: {folder.parent}/{message}", NO_TABLES, *settings, f"model.llm={folder}")
+    with pytest.raises(elm.UserError, match=message):
+        elm.load_llm(str(folder), CPU, bf16=False)
 
 
 # ------------------------------------------------------------------ what it leaves alone
