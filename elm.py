@@ -1356,9 +1356,12 @@ class Split:
 def vectors_path(data_dir: str, split_name: str) -> Path:
     path = Path(data_dir, "embeddings", f"{split_name}_embeddings.safetensors")
     numpy_path = path.with_suffix(".npy")
-    if numpy_path.exists() and not path.exists():
-        return numpy_path
-    return path
+    if not numpy_path.exists():
+        return path
+    if path.exists():
+        raise UserError(f"{path} and {numpy_path}: two tables of one split; move the one that is "
+                        "not meant to another folder")
+    return numpy_path
 
 
 def rows_path(data_dir: str, split_name: str) -> Path:
@@ -1448,6 +1451,7 @@ def step_rows(
             end = min(start + rows_per_step, num_rows)
             yield RowsOfStep(epoch, end, order[start:end])
         epoch += 1
+    """Raises: UserError if a split has two tables."""
         position = 0
 
 
