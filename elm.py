@@ -1540,6 +1540,20 @@ class Adapter(nn.Module):
         with user_error(f"{path}: not a whole elm adapter", *exception_types):
             with safe_open(path, framework="pt") as f:
                 metadata = json.loads((f.metadata() or {}).get("elm", "{}"))
+def rows_hash(split: Split) -> str:
+    """A hash of which rows there are, and of their order: of the size of their file, their places
+    in it, vectors and tasks."""
+    digest = hashlib.sha256(str(split.path.stat().st_size).encode())
+    digest.update(split.index["offset"].tobytes())
+    digest.update(split.index["vector_id"].tobytes())
+    for task in sorted(split.tasks):  # data.tasks may have another order
+        is_of_task = split.index["task_id"] == split.tasks.index(task)
+        if is_of_task.any():
+            digest.update(task.encode())
+            digest.update(is_of_task.tobytes())
+    return digest.hexdigest()[:16]
+
+
                 state = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
             adapter = Adapter(**metadata["adapter"])
             adapter.load_state_dict(state)
@@ -2924,6 +2938,7 @@ def check_still_newest(folder: Path, step: int) -> None:
 def read_metrics(path: Path) -> list[Json]:
     """The lines of metrics.jsonl, without one that a killed run did not end; none if there is no
     file. Raises: UserError that names a damaged line."""
+    rows: dict[str, str]  # by split, see rows_hash
     if not path.exists():
         return []
     entries = []
@@ -3457,6 +3472,7 @@ class Trainer:
         if self.is_resumed:  # the file may be of a step that the checkpoint does not know
             self.save_best_adapter()
         with self.signals:
+        self.rows = {name: rows_hash(split) for name, split in self.splits.items()}
             self.fit()
             self.save("checkpoint_final.pt")
             self.leave_if_signalled()  # a signal may have come after the last step
@@ -3511,6 +3527,8 @@ class Trainer:
         self.seed_dropout()
 
         soft_tokens = self.elm(torch.cat([batch.embeddings for batch in step.batches]))
+        if self.checkpoint.rows.get(self.report_split) != self.rows[self.report_split]:
+            return None
         sums, gradient = soft_gradient(self.elm, soft_tokens, step, self.cfg.loss, self.probe)
         self.optimizer.zero_grad()
         soft_tokens.backward(gradient)
@@ -3589,8 +3607,21 @@ class Trainer:
             probe=self.probe._asdict() if self.probe else None,
             trained_for=self.elm.trained_for,
             config=self.cfg.to_dict(),
-            prompt=self.elm.prompt.template_parts)
+            prompt=self.elm.prompt.template_parts,
+            rows=self.rows)
         names = (f"checkpoint_step_{step}.pt", *more_names)
+    def warn_of_changed_rows(self) -> None:
+        """Warn if a split is not what it was at the checkpoint. The run goes on by its numbers: the
+        row of the epoch that it has come to, the least validation loss."""
+        consequences = {
+            "train": "what is left of the run takes its rows in another order than a run without "
+                     "the stop",
+            "val": "validation losses before and after are not of the same rows"}
+        for name, consequence in consequences.items():
+            if self.checkpoint.rows.get(name) != self.rows[name]:
+                log.warning(f"train.resume: {self.splits[name].path}: its rows have changed since "
+                            f"the checkpoint: {consequence}")
+
         paths = [self.folder / name for name in names]
         run_on_rank0(lambda: save_checkpoint(checkpoint, paths))
 
@@ -3606,6 +3637,8 @@ class Trainer:
     def leave_if_signalled(self) -> None:
         """Save and exit on all processes, if one has received a signal. All processes take part."""
         received = self.signals.received
+        if self.is_resumed:
+            self.warn_of_changed_rows()
         if all_reduce_sum(torch.tensor(len(received))).item() == 0:
             return
         self.save()

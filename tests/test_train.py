@@ -14,11 +14,13 @@ import pytest
 import torch
 from conftest import (
     NO_TABLES,
+    PROMPT,
     ROOT,
     command,
     go,
     make_data,
     make_llm,
+    open_train,
     read_jsonl,
     read_table,
     refused,
@@ -248,6 +250,52 @@ def test_resumes_of_a_finished_run(copied, capsys):
     assert result["step"] == 8 and steps_of(folder) == [1, 2, 3, 4, 5, 6, 7, 8]
     report.write_bytes(wanted)  # as if killed before the report of step 8
     assert go(settings, *longer)[0] == result
+
+
+@pytest.mark.parametrize("change", ["order", "removed", "another vector"])
+def test_changed_rows_are_warned_of_at_a_resume(brief, data_dir, capsys, change):
+    """Not where they are the same. A finished run says so, too, and its report stands; where the
+    rows that it is about are others, it is made again."""
+    _, folder = go(brief, "train.max_steps=3")
+    resumed = [*brief, "train.resume=auto"]
+    go(resumed, "train.max_steps=4")
+    assert "rows have changed" not in capsys.readouterr().err
+    changed = {}
+    for split in ("train", "test"):
+        rows = read_jsonl(rows_path(data_dir, split))
+        if change == "order":
+            rows = rows[::-1]
+        elif change == "removed":
+            del rows[17]
+        else:
+            rows[5]["embedding_file_idx"] = (rows[5]["embedding_file_idx"] + 1) % 10
+        changed[split] = rows
+    write_rows(data_dir, "train", changed["train"])
+    result, _ = go(resumed, "train.max_steps=4")
+    out, err = capsys.readouterr()
+    warning = f"train.resume: {rows_path(data_dir)}: its rows have changed since the checkpoint"
+    assert err.count(warning) == 1 and "in another order than a run without the stop" in err
+    assert "nothing to do" in out
+    go(resumed, "train.max_steps=5")
+    assert err.count(warning) == 1 and steps_of(folder) == [1, 2, 3, 4, 5]
+    capsys.readouterr()
+
+    write_rows(data_dir, "test", changed["test"])
+    other, _ = go(resumed, "train.max_steps=5")
+    out, err = capsys.readouterr()
+    assert "nothing to do" not in out and "rows have changed" not in err
+    assert other["loss"] != result["loss"] or change == "order"
+
+
+def test_the_hash_of_rows_is_of_those_that_are_trained(data_dir):
+    """Other orders of data.tasks, and task types without rows, make no difference."""
+
+    def hash_of(*tasks):
+        return elm.rows_hash(open_train(data_dir, PROMPT, tasks=tasks))
+
+    wanted = hash_of("summary", "keywords")
+    assert hash_of("keywords", "mine", "summary") == wanted
+    assert hash_of("keywords") != wanted != hash_of("summary", "keywords", "describe")
 
 
 def test_a_damaged_line_of_metrics_is_named(copied):
