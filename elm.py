@@ -1160,6 +1160,12 @@ SPLITS = ("train", "val", "test")
 PAIR_TASKS = ("compare", "hypothetical")  # of older data sets, with other fields: skipped
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+# Vectors are of one source if they are equal, or if rows of theirs have the same text, or if their
+# cosine is above NEAR_EQUAL, as of a text that was embedded twice in different batches. Cosines are
+# computed among this many vectors of a split, each with each, not among more.
+NEAR_EQUAL = 0.999
+MAX_COMPARED_VECTORS = 20_000
+
 
 # The table of vectors
 
@@ -1183,28 +1189,62 @@ def open_vectors(path: Path) -> Tensor:
     raise UserError(f"{path}: holds {found or 'nothing'}, not one table [N, E] of floats")
 
 
-def scan_vectors(
-    vectors: Tensor, is_used: Tensor, where: Path | str
-) -> tuple[dict[str, Tensor], np.ndarray]:
-    """Statistics of the vectors [N, E] that are used, by a mask [N] bool; and the index of each
-    vector's first copy [N].
+def table_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; a .npy file has none. Raises: UserError."""
+    if path.suffix == ".npy":
+        return {}
+    message = f"{path}: not a whole table"
+    with user_error(message, OSError, SafetensorError), safe_open(path, framework="pt") as f:
+        return f.metadata() or {}
 
-    Statistics, fp32: mean [E], std [E], and norms [3]: least, root mean square, greatest. A std
-    below 1 % of the typical one is replaced by it: such a dimension carries no information, and
-    standardising it would blow up rounding. Raises: UserError at a NaN, infinite or zero vector.
+
+class TableOrigin(BaseModel, frozen=True):
+    """How data/prepare.py made a table of vectors. None: unknown, or the embedder's default."""
+
+    model: str | None = None  # the embedder: hub name or folder
+    instruction: str | None = None  # see instruction_prompt
+    max_tokens: int | None = None  # after which texts were cut
+
+
+def table_origin(path: Path) -> TableOrigin:
+    """Raises: UserError if the table cannot be opened."""
+    try:
+        return TableOrigin.model_validate_json(table_metadata(path).get("embed", "{}"))
+    except pydantic.ValidationError:  # another program's, which gave it another meaning
+        return TableOrigin()
+
+
+class VectorScan(NamedTuple):
+    """Of a table of N vectors of width E."""
+
+    statistics: dict[str, Tensor]  # of those that are used, fp32: mean [E], std [E], and norms [3]:
+    #   least, root mean square, greatest
+    first_copy: np.ndarray  # [N] int64, the first vector of equal bytes
+    is_valid: np.ndarray  # [N] bool: neither zero nor NaN nor infinite
+
+
+def scan_vectors(vectors: Tensor, is_used: Tensor, where: Path | str) -> VectorScan:
+    """Read a table [N, E] once. `is_used` is a mask [N] bool.
+
+    A std below 1 % of the typical one is replaced by it: such a dimension carries no information,
+    and standardising it would blow up rounding. Raises: UserError at a NaN, infinite or zero vector
+    that is used.
     """
     total = torch.zeros(vectors.shape[1], dtype=torch.float64)
     total_square = torch.zeros_like(total)
     norms = []
     first_copy = []
+    valid_chunks = []
     index_of_hash: dict[int, int] = {}
     for chunk, chunk_is_used in zip(vectors.split(2048), is_used.split(2048), strict=True):
         chunk64 = chunk.double()
         norm = chunk64.square().sum(1).sqrt()
-        invalid = (~norm.isfinite() | (norm == 0)).nonzero()
-        if len(invalid):
-            i = len(first_copy) + int(invalid[0])
+        is_valid = norm.isfinite() & (norm > 0)
+        refused = (chunk_is_used & ~is_valid).nonzero()
+        if len(refused):
+            i = len(first_copy) + int(refused[0])
             raise UserError(f"{where}: vector {i} is zero, NaN or infinite; embed its text again")
+        valid_chunks.append(is_valid)
         for vector_bytes in chunk.contiguous().view(torch.uint8).numpy():
             index = len(first_copy)
             first_copy.append(index_of_hash.setdefault(hash(vector_bytes.tobytes()), index))
@@ -1224,7 +1264,56 @@ def scan_vectors(
         "mean": mean.float(),
         "std": std,
         "norms": torch.tensor([min(norms), rms_norm, max(norms)]).float()}
-    return statistics, np.array(first_copy)
+    return VectorScan(statistics, np.array(first_copy), torch.cat(valid_chunks).numpy())
+
+
+# Sources
+
+
+def merge_groups(group: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    """Make one group of those of a[i] and b[i], for each i, in place: a union-find. group[j] is the
+    first member of the group of j."""
+    while True:
+        differs = group[a] != group[b]
+        if not differs.any():
+            return
+        a = a[differs]
+        b = b[differs]
+        first = np.minimum(group[a], group[b])
+        second = np.maximum(group[a], group[b])
+        np.minimum.at(group, second, first)
+        # Members of a group that was joined to another one still name its former first member.
+        while (group != group[group]).any():
+            group[:] = group[group]
+
+
+def near_equal_pairs(
+    vectors: Tensor, vector_ids: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield blocks of the pairs of `vector_ids` whose vectors have a cosine above NEAR_EQUAL, each
+    pair once, each vector with itself, too."""
+    unit = F.normalize(vectors[torch.from_numpy(vector_ids)].to(find_device()).float(), dim=1)
+    for start in range(0, len(vector_ids), 256):
+        cosines = unit[start : start + 256] @ unit[start:].T
+        first, second = (cosines > NEAR_EQUAL).cpu().numpy().nonzero()
+        yield vector_ids[start + first], vector_ids[start + second]
+
+
+def find_sources(vectors: Tensor, index: np.ndarray, scan: VectorScan) -> np.ndarray:
+    """[number of vectors] int64: the first vector of each one's source, see NEAR_EQUAL. Among more
+    than MAX_COMPARED_VECTORS vectors, cosines are those of the used ones alone, or of none."""
+    sources = scan.first_copy.copy()
+    rows = index[index["has_text"]]
+    _, first, text_of_row = np.unique(rows["text_hash"], return_index=True, return_inverse=True)
+    merge_groups(sources, rows["vector_id"], rows["vector_id"][first][text_of_row])
+
+    compared = np.flatnonzero(scan.is_valid)
+    if len(compared) > MAX_COMPARED_VECTORS:
+        compared = np.unique(index["vector_id"]).astype(np.int64)
+    if len(compared) <= MAX_COMPARED_VECTORS:
+        for a, b in near_equal_pairs(vectors, compared):
+            merge_groups(sources, a, b)
+    return sources
 
 
 # Rows
@@ -1318,7 +1407,8 @@ def check_any_rows(counts: Counter[str], path: Path, tasks: Sequence[str]) -> No
 
 # What is kept in memory of a row; the rest is read from its line when it is needed.
 ROW_INDEX = np.dtype([
-    ("offset", "i8"), ("line", "i4"), ("vector_id", "i4"), ("task_id", "i2"), ("has_text", "?")])
+    ("offset", "i8"), ("line", "i4"), ("vector_id", "i4"), ("source_id", "i4"), ("task_id", "i2"),
+    ("has_text", "?"), ("text_hash", "i8")])  # the hash is of this process alone; 0: no text
 
 
 @dataclass(frozen=True, eq=False)
@@ -1327,8 +1417,12 @@ class Split:
 
     path: Path  # of the rows
     index: np.ndarray  # [N] of ROW_INDEX
+    table_path: Path  # of the vectors
+    origin: TableOrigin
     vectors: Tensor  # [number of vectors, E], memory-mapped
-    statistics: dict[str, Tensor]  # see scan_vectors
+    sources: np.ndarray  # [S] ascending, the first vector of each source, also of unused ones, but
+    #   not those that are zero, NaN or infinite; index["source_id"] is among them
+    statistics: dict[str, Tensor]  # see VectorScan
     counts: Counter[str]  # of rows, by kind
     tasks: tuple[str, ...]  # index["task_id"] counts these
     encoder: Encoder
@@ -1354,6 +1448,7 @@ class Split:
 
 
 def vectors_path(data_dir: str, split_name: str) -> Path:
+    """Raises: UserError if a split has two tables."""
     path = Path(data_dir, "embeddings", f"{split_name}_embeddings.safetensors")
     numpy_path = path.with_suffix(".npy")
     if not numpy_path.exists():
@@ -1400,9 +1495,12 @@ def open_split(data_dir: str, name: str, tasks: tuple[str, ...], encoder: Encode
         for number, offset, row in block:
             if not count_row(counts, row, tasks):
                 continue
-            vector_id = row.embedding_file_idx
+            text = (row.text or "").strip()
+            text_hash = hash(text) if text else 0
             task_id = task_ids[row.task_type]
-            entries.append((offset, number, vector_id, task_id, bool(row.text)))
+            source_id = row.embedding_file_idx  # until find_sources
+            entries.append((offset, number, row.embedding_file_idx, source_id, task_id, bool(text),
+                            text_hash))
             if max_num_tokens(row.query + row.response) > surely_fits:
                 long_rows.append(row)
                 names_of_long_rows.append(f"{path}:{number}")
@@ -1414,21 +1512,46 @@ def open_split(data_dir: str, name: str, tasks: tuple[str, ...], encoder: Encode
     index = np.concatenate(index_blocks)
     is_used = np.zeros(len(vectors), bool)
     is_used[index["vector_id"]] = True
-    statistics, first_copy = scan_vectors(vectors, torch.from_numpy(is_used), table_path)
-    index["vector_id"] = first_copy[index["vector_id"]]  # duplicates share one vector id
-    return Split(path, index, vectors, statistics, counts, tasks, encoder)
+    scan = scan_vectors(vectors, torch.from_numpy(is_used), table_path)
+    sources = find_sources(vectors, index, scan)
+    index["source_id"] = sources[index["vector_id"]]
+    return Split(
+        path=path,
+        index=index,
+        table_path=table_path,
+        origin=table_origin(table_path),
+        vectors=vectors,
+        sources=np.unique(sources[scan.is_valid]),
+        statistics=scan.statistics,
+        counts=counts,
+        tasks=tasks,
+        encoder=encoder)
 
 
 def shuffled_vectors(split: Split) -> np.ndarray:
-    """[N]: for each row a vector that is not its own, the same for all rows of a vector; always the
-    same ones. check_splits sees that a split has two vectors."""
-    vector_ids, inverse = np.unique(split.index["vector_id"], return_inverse=True)
-    # The vectors stand in a random circle; each is exchanged for the one before it.
-    circle = np.random.default_rng(0).permutation(len(vector_ids))
+    """[N]: for each row a vector of another source, the same for all rows of a source; always the
+    same ones. check_splits sees that a split has two sources."""
+    source_ids, inverse = np.unique(split.index["source_id"], return_inverse=True)
+    # The sources stand in a random circle; each is exchanged for the one before it.
+    circle = np.random.default_rng(0).permutation(len(source_ids))
     before = np.empty_like(circle)
     before[circle] = np.roll(circle, 1)
-    other_ids = vector_ids[before]
+    other_ids = source_ids[before]
     return other_ids[inverse]
+
+
+def rows_hash(split: Split) -> str:
+    """A hash of which rows there are, and of their order: of the size of their file, their places
+    in it, vectors and tasks."""
+    digest = hashlib.sha256(str(split.path.stat().st_size).encode())
+    digest.update(split.index["offset"].tobytes())
+    digest.update(split.index["vector_id"].tobytes())
+    for task in sorted(split.tasks):  # data.tasks may have another order
+        is_of_task = split.index["task_id"] == split.tasks.index(task)
+        if is_of_task.any():
+            digest.update(task.encode())
+            digest.update(is_of_task.tobytes())
+    return digest.hexdigest()[:16]
 
 
 # Steps
@@ -1451,7 +1574,6 @@ def step_rows(
             end = min(start + rows_per_step, num_rows)
             yield RowsOfStep(epoch, end, order[start:end])
         epoch += 1
-    """Raises: UserError if a split has two tables."""
         position = 0
 
 
@@ -1540,20 +1662,6 @@ class Adapter(nn.Module):
         with user_error(f"{path}: not a whole elm adapter", *exception_types):
             with safe_open(path, framework="pt") as f:
                 metadata = json.loads((f.metadata() or {}).get("elm", "{}"))
-def rows_hash(split: Split) -> str:
-    """A hash of which rows there are, and of their order: of the size of their file, their places
-    in it, vectors and tasks."""
-    digest = hashlib.sha256(str(split.path.stat().st_size).encode())
-    digest.update(split.index["offset"].tobytes())
-    digest.update(split.index["vector_id"].tobytes())
-    for task in sorted(split.tasks):  # data.tasks may have another order
-        is_of_task = split.index["task_id"] == split.tasks.index(task)
-        if is_of_task.any():
-            digest.update(task.encode())
-            digest.update(is_of_task.tobytes())
-    return digest.hexdigest()[:16]
-
-
                 state = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
             adapter = Adapter(**metadata["adapter"])
             adapter.load_state_dict(state)
@@ -1578,7 +1686,7 @@ def find_adapter(path: str | Path) -> Path:
 @torch.no_grad()
 def fresh_adapter(llm: PreTrainedModel, statistics: dict[str, Tensor], standardize: bool = True,
                   **settings: Any) -> Adapter:
-    """An untrained adapter for vectors of these statistics (see scan_vectors); the LLM's token
+    """An untrained adapter for vectors of these statistics (see VectorScan); the LLM's token
     embeddings give its output's width and scale. `settings` are arguments of Adapter."""
     embed = llm.get_input_embeddings()
     sample = torch.linspace(0, embed.num_embeddings - 1, 4096, device=embed.weight.device).long()
@@ -2176,7 +2284,7 @@ class ELM(nn.Module):
         if vectors.ndim != 2 or not len(vectors):
             raise UserError(f"embeddings: {list(vectors.shape)}, not vectors [n, E]")
         is_used = torch.ones(len(vectors), dtype=torch.bool)
-        statistics, _ = scan_vectors(vectors, is_used, "embeddings")
+        statistics = scan_vectors(vectors, is_used, "embeddings").statistics
         device = find_device()
         prompt = Prompt(load_tokenizer(llm, "llm"), template)
         frozen = load_llm(llm, device, bf16, "llm")
@@ -2642,13 +2750,14 @@ def ridge(x: Tensor, y: Tensor, heldout: Tensor) -> RidgeFit:
 @torch.no_grad()
 def fit_probe(elm: ELM, split: Split) -> Probe:
     """Ridge regression from the LLM's mean hidden state over a response, which it reads alone, to
-    the standardised embedding. Rows of every tenth vector are held out. All processes take part,
+    the standardised embedding. Rows of every tenth source are held out. All processes take part,
     and get the same."""
     row_ids = np.random.default_rng(0).permutation(len(split))[:MAX_PROBE_ROWS]
     hidden = response_hidden_of_rows(elm, split, row_ids)
     vector_ids = split.index["vector_id"][row_ids]
     embeddings = elm.adapter.standardize(split.embeddings(vector_ids).to(elm.device))
-    heldout = heldout_mask(np.unique(vector_ids, return_inverse=True)[1]).to(elm.device)
+    _, source_numbers = np.unique(split.index["source_id"][row_ids], return_inverse=True)
+    heldout = heldout_mask(source_numbers).to(elm.device)
     fit = ridge(hidden, embeddings, heldout)
     probe = Probe(
         matrix=broadcast_from_rank0(fit.weights),
@@ -2681,18 +2790,19 @@ def response_hidden_of_rows(elm: ELM, split: Split, row_ids: np.ndarray) -> Tens
 def warm_start(elm: ELM, split: Split) -> None:
     """Fit the last layer of a fresh adapter in closed form: soft token j comes near the mean of the
     LLM's own embeddings of the words in part j of the text. Where widths differ, the residual map
-    is fitted first. Every tenth vector is held out. All processes take part, and get the same."""
+    is fitted first. Of each source its first vector counts; every tenth is held out. All processes
+    take part, and get the same."""
     adapter = elm.adapter
-    vector_ids = np.random.default_rng(0).permutation(np.unique(split.index["vector_id"]))
-    vector_ids = np.sort(vector_ids[:MAX_WARM_START_VECTORS])
-    words_of_parts = read_words(split, vector_ids, adapter.tokens)
+    source_ids = np.random.default_rng(0).permutation(np.unique(split.index["source_id"]))
+    source_ids = np.sort(source_ids[:MAX_WARM_START_VECTORS])
+    words_of_parts = read_words(split, source_ids, adapter.tokens)
     targets = word_targets(words_of_parts, elm.llm.get_input_embeddings(), elm.device)
-    targets = targets.unflatten(0, (len(vector_ids), adapter.tokens))  # [n, K, D]
+    targets = targets.unflatten(0, (len(source_ids), adapter.tokens))  # [n, K, D]
     targets -= targets.mean(0)
     targets /= targets.square().mean().sqrt().clamp(min=1e-9)
 
-    embeddings = split.embeddings(vector_ids).to(elm.device)
-    heldout = heldout_mask(np.arange(len(vector_ids))).to(elm.device)
+    embeddings = split.embeddings(source_ids).to(elm.device)
+    heldout = heldout_mask(np.arange(len(source_ids))).to(elm.device)
     fit_adapter(adapter, embeddings, targets, heldout)
     for parameter in adapter.parameters():
         parameter.copy_(broadcast_from_rank0(parameter))
@@ -2703,21 +2813,21 @@ def warm_start(elm: ELM, split: Split) -> None:
              f"of {int(heldout.sum())} held-out ones")
 
 
-def read_words(split: Split, vector_ids: np.ndarray, num_parts: int) -> list[np.ndarray]:
-    """The token ids, each once, of each of the num_parts equal parts of each vector's text; where
+def read_words(split: Split, source_ids: np.ndarray, num_parts: int) -> list[np.ndarray]:
+    """The token ids, each once, of each of the num_parts equal parts of each source's text; where
     none of its rows has a text, of all its responses. [n * num_parts] arrays."""
-    own_rows = np.isin(split.index["vector_id"], vector_ids)
+    own_rows = np.isin(split.index["source_id"], source_ids)
     text_of: dict[int, str] = {}
     rows_with_text = np.flatnonzero(own_rows & split.index["has_text"])
-    with_text, first = np.unique(split.index["vector_id"][rows_with_text], return_index=True)
-    for vector_id, row in zip(with_text, split.read(rows_with_text[first]), strict=True):
-        text_of[vector_id] = row.text
-    rows_without = np.flatnonzero(own_rows & ~np.isin(split.index["vector_id"], with_text))
+    with_text, first = np.unique(split.index["source_id"][rows_with_text], return_index=True)
+    for source_id, row in zip(with_text, split.read(rows_with_text[first]), strict=True):
+        text_of[source_id] = row.text
+    rows_without = np.flatnonzero(own_rows & ~np.isin(split.index["source_id"], with_text))
     for i, row in zip(rows_without, split.read(rows_without), strict=True):
-        vector_id = split.index["vector_id"][i]
-        text_of[vector_id] = text_of.get(vector_id, "") + f"{row.response}\n"
+        source_id = split.index["source_id"][i]
+        text_of[source_id] = text_of.get(source_id, "") + f"{row.response}\n"
 
-    texts = [text_of[vector_id] for vector_id in vector_ids]
+    texts = [text_of[source_id] for source_id in source_ids]
     words = []
     for block in in_blocks(texts, 1024):
         for ids in split.encoder.prompt.encode(block):
@@ -2828,6 +2938,7 @@ class Checkpoint:
     trained_for: Json  # see ELM
     config: Json
     prompt: dict[str, str]  # see render_prompt
+    rows: dict[str, str]  # by split, see rows_hash
 
 
 def save_checkpoint(checkpoint: Checkpoint, paths: list[Path]) -> None:
@@ -2938,7 +3049,6 @@ def check_still_newest(folder: Path, step: int) -> None:
 def read_metrics(path: Path) -> list[Json]:
     """The lines of metrics.jsonl, without one that a killed run did not end; none if there is no
     file. Raises: UserError that names a damaged line."""
-    rows: dict[str, str]  # by split, see rows_hash
     if not path.exists():
         return []
     entries = []
@@ -3153,6 +3263,9 @@ def format_seconds(seconds: float) -> str:
 
 # The inputs of a run
 
+# Vectors of a split that are compared with all of train's: a sample, for seconds of a CPU's time.
+MAX_QUERIES_TO_TRAIN = {"cpu": 200, "cuda": 2000}
+
 
 def choose_report_split(split_name: str | None, data_dir: str) -> str:
     """eval.split; by default test, if it has files, else val."""
@@ -3169,6 +3282,10 @@ def open_splits(cfg: DataConfig, names: Iterable[str], encoder: Encoder) -> dict
         split = open_split(cfg.dir, name, cfg.tasks, encoder)
         counts = ", ".join(f"{n} {kind}" for kind, n in split.counts.items() if n)
         num_vectors, width = split.vectors.shape
+        num_used = len(np.unique(split.index["vector_id"]))
+        num_sources = len(np.unique(split.index["source_id"]))
+        if num_sources < num_used:
+            counts += f"; {num_used} vectors are of {num_sources} sources"
         log.info(f"{name}: {num_vectors} vectors of width {width}, {counts}")
         splits[name] = split
     return splits
@@ -3176,7 +3293,7 @@ def open_splits(cfg: DataConfig, names: Iterable[str], encoder: Encoder) -> dict
 
 def check_splits(splits: dict[str, Split], data_dir: str) -> None:
     """Compare the widths and norms of splits, the norms with those of train where it is one of
-    them. Raises: UserError, also if a split has no second vector to compare with."""
+    them. Raises: UserError, also if a split has no second source to compare with."""
     widths = {name: split.vectors.shape[1] for name, split in splits.items()}
     if len(set(widths.values())) > 1:
         raise UserError(f"data.dir: the vectors of the splits differ in width: {widths}")
@@ -3184,10 +3301,57 @@ def check_splits(splits: dict[str, Split], data_dir: str) -> None:
         if "train" in splits:
             rms_norm = split.statistics["norms"][1].item()
             check_norm(splits["train"].statistics["norms"], rms_norm, vectors_path(data_dir, name))
-        vector_ids = split.index["vector_id"]
-        if (vector_ids == vector_ids[0]).all():
-            raise UserError(f"{split.path}: all rows are about one vector: none is left to compare "
-                            "it with")
+        source_ids = split.index["source_id"]
+        if (source_ids == source_ids[0]).all():
+            raise UserError(f"{split.path}: all rows are about one source (one vector, vectors of "
+                            f"cosines above {NEAR_EQUAL}, or one text): none is left to compare it "
+                            "with; add rows about other texts")
+
+
+class Nearest(NamedTuple):
+    vector_ids: np.ndarray  # [n] int64
+    cosines: np.ndarray  # [n] fp32
+
+
+@torch.no_grad()
+def nearest_vectors(queries: Tensor, vectors: Tensor, vector_ids: np.ndarray,
+                    device: torch.device) -> Nearest:
+    """The nearest of the vectors [N, E] at `vector_ids` to each of `queries` [n, E], by cosine; of
+    equally near ones the first. The vectors are read block by block: they may be memory-mapped."""
+    queries = F.normalize(queries.float().to(device), dim=1)
+    nearest_ids = torch.zeros(len(queries), dtype=torch.int64, device=device)
+    greatest = torch.full((len(queries),), -math.inf, device=device)
+    for ids in torch.from_numpy(vector_ids.astype(np.int64)).split(2048):
+        block = vectors[ids].to(device).float()
+        cosines, places = (queries @ block.T / block.norm(dim=1)).max(1)
+        is_nearer = cosines > greatest
+        nearest_ids[is_nearer] = ids.to(device)[places[is_nearer]]
+        greatest[is_nearer] = cosines[is_nearer]
+    return Nearest(nearest_ids.cpu().numpy(), greatest.cpu().numpy())
+
+
+def warn_of_trained_texts(splits: dict[str, Split], device: torch.device) -> None:
+    """Warn of each other split that has vectors or texts of train, as rows split at random have. On
+    process 0 alone."""
+    train = splits["train"]
+    train_ids = np.unique(train.index["vector_id"])
+    train_hashes = train.index["text_hash"][train.index["has_text"]]
+    for name, split in splits.items():
+        if name == "train":
+            continue
+        vector_ids = np.random.default_rng(0).permutation(np.unique(split.index["vector_id"]))
+        vector_ids = np.sort(vector_ids[: MAX_QUERIES_TO_TRAIN[device.type]])
+        queries = split.embeddings(vector_ids)
+        nearest = nearest_vectors(queries, train.vectors, train_ids, device)
+        num_vectors = int((nearest.cosines > NEAR_EQUAL).sum())
+        hashes = np.unique(split.index["text_hash"][split.index["has_text"]])
+        num_texts = int(np.isin(hashes, train_hashes).sum())
+        if num_vectors or num_texts:
+            log.warning(
+                f"{name}: {num_vectors} of {len(vector_ids)} compared vectors have one of train at "
+                f"a cosine above {NEAR_EQUAL}, {num_texts} of {len(hashes)} texts are in train: "
+                "its figures are about texts that the adapter is trained on; split by text, not by "
+                "row, as data/prepare.py does, which also keeps the texts of a `group` together")
 
 
 def check_report_packages(cfg: EvalConfig) -> None:
@@ -3308,6 +3472,7 @@ class Trainer:
         self.report_split = choose_report_split(cfg.eval.split, cfg.data.dir)
         names = ("train", "val", self.report_split)
         self.splits = open_inputs(cfg, names, cfg.model.tokens, stored_prompt)
+        self.rows = {name: rows_hash(split) for name, split in self.splits.items()}
         self.rows_per_step = cfg.train.batch_size * cfg.train.grad_accum * world_size()
         self.total_steps = self.count_steps()
         self.eval_steps = self.choose_eval_steps()
@@ -3318,6 +3483,7 @@ class Trainer:
         """Load the LLM, make or resume the adapter and its optimizer, fit what is fitted in closed
         form, plan the memory. Raises: UserError."""
         cfg = self.cfg
+        self.compare_splits()
         self.check_embedder()
         self.elm = self.build_elm()
         self.optimizer = torch.optim.AdamW(
@@ -3361,6 +3527,8 @@ class Trainer:
         for table in ("model", "data", "eval"):  # else the report would be another one
             if self.checkpoint.config[table] != self.cfg.to_dict()[table]:
                 return None
+        if self.checkpoint.rows.get(self.report_split) != self.rows[self.report_split]:
+            return None
         if not self.has_ended() or not path.exists():
             return None
         try:
@@ -3370,6 +3538,9 @@ class Trainer:
         if not isinstance(report, dict) or report.get("split") != self.report_split:
             return None
         return report if report.get("step") == self.state.step else None
+
+    def compare_splits(self) -> None:
+        run_on_rank0(lambda: warn_of_trained_texts(self.splits, self.device))
 
     def check_embedder(self) -> None:
         """Before the LLM takes the memory."""
@@ -3438,6 +3609,18 @@ class Trainer:
             run_on_rank0(claim)
             yield
 
+    def warn_of_changed_rows(self) -> None:
+        """Warn if a split is not what it was at the checkpoint. The run goes on by its numbers: the
+        row of the epoch that it has come to, the least validation loss."""
+        consequences = {
+            "train": "what is left of the run takes its rows in another order than a run without "
+                     "the stop",
+            "val": "validation losses before and after are not of the same rows"}
+        for name, consequence in consequences.items():
+            if self.checkpoint.rows.get(name) != self.rows[name]:
+                log.warning(f"train.resume: {self.splits[name].path}: its rows have changed since "
+                            f"the checkpoint: {consequence}")
+
     def announce(self) -> None:
         warmup = self.cfg.train.warmup_steps
         if self.is_resumed:
@@ -3453,6 +3636,8 @@ class Trainer:
     def run(self) -> Json:
         """Train and report: returns the dict of eval.json. Raises: UserError; SystemExit(128 +
         signal) after a signal, with a checkpoint."""
+        if self.is_resumed:
+            self.warn_of_changed_rows()
         finished_report = self.find_finished_report()
         if finished_report is not None:
             log.info(f"{self.folder} holds a finished run of {self.state.step} steps; nothing to "
@@ -3472,7 +3657,6 @@ class Trainer:
         if self.is_resumed:  # the file may be of a step that the checkpoint does not know
             self.save_best_adapter()
         with self.signals:
-        self.rows = {name: rows_hash(split) for name, split in self.splits.items()}
             self.fit()
             self.save("checkpoint_final.pt")
             self.leave_if_signalled()  # a signal may have come after the last step
@@ -3527,8 +3711,6 @@ class Trainer:
         self.seed_dropout()
 
         soft_tokens = self.elm(torch.cat([batch.embeddings for batch in step.batches]))
-        if self.checkpoint.rows.get(self.report_split) != self.rows[self.report_split]:
-            return None
         sums, gradient = soft_gradient(self.elm, soft_tokens, step, self.cfg.loss, self.probe)
         self.optimizer.zero_grad()
         soft_tokens.backward(gradient)
@@ -3610,18 +3792,6 @@ class Trainer:
             prompt=self.elm.prompt.template_parts,
             rows=self.rows)
         names = (f"checkpoint_step_{step}.pt", *more_names)
-    def warn_of_changed_rows(self) -> None:
-        """Warn if a split is not what it was at the checkpoint. The run goes on by its numbers: the
-        row of the epoch that it has come to, the least validation loss."""
-        consequences = {
-            "train": "what is left of the run takes its rows in another order than a run without "
-                     "the stop",
-            "val": "validation losses before and after are not of the same rows"}
-        for name, consequence in consequences.items():
-            if self.checkpoint.rows.get(name) != self.rows[name]:
-                log.warning(f"train.resume: {self.splits[name].path}: its rows have changed since "
-                            f"the checkpoint: {consequence}")
-
         paths = [self.folder / name for name in names]
         run_on_rank0(lambda: save_checkpoint(checkpoint, paths))
 
@@ -3637,8 +3807,6 @@ class Trainer:
     def leave_if_signalled(self) -> None:
         """Save and exit on all processes, if one has received a signal. All processes take part."""
         received = self.signals.received
-        if self.is_resumed:
-            self.warn_of_changed_rows()
         if all_reduce_sum(torch.tensor(len(received))).item() == 0:
             return
         self.save()
@@ -3760,7 +3928,7 @@ def validation_losses(elm: ELM, split: Split, with_text: bool) -> dict[str, floa
 class Measured:
     """The LLM's part of a report."""
 
-    losses: pd.DataFrame  # a row for each of the split's: vector, task, tokens, nll, nll_shuffled,
+    losses: pd.DataFrame  # a row for each of the split's: source, task, tokens, nll, nll_shuffled,
     #   nll_text, the last NaN where there is none
     sample_ids: np.ndarray  # [samples], the rows that were answered
     answers: list[str]
@@ -3782,7 +3950,7 @@ def measure(elm: ELM, split: Split, cfg: EvalConfig) -> Measured:
         log.warning(f"{num_cut} texts exceed data.max_seq_length: left out of loss_text and "
                     "gap_closed")
     losses = pd.DataFrame({
-        "vector": vector_ids,
+        "source": split.index["source_id"],
         "task": pd.Categorical.from_codes(split.index["task_id"], split.tasks),
         "tokens": own.num_tokens,
         "nll": own.nll,
@@ -3918,9 +4086,21 @@ def load_embedder(name: str, bf16: bool, device: torch.device | str, key: str = 
         model = library.SentenceTransformer(
             name, device=str(device), local_files_only=folder.is_dir(), trust_remote_code=False,
             model_kwargs={"dtype": dtype})
-    if max_tokens is not None:
-        model.max_seq_length = min(model.max_seq_length or max_tokens, max_tokens)
+    limit_tokens(model, model.max_seq_length, max_tokens)
     return model
+
+
+def limit_tokens(model: SentenceTransformer, own_limit: float | None,
+                 max_tokens: int | None) -> None:
+    """Let a model cut texts after max_tokens, or its own limit, if that is less. One without a
+    limit (None or infinite), such as a static one, reads whole texts: it cannot be given one."""
+    if own_limit is not None and own_limit != math.inf:
+        model.max_seq_length = min(own_limit, max_tokens or own_limit)
+
+
+def instruction_prompt(instruction: str | None) -> str | None:
+    """What stands before a text, as Qwen3-Embedding takes it; None: the model's default."""
+    return f"Instruct: {instruction}\nQuery:" if instruction else None
 
 
 def embed_texts(model: SentenceTransformer, texts: list[str], **options: Any) -> Tensor:
@@ -3931,29 +4111,58 @@ def embed_texts(model: SentenceTransformer, texts: list[str], **options: Any) ->
 
 def compare_embedder(name: str, bf16: bool, device: torch.device,
                      splits: dict[str, Split]) -> None:
-    """Embed some texts of each split and compare with their stored vectors: a warning where they
-    differ. The model is freed again. Raises: UserError if its vectors are narrower."""
+    """Embed some texts of each split, as its table says, and compare with their stored vectors. The
+    model is freed again. Raises: UserError if its vectors are narrower, or far from the stored
+    ones."""
     model = load_embedder(name, bf16, device)
+    own_limit = model.max_seq_length
     for split_name, split in splits.items():
+        origin = split.origin
         width = split.vectors.shape[1]
         full_width = model.get_embedding_dimension() or width
         if full_width < width:
             raise UserError(f"eval.embedder: {name} makes vectors of width {full_width}, data.dir "
                             f"has {width}")
-        row_ids = np.flatnonzero(split.index["has_text"])[:EMBEDDER_CHECK_TEXTS]
+        if origin.model and Path(origin.model).name != Path(name).name:
+            log.warning(f"eval.embedder = {name}: {split.table_path} says that {origin.model} made "
+                        "its vectors")
+        row_ids = np.flatnonzero(split.index["has_text"])
+        row_ids = np.sort(np.random.default_rng(0).permutation(row_ids)[:EMBEDDER_CHECK_TEXTS])
         if not len(row_ids):
             continue
+        limit_tokens(model, own_limit, origin.max_tokens)
         texts = [row.text for row in split.read(row_ids)]
-        vectors = embed_texts(model, texts, truncate_dim=width)
-        stored = split.embeddings(split.index["vector_id"][row_ids])
-        cosine = F.cosine_similarity(vectors, stored).mean().item()
-        log.info(f"eval.embedder: mean cosine {cosine:.4f} with the stored vectors of "
-                 f"{len(row_ids)} texts of {split_name}")
-        if cosine < 0.95:
-            log.warning(f"eval.embedder = {name} does not make the vectors of {split.path}; its "
-                        "consistency and MRR mean little")
+        vectors = embed_texts(
+            model, texts, truncate_dim=width, prompt=instruction_prompt(origin.instruction))
+        check_stored_vectors(name, vectors, split_name, split, row_ids)
     del model
     free_memory()
+
+
+def check_stored_vectors(name: str, vectors: Tensor, split_name: str, split: Split,
+                         row_ids: np.ndarray) -> None:
+    """Compare the vectors [n, E] that embedder `name` makes of the texts of rows with their stored
+    ones: a warning where they differ. Raises: UserError where these are far, or where other rows'
+    are nearer: vectors of some embedders have cosines of .8 with each other."""
+    stored = split.embeddings(split.index["vector_id"][row_ids])
+    cosines = F.normalize(vectors, dim=1) @ F.normalize(stored, dim=1).T
+    own = cosines.diagonal()
+    source_ids = split.index["source_id"][row_ids]
+    is_own = torch.from_numpy(source_ids[:, None] == source_ids)
+    nearest_other = cosines.masked_fill(is_own, -1.0).max(1).values
+    share_nearest = (own > nearest_other).float().mean().item()
+    cosine = own.mean().item()
+    told = (f"mean cosine {cosine:.4f} with the stored vectors of {len(row_ids)} texts of "
+            f"{split_name}, {share_nearest:.0%} of them nearest to their own")
+    log.info(f"eval.embedder: {told}")
+    if cosine < 0.5 or share_nearest < 0.25:
+        raise UserError(
+            f"data.dir: {split.table_path} is in another order than the rows of {split.path}, or "
+            f"eval.embedder = {name} did not make it ({told}); mend the data, or set eval.embedder "
+            "to the model that made it, or none")
+    if cosine < 0.95 or share_nearest < 0.9:
+        log.warning(f"eval.embedder = {name} does not make the vectors of {split.path}; its "
+                    "consistency and MRR mean little")
 
 
 def check_embedder(cfg: EvalConfig, bf16: bool, device: torch.device,
@@ -3993,28 +4202,30 @@ def bert_scores(scorer: BERTScorer, texts: list[str], references: list[str]) -> 
 class ConsistencyScores(NamedTuple):
     """[n] each."""
 
-    consistency: np.ndarray  # cosine of the text's vector with the source
-    mrr: np.ndarray  # by it, the reciprocal rank of the source among all vectors
+    consistency: np.ndarray  # cosine of the text's vector with the row's
+    mrr: np.ndarray  # by it, the reciprocal rank of the row's source among all sources
     top1: np.ndarray  # whether that rank is 1
 
 
-def consistency_scores(texts: list[str], embed: Callable[[list[str]], Tensor], source_ids: Tensor,
-                       vectors: Tensor) -> ConsistencyScores:
+def consistency_scores(texts: list[str], embed: Callable[[list[str]], Tensor], split: Split,
+                       row_ids: np.ndarray) -> ConsistencyScores:
     """Semantic consistency (Tennenholtz et al., 2024) of n texts, which `embed` maps to unit
-    vectors, with their sources vectors[source_ids] [n] among all vectors [N, E]. An empty text
-    scores 0."""
+    vectors, with the vectors of rows [n]. Among split.sources, the first vector of each stands for
+    it; a near copy of the row's vector does not outrank it. An empty text scores 0."""
     result = ConsistencyScores(np.zeros(len(texts)), np.zeros(len(texts)), np.zeros(len(texts)))
     filled = [i for i, text in enumerate(texts) if text.strip()]
     if not filled:
         return result
+    rows = split.index[row_ids[filled]]
     answers = embed([texts[i] for i in filled])
-    sources = F.normalize(vectors[source_ids[filled]].float(), dim=1)
-    cosine = (answers * sources).sum(1)
+    own = F.normalize(split.embeddings(rows["vector_id"]), dim=1)
+    own_source = torch.from_numpy(rows["source_id"].astype(np.int64))[:, None]
+    cosine = (answers * own).sum(1)
     rank_of_source = torch.ones(len(filled))
-    for chunk in vectors.split(8192):
-        others = answers @ F.normalize(chunk.float(), dim=1).T
-        # Tolerance: the source and its duplicates do not outrank it.
-        rank_of_source += (others > cosine[:, None] + 1e-6).sum(1)
+    for ids in torch.from_numpy(split.sources).split(8192):
+        others = F.normalize(split.vectors[ids].float(), dim=1)
+        is_other = (ids != own_source) & (own @ others.T <= NEAR_EQUAL)
+        rank_of_source += (is_other & (answers @ others.T > cosine[:, None])).sum(1)
     result.consistency[filled] = cosine
     result.mrr[filled] = 1 / rank_of_source
     result.top1[filled] = rank_of_source == 1
@@ -4067,13 +4278,13 @@ def score(measured: Measured, references: list[str], split: Split, cfg: EvalConf
     if cfg.embedder is None:
         return scores
 
-    model = load_embedder(cfg.embedder, bf16, device)
-    embed = functools.partial(embed_texts, model, truncate_dim=split.vectors.shape[1])
-    vector_ids = split.index["vector_id"][measured.sample_ids]
-    source_ids = torch.from_numpy(vector_ids.astype(np.int64))
+    model = load_embedder(cfg.embedder, bf16, device, max_tokens=split.origin.max_tokens)
+    embed = functools.partial(
+        embed_texts, model, truncate_dim=split.vectors.shape[1],
+        prompt=instruction_prompt(split.origin.instruction))
     for suffix, texts in (("", measured.answers), ("_shuffled", measured.shuffled_answers),
                           ("_reference", references)):
-        values_of = consistency_scores(texts, embed, source_ids, split.vectors)._asdict()
+        values_of = consistency_scores(texts, embed, split, measured.sample_ids)._asdict()
         for name, values in values_of.items():
             scores[name + suffix] = values
     del model, embed
@@ -4101,7 +4312,7 @@ RATIOS = (
     Ratio("loss_text", "nll_text", "tokens_text"),
     # The condition is about all task types: the sum over chosen ones is positive by the choice.
     Ratio("gap_closed", "gap_with_text", "gap_text", must_be_positive="gap_text_of_all"))
-FEWEST_SOURCES = 30  # vectors; gap_closed of fewer is called unreliable
+FEWEST_SOURCES = 30  # gap_closed of fewer is called unreliable
 FEWEST_ROWS = 10  # with text, of a task type; it has no gap_closed of fewer
 
 
@@ -4136,7 +4347,7 @@ def summands(losses: pd.DataFrame, scores: pd.DataFrame | None) -> pd.DataFrame:
 
 
 def resampled_sums(sums: np.ndarray, num_resamples: int) -> np.ndarray:
-    """Bootstrap (Efron, 1979): sums [n, columns] of n vectors, drawn with replacement -> the total
+    """Bootstrap (Efron, 1979): sums [n, columns] of n sources, drawn with replacement -> the total
     of each resample [num_resamples, columns]."""
     n = len(sums)
     rng = np.random.default_rng(0)
@@ -4152,9 +4363,9 @@ def resampled_sums(sums: np.ndarray, num_resamples: int) -> np.ndarray:
 def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
               num_resamples: int = 1000) -> Json:
     """RATIOS and mean scores over rows (see Measured and score), with bootstrap 95 % intervals:
-    vectors are drawn with replacement, with all their rows. gap_closed is over the rows with text
+    sources are drawn with replacement, with all their rows. gap_closed is over the rows with text
     whose task is not among unread_tasks, and left out unless over all tasks the LLM reads the text
-    better than another row's vector: the interval lies above 0. `sources` counts the vectors."""
+    better than another row's vector: the interval lies above 0. `sources` counts the sources."""
     result: Json = {
         "rows": len(losses), "rows_text": int(losses["nll_text"].notna().sum())}
     measures = list(RATIOS)
@@ -4162,11 +4373,11 @@ def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
         result["samples"] = int(losses.index.isin(scores.index).sum())
         measures += [Ratio(name, name, "samples") for name in scores.columns]
 
-    by_vector = summands(losses, scores).groupby("vector").sum()
-    result["sources"] = len(by_vector)
-    totals = by_vector.sum()
-    resamples = resampled_sums(by_vector.to_numpy(), num_resamples)
-    resampled = {name: resamples[:, i] for i, name in enumerate(by_vector.columns)}
+    by_source = summands(losses, scores).groupby("source").sum()
+    result["sources"] = len(by_source)
+    totals = by_source.sum()
+    resamples = resampled_sums(by_source.to_numpy(), num_resamples)
+    resampled = {name: resamples[:, i] for i, name in enumerate(by_source.columns)}
 
     intervals = {}
     for measure in measures:
@@ -4178,7 +4389,7 @@ def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
         if condition is not None and np.percentile(resampled[condition], 2.5) <= 0:
             continue
         result[measure.name] = float(totals[numerator] / totals[denominator])
-        if len(by_vector) > 1 and (resampled[denominator] > 0).all():
+        if len(by_source) > 1 and (resampled[denominator] > 0).all():
             ratios = resampled[numerator] / resampled[denominator]
             intervals[measure.name] = np.percentile(ratios, (2.5, 97.5)).tolist()
     result["intervals"] = intervals
@@ -4218,7 +4429,7 @@ def write_report(measured: Measured, split: Split, cfg: Config, device: torch.de
     adapter = folder / "adapter_best.safetensors"
     if predictions and adapter.exists():
         table = vectors_path(cfg.data.dir, result["split"])
-        print_next_command(adapter, table, predictions[0]["query"])
+        print_next_command(adapter, table, predictions[0])
     return result
 
 
@@ -4407,8 +4618,10 @@ def report_table(result: Json) -> str:
         header=titles, na_rep="", col_space=9, float_format="{:.3f}".format)
 
 
-def print_next_command(adapter: Path, table: Path, query: str) -> None:
-    words = [f"adapter={adapter}", f"embeddings={table}", "rows=[0]", f"query={query}"]
+def print_next_command(adapter: Path, table: Path, prediction: Json) -> None:
+    row = prediction["embedding_file_idx"]  # any other may be a zero vector that no row uses
+    words = [f"adapter={adapter}", f"embeddings={table}", f"rows=[{row}]",
+             f"query={prediction['query']}"]
     log.info(f"next: python elm.py generate {shlex.join(words)}")
 
 
@@ -4771,6 +4984,9 @@ class TrialTrainer(Trainer):
         """Quarters, so that trials of different batch sizes are pruned at equal progress."""
         return max(1, math.ceil(self.total_steps / 4))
 
+    def compare_splits(self) -> None:
+        """The worker has done so."""
+
     def check_embedder(self) -> None:
         pass
 
@@ -4813,7 +5029,8 @@ class SweepWorker:
         self.sweep = sweep
         cfg = trial_config(sweep, {}, "check")
         device = start_distributed()
-        open_inputs(cfg, ("train", "val"), cfg.model.tokens, None)
+        splits = open_inputs(cfg, ("train", "val"), cfg.model.tokens, None)
+        warn_of_trained_texts(splits, device)
         self.study = open_study(sweep)
         self.scorer = load_scorer(cfg.eval, device)
         self._llm: PreTrainedModel | None = None

@@ -157,7 +157,8 @@ def resumable_work_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def write_table(path: Path, chunks: Iterable[Tensor], **metadata: str) -> None:
+def write_table(path: Path, chunks: Iterable[Tensor],
+                metadata: dict[str, str] | None = None) -> None:
     """Write chunks of vectors [n, E] as the one tensor of a safetensors file. A scratch file beside
     it collects them, so that the table is never in memory. Raises: UserError."""
     chunks = iter(chunks)
@@ -175,13 +176,14 @@ def write_table(path: Path, chunks: Iterable[Tensor], **metadata: str) -> None:
         temporary.chmod(mode)
 
 
-def write_split(data_dir: Path, split_name: str, vectors: Tensor, vector_ids: np.ndarray,
+def write_split(data_dir: Path, split_name: str, old_table: Path, vector_ids: np.ndarray,
                 rows: list[elm.Json]) -> None:
-    """Write those of the vectors [N, E] at the ascending indices `vector_ids`, and rows, whose
-    embedding_file_idx becomes the index among these. Raises: UserError."""
+    """Write the vectors of a table at the ascending indices `vector_ids`, with its metadata, and
+    rows, whose embedding_file_idx becomes the index among these. Raises: UserError."""
+    vectors = elm.open_vectors(old_table)
     parts = torch.from_numpy(vector_ids).split(8192)
     table_path = elm.vectors_path(str(data_dir), split_name)
-    write_table(table_path, (vectors[part] for part in parts))
+    write_table(table_path, (vectors[part] for part in parts), elm.table_metadata(old_table))
 
     new_ids = np.searchsorted(vector_ids, [row["embedding_file_idx"] for row in rows])
     new_rows = []
@@ -216,8 +218,13 @@ def embed(options: EmbedOptions, texts_path: Path, out: Path) -> None:
     with resumable_work_folder(out) as work:
         write_embeddings(model, texts, num_texts, options, work, out)
     width = elm.open_vectors(out).shape[1]
-    elm.log.info(f"{num_texts} vectors of width {width}; texts of more than "
-                 f"{model.max_seq_length} tokens are cut")
+    limit = model.max_seq_length
+    is_limited = limit is not None and limit < 10**9  # tokenizers give more where it is unknown
+    if options.max_tokens is not None and not is_limited:
+        elm.log.warning(f"max_tokens = {options.max_tokens} has no effect: {options.model} has no "
+                        "limit of tokens")
+    cut = f"texts of more than {limit} tokens are cut" if is_limited else "no text is cut"
+    elm.log.info(f"{num_texts} vectors of width {width}; {cut}")
 
 
 def write_embeddings(model: SentenceTransformer, texts: Iterable[str], num_texts: int,
@@ -225,7 +232,7 @@ def write_embeddings(model: SentenceTransformer, texts: Iterable[str], num_texts
     """Write the vectors of texts as a table [num_texts, width] of unit vectors in fp32. Each block
     of texts is saved in the folder `work`, by a hash of all it depends on, and taken from there by
     a later call. Raises: UserError."""
-    prompt = f"Instruct: {options.instruction}\nQuery:" if options.instruction else None
+    prompt = elm.instruction_prompt(options.instruction)
     model_hash = elm.weights_hash(model)
     paths = []
     counted_texts = elm.progress(texts, "vectors", total=num_texts, unit="text")
@@ -240,7 +247,8 @@ def write_embeddings(model: SentenceTransformer, texts: Iterable[str], num_texts
         if not has_unit_norm.all():
             raise UserError(f"{options.model}: makes zero or infinite vectors; bf16=false?")
         write_table(path, [vectors])
-    write_table(out, (elm.open_vectors(path) for path in paths), embed=options.model_dump_json())
+    metadata = {"embed": options.model_dump_json()}  # see elm.TableOrigin
+    write_table(out, (elm.open_vectors(path) for path in paths), metadata)
 
 
 # -----------------------------------------------------------------------------
@@ -275,18 +283,19 @@ def has_split(data_dir: Path, split_name: str) -> bool:
 
 def filter_split(data_dir: Path, split_name: str, tasks: Sequence[str], out: Path) -> None:
     """Raises: UserError that names a bad row, or if no row is of `tasks`."""
-    vectors = elm.open_vectors(elm.vectors_path(str(data_dir), split_name))
+    table_path = elm.vectors_path(str(data_dir), split_name)
+    num_vectors = len(elm.open_vectors(table_path))
     path = elm.rows_path(str(data_dir), split_name)
     counts: Counter[str] = Counter()
     rows = []
-    for line in elm.read_lines(path, tasks, len(vectors)):
+    for line in elm.read_lines(path, tasks, num_vectors):
         if elm.count_row(counts, line.row, tasks):
             rows.append(line.row.model_dump(exclude_unset=True))
     elm.check_any_rows(counts, path, tasks)
     vector_ids = np.unique([row["embedding_file_idx"] for row in rows])
-    write_split(out, split_name, vectors, vector_ids, rows)
+    write_split(out, split_name, table_path, vector_ids, rows)
     elm.log.info(f"{split_name}: {len(rows)} of {counts.total()} rows, {len(vector_ids)} of "
-                 f"{len(vectors)} vectors")
+                 f"{num_vectors} vectors")
 
 
 # -----------------------------------------------------------------------------
@@ -580,7 +589,7 @@ def synthesize(options: SynthesizeOptions, texts_path: Path, out: Path) -> None:
 
         new = work / "data"
         shutil.rmtree(new, ignore_errors=True)  # of a command that was killed
-        write_splits(rows, splits, elm.open_vectors(table_path), new)
+        write_splits(rows, splits, table_path, new)
         toml = train_toml(rows, options, out)
         elm.write_text(new / "train.toml", toml)
         os.replace(new, out)
@@ -606,13 +615,14 @@ def count_table(rows: list[DraftRow], splits: dict[str, str]) -> str:
     return pd.crosstab(tasks, outcomes).to_string()
 
 
-def write_splits(rows: list[DraftRow], splits: dict[str, str], vectors: Tensor, out: Path) -> None:
-    """Write each split with the vectors [number of texts, E] of all its texts. Raises:
+def write_splits(rows: list[DraftRow], splits: dict[str, str], table_path: Path,
+                 out: Path) -> None:
+    """Write each split with the vectors of all its texts, of a table [number of texts, E]. Raises:
     UserError."""
     split_names = np.array(list(splits.values()))
     for name in np.unique(split_names).tolist():
         rows_of_split = [row.to_dict() for row in rows if splits[row.text] == name]
-        write_split(out, name, vectors, np.flatnonzero(split_names == name), rows_of_split)
+        write_split(out, name, table_path, np.flatnonzero(split_names == name), rows_of_split)
 
 
 def train_toml(rows: list[DraftRow], options: SynthesizeOptions, out: Path) -> str:

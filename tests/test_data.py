@@ -379,6 +379,44 @@ def test_numpy_tables(data_dir, dtype):
     assert np.array_equal(found, table)
 
 
+def test_two_tables_of_one_split_are_refused(settings, data_dir):
+    """Which of them is meant, nobody knows."""
+    for split in ("train", "test"):
+        path = vectors_path(data_dir, split)
+        np.save(path.with_suffix(".npy"), read_table(data_dir, split).numpy())
+        message = f"{path} and {path.with_suffix('.npy')}: two tables of one split; move the one"
+        with pytest.raises(elm.UserError, match=message):
+            go(settings)
+        path.with_suffix(".npy").unlink()
+
+
+@pytest.mark.parametrize("line, tasks", [
+    ('{"task_type": "compare", "note": {"task_type": "summary"}, "embedding_file_idx": [0]}', None),
+    ('{"task_type": "summary", "task_type": "compare", "query": 3}', None),
+    ('{"note": [{"task_type": "compare"}], "task_type": "summary"', "summary"),
+    ('{"task_type": "compare", "task_type": "summary"', "summary"),
+])
+def test_the_type_of_a_row_is_that_of_its_own_field(data_dir, line, tasks):
+    """Not of a field within another; of two equal fields the last counts, as in every JSON
+    parser."""
+    rest = ', "embedding_file_idx": 3, "query": "What?", "response": "This.", "text": "A."}'
+    rows = read_jsonl(rows_path(data_dir))
+    write_rows(data_dir, "train", [line + rest if tasks else line, *rows])
+    split = open_train(data_dir, PROMPT)
+    is_row = tasks is not None
+    assert split.counts["rows"] == 40 + is_row
+    assert split.counts["pair_tasks"] == 1 - is_row
+    assert split.read([0])[0].response == ("This." if is_row else rows[0]["response"])
+
+
+@pytest.mark.parametrize("task", [["compare"], {"compare": 1}, None, 3, True])
+def test_a_task_type_of_another_kind_is_refused(data_dir, task):
+    rows = read_jsonl(rows_path(data_dir))
+    write_rows(data_dir, "train", [rows[0] | {"task_type": task}])
+    with pytest.raises(elm.UserError, match="jsonl:1: field 'task_type': .*valid string"):
+        open_train(data_dir, PROMPT)
+
+
 def test_files_as_other_systems_write_them(data_dir):
     """Byte-order marks, ends of lines, null, further fields."""
     rows = read_jsonl(rows_path(data_dir))
@@ -504,13 +542,13 @@ def test_statistics_are_of_the_vectors_that_rows_use(data_dir, dtype):
     torch.testing.assert_close(split.embeddings(np.array([3, 3, 1])), used[[3, 3, 1]])
 
 
-def test_copies_of_a_vector_are_one(data_dir):
+def test_copies_of_a_vector_are_of_one_source(data_dir):
     """By value: their rows belong together, and are not shuffled into each other."""
     table = read_table(data_dir)[:5]
     rows = read_jsonl(rows_path(data_dir))
     save_file({"x": torch.cat([table, table])}, vectors_path(data_dir))
     split = open_train(data_dir, PROMPT)
-    assert split.index["vector_id"].tolist() == [row["embedding_file_idx"] % 5 for row in rows]
+    assert split.index["source_id"].tolist() == [row["embedding_file_idx"] % 5 for row in rows]
     own = split.embeddings(split.index["vector_id"])
     other = split.embeddings(elm.shuffled_vectors(split))
     assert (own != other).any(1).all()

@@ -84,6 +84,22 @@ def make_embedder(folder: Path, width: int, pooling: str = "lasttoken") -> Path:
     return folder
 
 
+def embed_rows(data_dir: Path, embedder: Path, width: int, splits=elm.SPLITS, prompt="") -> None:
+    """Give each row the embedder's vector of its text, cut to `width`, of about the norm of
+    make_data's."""
+    model = SentenceTransformer(str(embedder), device="cpu")
+    for split in splits:
+        rows = read_jsonl(rows_path(data_dir, split))
+        for i, row in enumerate(rows):
+            row["embedding_file_idx"] = i
+        vectors = model.encode([prompt + row["text"] for row in rows], convert_to_tensor=True)
+        vectors = 3.4 * torch.nn.functional.normalize(vectors[:, :width].float(), dim=1)
+        write_rows(data_dir, split, rows)
+        save_file({"x": vectors}, vectors_path(data_dir, split))
+    del model
+    elm.free_memory()
+
+
 # -----------------------------------------------------------------------------
 # BERTScore
 
@@ -208,7 +224,7 @@ def test_a_folder_of_a_known_scorer_has_the_layer_that_the_library_chose(tmp_pat
 def losses_of(vector, **columns) -> pd.DataFrame:
     """As `measure` makes them, with tokens of 1, losses of 1 and no texts unless given."""
     columns = dict(task="summary", tokens=1, nll=1.0, nll_shuffled=1.0, nll_text=np.nan) | columns
-    return pd.DataFrame({"vector": vector, **columns})
+    return pd.DataFrame({"source": vector, **columns})
 
 
 def test_noise_has_no_share_although_tasks_are_chosen():
@@ -377,29 +393,6 @@ def test_repetition_is_the_share_of_trigrams_that_came_before(text, expected):
     assert elm.repetition(text) == pytest.approx(expected)
 
 
-def test_consistency_is_the_cosine_and_the_rank_of_the_source():
-    torch.manual_seed(0)
-    table = torch.randn(50, 6)
-    spoken = torch.randn(4, 6)
-    table[7] = table[9]  # a copy of the source does not outrank it
-    spoken[1] = table[9]
-    sources = torch.tensor([3, 9, 9, 20])
-
-    def embed(texts):
-        return torch.nn.functional.normalize(spoken[[int(text) for text in texts]], dim=1)
-
-    scores = np.stack(elm.consistency_scores(["0", "1", " ", "3"], embed, sources, table), axis=1)
-    for i in (0, 1, 3):
-        source = int(sources[i])
-        cosines = torch.nn.functional.cosine_similarity(table, spoken[i : i + 1])
-        others = torch.cat([cosines[:source], cosines[source + 1 :]])
-        rank = 1 + int((others > cosines[source] + 1e-6).sum())
-        expected = [float(cosines[source]), 1 / rank, float(rank == 1)]
-        assert scores[i] == pytest.approx(expected)
-    assert scores[1] == pytest.approx([1, 1, 1])
-    assert not scores[2].any()
-
-
 # -----------------------------------------------------------------------------
 # Reports
 
@@ -450,9 +443,10 @@ def test_each_number_has_its_interval_and_is_what_it_says(trained, data_dir, tmp
     embedding is."""
     _, folder, settings = trained
     embedder = make_embedder(tmp_path / "embedder", width=16)
+    embed_rows(data_dir, embedder, 12)
     new = tmp_path / "report"
     result = evaluate(settings, f"eval.embedder={embedder}", "eval.samples=20",
-                      f"adapter={folder}", f"report_dir={new}")
+                      f"data.dir={data_dir}", f"adapter={folder}", f"report_dir={new}")
     scores = ["empty_rate", "repetition", "consistency", "mrr", "top1"]
     scores += ["bertscore_precision", "bertscore_recall", "bertscore_f1", "bertscore_composite"]
     keys = {"loss", "loss_shuffled", "loss_text", "gap", *scores}
@@ -627,48 +621,149 @@ def test_one_model_at_a_time(settings, data_dir, tmp_path, loads, encoded):
     """Before the LLM the embedder alone is loaded, compared with each split, and freed. The scorer
     and the embedder follow at the report, when the LLM is freed."""
     embedder = make_embedder(tmp_path / "embedder", width=12)
+    embed_rows(data_dir, embedder, 12)
+    encoded.clear()
+    loads.clear()
     go(settings, "train.max_steps=1", "model.bf16=true", f"eval.embedder={embedder}")
     assert loads == [("embedder", []), ("LLM", []), ("scorer", []), ("embedder", [])]
     assert {dtype for _, dtype in encoded} == {torch.bfloat16}
     for split, (texts, _) in zip(elm.SPLITS, encoded, strict=False):
         rows = read_jsonl(rows_path(data_dir, split))
-        assert texts == [row["text"] for row in rows[: elm.EMBEDDER_CHECK_TEXTS]]
+        places = [[row["text"] for row in rows].index(text) for text in texts]
+        assert len(set(places)) == elm.EMBEDDER_CHECK_TEXTS
+        assert places == sorted(places) != list(range(len(places)))  # from all over the split
 
 
-def make_splits(data_dir: Path, embedder: Path, width: int) -> dict[str, elm.Split]:
-    """train with the embedder's vectors, cut to `width`; val with the same in another order."""
-    rows = read_jsonl(rows_path(data_dir))
-    for i, row in enumerate(rows):
-        row["embedding_file_idx"] = i
-    model = SentenceTransformer(str(embedder), device="cpu")
-    vectors = model.encode([row["text"] for row in rows], convert_to_tensor=True)
-    vectors = vectors[:, :width].contiguous()
+def open_splits(data_dir: Path, *names: str) -> dict[str, elm.Split]:
     encoder = elm.Encoder(PROMPT, num_soft_tokens=1, max_tokens=256)
-    splits = {}
-    for name, table in (("train", vectors), ("val", vectors.roll(1, dims=0))):
-        write_rows(data_dir, name, rows)
-        save_file({"x": table}, vectors_path(data_dir, name))
-        splits[name] = elm.open_split(str(data_dir), name, elm.TASKS, encoder)
-    return splits
+    return {name: elm.open_split(str(data_dir), name, elm.TASKS, encoder) for name in names}
+
+
+def change_table(data_dir: Path, split: str, change, metadata=None) -> None:
+    table = change(read_table(data_dir, split))
+    save_file({"x": table.contiguous()}, vectors_path(data_dir, split), metadata)
 
 
 def test_the_embedder_is_compared_with_the_vectors_of_each_split(data_dir, tmp_path, capsys):
-    """Of a decoder with mean pooling, stored at 12 of its 40 dimensions; one split has them in
-    another order. Another pooling makes the vectors of neither."""
+    """Of a decoder with mean pooling, stored at 12 of its 40 dimensions. A common offset is warned
+    of; a table in another order than its rows is refused, though the vectors of this embedder all
+    have cosines above .5 with each other; so is one of another embedder."""
     by_mean = make_embedder(tmp_path / "mean", 40, "mean")
     by_last_token = make_embedder(tmp_path / "last", 40)
-    splits = make_splits(data_dir, by_mean, width=12)
-
-    elm.compare_embedder(str(by_mean), False, CPU, splits)
+    embed_rows(data_dir, by_mean, 12)
+    elm.compare_embedder(str(by_mean), False, CPU, open_splits(data_dir, *elm.SPLITS))
     out, err = capsys.readouterr()
-    assert "1.0000 with the stored vectors of 32 texts of train" in out
-    assert err.count("does not make the vectors of") == 1
-    assert f"does not make the vectors of {rows_path(data_dir, 'val')};" in err
+    for split in elm.SPLITS:
+        assert f"1.0000 with the stored vectors of 32 texts of {split}" in out
+    assert "warning" not in err
 
-    elm.compare_embedder(str(by_last_token), False, CPU, splits)
+    change_table(data_dir, "test", lambda table: table + 0.4 * torch.randn(12))
+    elm.compare_embedder(str(by_mean), False, CPU, open_splits(data_dir, *elm.SPLITS))
     err = capsys.readouterr().err
-    for split in splits:
-        assert f"does not make the vectors of {rows_path(data_dir, split)};" in err
+    assert err.count("does not make the vectors of") == 1
+    assert f"does not make the vectors of {rows_path(data_dir, 'test')};" in err
+
+    normal = torch.nn.functional.normalize(read_table(data_dir, "train"), dim=1)
+    assert (normal @ normal.T).mean() > 0.5
+    change_table(data_dir, "train", lambda table: table.roll(1, dims=0))
+    message = f"data.dir: {vectors_path(data_dir)} is in another order than the rows of "
+    for embedder in (by_mean, by_last_token):
+        with pytest.raises(elm.UserError, match=message) as e:
+            elm.compare_embedder(str(embedder), False, CPU, open_splits(data_dir, *elm.SPLITS))
+        assert f"or eval.embedder = {embedder} did not make it" in str(e.value)
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_sorted_table_is_refused_before_the_llm_is_loaded(
+        settings, trained, data_dir, tmp_path, loads, command):
+    """As an export sorts one. The first rows are where they were."""
+    embedder = make_embedder(tmp_path / "embedder", 12)
+    embed_rows(data_dir, embedder, 12)
+    order = torch.cat([torch.arange(4), 4 + torch.randperm(36)])
+    split = {"train": "train", "eval": "test"}[command]
+    change_table(data_dir, split, lambda table: table[order])
+    loads.clear()
+    with pytest.raises(elm.UserError, match=f"{split}_embeddings.* is in another order than"):
+        if command == "train":
+            go(settings, f"eval.embedder={embedder}")
+        else:
+            evaluate(settings, f"eval.embedder={embedder}", f"adapter={trained[1]}",
+                     f"report_dir={tmp_path / 'report'}")
+    assert loads == [("embedder", [])]
+
+
+def test_one_text_alone_can_be_compared(data_dir, tmp_path, capsys):
+    """With no other to be nearer to."""
+    embedder = make_embedder(tmp_path / "embedder", 12)
+    embed_rows(data_dir, embedder, 12)
+    rows = read_jsonl(rows_path(data_dir))
+    write_rows(data_dir, "train", [rows[0], *(row | {"text": None} for row in rows[1:])])
+    elm.compare_embedder(str(embedder), False, CPU, open_splits(data_dir, "train"))
+    assert "1.0000 with the stored vectors of 1 texts of train" in capsys.readouterr().out
+
+
+# -----------------------------------------------------------------------------
+# What a table says of its embedder
+
+
+def metadata_of(embedder: Path, **options) -> dict[str, str]:
+    return {"embed": json.dumps({"model": str(embedder), **options})}
+
+
+def test_texts_are_embedded_as_the_table_says(trained, data_dir, tmp_path, capsys, encoded):
+    """By its instruction, the answers of the report, too; cut after its max_tokens."""
+    _, adapter, settings = trained
+    embedder = make_embedder(tmp_path / "embedder", 12)
+    prompt = "Instruct: Find the answer\nQuery:"
+    embed_rows(data_dir, embedder, 12, prompt=prompt)
+    said = metadata_of(embedder, instruction="Find the answer", max_tokens=None, batch_size=32)
+    for split in elm.SPLITS:
+        change_table(data_dir, split, lambda table: table, said)
+    elm.compare_embedder(str(embedder), False, CPU, open_splits(data_dir, *elm.SPLITS))
+    out, err = capsys.readouterr()
+    assert out.count("mean cosine 1.0000") == 3
+    assert "warning" not in err
+
+    report = evaluate(settings, f"data.dir={data_dir}", f"eval.embedder={embedder}",
+                      f"adapter={adapter}", f"report_dir={tmp_path / 'report'}")
+    by_hand = SentenceTransformer(str(embedder), device="cpu")
+    predictions = read_jsonl(tmp_path / "report" / "predictions.jsonl")
+    references = [prompt + p["response"] for p in predictions]
+    vectors = by_hand.encode(references, convert_to_tensor=True)
+    source = read_table(data_dir, "test")[[p["embedding_file_idx"] for p in predictions]]
+    cosine = torch.nn.functional.cosine_similarity(vectors, source).mean()
+    assert report["consistency_reference"] == pytest.approx(float(cosine), abs=1e-5)
+
+
+def test_texts_are_cut_as_the_table_says(data_dir, tmp_path, capsys):
+    """Each table's own limit."""
+    embedder = make_embedder(tmp_path / "embedder", 12, "mean")
+    embed_rows(data_dir, embedder, 12)
+    rows = read_jsonl(rows_path(data_dir))
+    model = elm.load_embedder(str(embedder), False, CPU, max_tokens=7)
+    cut = 3.4 * elm.embed_texts(model, [row["text"] for row in rows])
+    change_table(data_dir, "train", lambda table: cut, metadata_of(embedder, max_tokens=7))
+    elm.compare_embedder(str(embedder), False, CPU, open_splits(data_dir, *elm.SPLITS))
+    out, err = capsys.readouterr()
+    assert out.count("mean cosine 1.0000") == 3
+    assert "warning" not in err
+
+
+def test_a_table_of_another_model_is_told(data_dir, tmp_path, capsys):
+    """A folder of the same name elsewhere is the same model; other programs' metadata says nothing,
+    nor does a .npy file."""
+    embedder = make_embedder(tmp_path / "embedder", 12)
+    embed_rows(data_dir, embedder, 12)
+    change_table(data_dir, "train", lambda table: table, metadata_of("Qwen/Qwen3-Embedding-4B"))
+    change_table(data_dir, "val", lambda table: table, metadata_of("/elsewhere/embedder/"))
+    change_table(data_dir, "test", lambda table: table, {"embed": "{", "model": "other"})
+    elm.compare_embedder(str(embedder), False, CPU, open_splits(data_dir, *elm.SPLITS))
+    err = capsys.readouterr().err
+    assert err.count("says that") == 1
+    message = f"{vectors_path(data_dir)} says that Qwen/Qwen3-Embedding-4B made its vectors"
+    assert f"eval.embedder = {embedder}: {message}" in err
+    np.save(tmp_path / "x.npy", np.ones((2, 2), np.float32))
+    assert elm.table_origin(tmp_path / "x.npy") == elm.TableOrigin()
 
 
 def test_what_the_report_lacks_is_told_before_training(settings, data_dir, tmp_path, loads):
@@ -685,7 +780,7 @@ def test_what_the_report_lacks_is_told_before_training(settings, data_dir, tmp_p
 
     rows = read_jsonl(rows_path(data_dir, "val"))
     write_rows(data_dir, "val", [row | {"embedding_file_idx": 3} for row in rows])
-    with pytest.raises(elm.UserError, match="val_synthesis.jsonl: all rows are about one vector"):
+    with pytest.raises(elm.UserError, match="val_synthesis.jsonl: all rows are about one source"):
         go(settings)
     assert loads == []
     assert not (tmp_path / "out").exists()

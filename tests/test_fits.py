@@ -107,6 +107,7 @@ def test_a_probe_of_few_or_odd_vectors(parts, vector_ids):
     model, split = parts
     index = split.index.copy()[: len(vector_ids)]
     index["vector_id"] = vector_ids
+    index["source_id"] = vector_ids
     wide = replace(split, index=index, vectors=split.vectors.repeat(4, 1))
     for tensor in elm.fit_probe(model, wide):
         assert torch.isfinite(tensor).all()

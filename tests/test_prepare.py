@@ -11,6 +11,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import prepare
 import pytest
 import torch
@@ -23,12 +24,15 @@ from conftest import (
     read_jsonl,
     read_table,
     rows_path,
+    vectors_path,
     write_rows,
 )
 from safetensors import safe_open
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import elm
 
@@ -204,7 +208,7 @@ def test_a_table_is_written_without_being_held_in_memory(tmp_path, dtype):
             bytes_held.append(anonymous_memory())
             yield torch.full((1000 + i % 2, 1001), i, dtype=dtype)
 
-    prepare.write_table(path, chunks(), about="x")
+    prepare.write_table(path, chunks(), {"about": "x"})
     table = elm.open_vectors(path)
     assert table.dtype == dtype
     assert torch.equal(table[:, 0], table[:, 1000])
@@ -219,6 +223,28 @@ def test_others_may_read_a_table_as_the_umask_says(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "table.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("max_tokens", [None, 3])
+def test_a_static_embedder_reads_whole_texts(texts, tmp_path, max_tokens):
+    """As those of model2vec: it has no limit, and cannot be given one."""
+    words = sorted({word for row in read_jsonl(texts) for word in row["text"].split()})
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    torch.manual_seed(0)
+    static = StaticEmbedding(tokenizer, embedding_dim=24)
+    table = static.embedding.weight.detach().clone()
+    model = tmp_path / "static"
+    SentenceTransformer(modules=[static], device="cpu").save(str(model))
+    out = tmp_path / "out.safetensors"
+    options = ["bf16=false"] if max_tokens is None else ["bf16=false", f"max_tokens={max_tokens}"]
+    code, printed = run_prepare("embed", texts, out, f"model={model}", *options)
+    assert code == 0
+    assert "200 vectors of width 24; no text is cut" in printed
+    assert (f"max_tokens = 3 has no effect: {model} has no limit" in printed) == bool(max_tokens)
+    for row, vector in zip(read_jsonl(texts), elm.open_vectors(out), strict=True):
+        expected = table[[words.index(word) for word in row["text"].split()]].mean(0)
+        assert torch.nn.functional.cosine_similarity(vector, expected, dim=0) > 0.99999
 
 
 def test_code_beside_an_embedder_is_not_run(texts, tmp_path):
@@ -338,6 +364,21 @@ def test_filter_keeps_rows_and_their_vectors(tmp_path):
     assert names_in(out.parent) == ["few"]
 
 
+def test_filter_carries_what_the_tables_say(tmp_path):
+    """All their metadata, also names that mean something to write_table; a .npy file has none."""
+    data = make_data(tmp_path / "data")
+    said = {"embed": '{"model": "m", "instruction": "Find it"}', "path": "x", "format": "pt"}
+    save_file({"x": read_table(data)}, vectors_path(data), said)
+    table = read_table(data, "val").numpy()
+    vectors_path(data, "val").unlink()
+    np.save(vectors_path(data, "val").with_suffix(".npy"), table)
+    assert run_prepare("filter", data, tmp_path / "few")[0] == 0
+    assert elm.table_metadata(vectors_path(tmp_path / "few")) == said
+    origin = elm.table_origin(vectors_path(tmp_path / "few"))
+    assert (origin.model, origin.instruction, origin.max_tokens) == ("m", "Find it", None)
+    assert elm.table_metadata(vectors_path(tmp_path / "few", "val")) == {}
+
+
 def test_bad_input_of_filter(data_dir, tmp_path):
     out = tmp_path / "out"
     assert_refused("did you mean summary", "filter", data_dir, out, 'tasks=["sumary"]')
@@ -350,4 +391,6 @@ def test_bad_input_of_filter(data_dir, tmp_path):
     assert_refused("val_synthesis.jsonl: no row of", "filter", data_dir, out, only_summaries)
     write_rows(data_dir, "val", [*rows, "{"])
     assert_refused(rf"val_synthesis.jsonl:{len(rows) + 1}: ", "filter", data_dir, out)
+    np.save(vectors_path(data_dir, "test").with_suffix(".npy"), read_table(data_dir).numpy())
+    assert_refused("test_embeddings.npy: two tables of one split", "filter", data_dir, out)
     assert names_in(tmp_path) == ["data"]

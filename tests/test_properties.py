@@ -131,18 +131,19 @@ def test_what_is_cut_and_refused(tokenizer, made_data, texts, has_slot, num_soft
 
 @few
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=60).filter(lambda v: len(set(v)) > 1))
-def test_shuffled_vectors(vector_ids):
-    """A permutation of the vectors that moves each one."""
-    index = np.zeros(len(vector_ids), elm.ROW_INDEX)
-    index["vector_id"] = vector_ids
+def test_shuffled_vectors(source_ids):
+    """A permutation of the sources that moves each one."""
+    index = np.zeros(len(source_ids), elm.ROW_INDEX)
+    index["source_id"] = source_ids
     split = elm.Split(
-        path=Path("rows.jsonl"), index=index, vectors=torch.ones(31, 4), statistics={},
+        path=Path("rows.jsonl"), index=index, table_path=Path("table"), origin=elm.TableOrigin(),
+        vectors=torch.ones(31, 4), sources=np.unique(source_ids), statistics={},
         counts=Counter(), tasks=elm.TASKS, encoder=elm.Encoder(PROMPT, 1, 256))  # fmt: skip
     other = elm.shuffled_vectors(split)
-    assert (other != index["vector_id"]).all()
-    mapped = dict(zip(vector_ids, other.tolist(), strict=True))
-    assert sorted(mapped.values()) == sorted(set(vector_ids))
-    assert [mapped[v] for v in vector_ids] == other.tolist()
+    assert (other != index["source_id"]).all()
+    mapped = dict(zip(source_ids, other.tolist(), strict=True))
+    assert sorted(mapped.values()) == sorted(set(source_ids))
+    assert [mapped[v] for v in source_ids] == other.tolist()
 
 
 anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)

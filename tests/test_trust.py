@@ -179,7 +179,7 @@ def test_rows_are_text_and_never_paths(settings, data_dir, tmp_path):
     for i, row in enumerate(rows):
         row["query"] = "../../escaped"
         row["response"] = f"/tmp/{i} ../x"
-        row["text"] = "~/.ssh/id_rsa"
+        row["text"] = f"~/.ssh/id_rsa{i}"
     write_rows(data_dir, "train", rows)
     table = {"../../escaped": read_table(data_dir)}
     save_file(table, vectors_path(data_dir), {"x": "../../escaped"})
