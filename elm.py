@@ -523,12 +523,29 @@ def import_optional(package: str) -> ModuleType:
 
 # Processes
 
+# Where launchers that set no RANK say how many processes they started: Open MPI; MPICH, Intel MPI
+# and Cray PALS; MVAPICH2; jsrun; srun. Not SLURM_NTASKS, which is of the whole job: it is also set
+# in the shell of salloc and in a batch script, where one process runs.
+SIZES_OF_OTHER_LAUNCHERS = (
+    "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE",
+    "SLURM_STEP_NUM_TASKS")
+
+
+def read_launcher_number(name: str, default: int) -> int:
+    """A variable of the launcher's environment. Raises: UserError if it is not a number."""
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name} = {text!r}: no number; torchrun and deepspeed set one") from None
+
 
 def rank() -> int:
-    """The number of this process; before start_distributed, what the launcher says."""
+    """The number of this process; before start_distributed, what the launcher says. Raises:
+    UserError if that is no number."""
     if torch.distributed.is_initialized():
         return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", 0))
+    return read_launcher_number("RANK", 0)
 
 
 def world_size() -> int:
@@ -542,34 +559,60 @@ def find_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     # Some launchers show each process its own GPU alone.
-    local_rank = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+    local_rank = read_launcher_number("LOCAL_RANK", 0) % torch.cuda.device_count()
     return torch.device("cuda", local_rank)
 
 
+def check_launcher() -> None:
+    """Raises: UserError if the launcher's environment is not whole, or is of a launcher whose
+    processes would each run alone and write to the same folder."""
+    size = read_launcher_number("WORLD_SIZE", 1)
+    number = read_launcher_number("RANK", 0)
+    if not 0 <= number < size:
+        raise UserError(f"RANK = {number}: not among WORLD_SIZE = {size} processes; start them by "
+                        "torchrun or deepspeed")
+    if size > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(f"{name}: not set, but WORLD_SIZE = {size}; start the processes by "
+                                "torchrun or deepspeed")
+    if "WORLD_SIZE" in os.environ:
+        return
+    for name in SIZES_OF_OTHER_LAUNCHERS:
+        size = read_launcher_number(name, 1)
+        if size > 1:
+            raise UserError(
+                f"{name} = {size}: each of these processes would do the whole job, as RANK and "
+                "WORLD_SIZE are not set; start them by torchrun or deepspeed (under srun one "
+                f"torchrun on each node), or unset {name} for one process alone")
+
+
 def start_distributed() -> torch.device:
-    """Join the processes that the launcher's environment describes, or be one alone, and return
-    this process's device. Raises: UserError if the processes cannot connect."""
+    """Join the processes that the launcher's environment describes, and return this process's
+    device. A process alone joins none: it needs no network. Raises: UserError if the environment
+    is not whole, or if the processes cannot connect."""
     # Shapes vary from step to step, which fragments the caching allocator's fixed segments.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if not torch.distributed.is_initialized():
+        check_launcher()
     device = find_device()
-    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    num_processes = read_launcher_number("WORLD_SIZE", 1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif num_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
-    if torch.distributed.is_initialized():
-        return device
-
-    # Objects and CPU tensors go by gloo, CUDA tensors by NCCL.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    options: Json = {"timeout": LONGEST_WAIT}
-    if num_processes == 1:
-        store = torch.distributed.HashStore()  # a store without a TCP port
-        options |= {"store": store, "rank": 0, "world_size": 1}
-    message = "the processes cannot connect (is the launcher's --master_port in use?)"
-    with user_error(message, RuntimeError, ValueError):
-        torch.distributed.init_process_group(backend, **options)
+    if num_processes > 1 and not torch.distributed.is_initialized():
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        message = f"cannot connect to the other processes by {where} (the launcher's --master_port)"
+        with user_error(message, RuntimeError, ValueError):
+            init_process_group(device)
     return device
+
+
+def init_process_group(device: torch.device, **options: Any) -> None:
+    """torch's. Objects and CPU tensors go by gloo, CUDA tensors by NCCL."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=LONGEST_WAIT, **options)
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
@@ -1898,6 +1941,8 @@ def load_llm_zero3(name: str, device: torch.device, bf16: bool, key: str,
     # DeepSpeed would compile its shared-memory op for CPUs at first use: a minute, a C++ compiler,
     # and a lock that hangs every later run if the build is killed. gloo is enough.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():  # one process alone, by a store without a TCP port
+        init_process_group(device, store=torch.distributed.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     config = {
         **cfg.model_extra,
@@ -5145,8 +5190,9 @@ def plot_sweep(path: Path, study: optuna.Study) -> None:
 
 def run_sweep(sweep: Sweep) -> None:
     """One worker. Raises: UserError; SystemExit after a signal."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if read_launcher_number("WORLD_SIZE", 1) > 1:
         raise UserError("sweep: a worker is one process; start one for each GPU by hand")
+    check_launcher()
     import_optional("matplotlib").use("Agg")
     level = log.level
     log.setLevel(logging.WARNING)  # of a trial its warnings alone
