@@ -457,11 +457,14 @@ class ConsoleHandler(logging.Handler):
         from tqdm import tqdm
 
         message = record.getMessage()
+        stream = sys.stdout
         if record.levelno >= logging.WARNING:
-            tqdm.write(f"elm: warning: {message}", sys.stderr)
-        else:
-            tqdm.write(message, sys.stdout)
-            sys.stdout.flush()
+            message = f"elm: warning: {message}"
+            stream = sys.stderr
+        if stream is None:  # closed, as `>&-` does
+            return
+        tqdm.write(message, stream)
+        stream.flush()
 
 
 log.setLevel(logging.INFO)
@@ -488,10 +491,11 @@ def log_to_file(path: str | None) -> Iterator[None]:
 
 
 def progress(items: Iterable[T] | None, label: str, **options: Any) -> tqdm[T]:
-    """tqdm over `items`, or by hand, on process 0's terminal; none while the log is quiet."""
+    """tqdm over `items`, or by hand, on process 0's terminal; none while the log is quiet, or where
+    stderr is closed."""
     from tqdm import tqdm
 
-    quiet = rank() > 0 or not log.isEnabledFor(logging.INFO)
+    quiet = rank() > 0 or not log.isEnabledFor(logging.INFO) or sys.stderr is None
     return tqdm(items, label, leave=False, disable=True if quiet else None, **options)
 
 
@@ -1824,6 +1828,8 @@ def report_load_errors(name: str, key: str) -> Iterator[None]:
     message = f"{key}: cannot load {name}"
     if not Path(name).is_dir():
         message += f" (there is no such folder in {Path.cwd()})"
+    if sys.flags.optimize == 2:
+        message += " (python -OO drops the docstrings that transformers reads: use -O)"
     # At a broken folder libraries raise exceptions of any type, tokenizers even Exception itself.
     # Only their code runs in here.
     with user_error(message, Exception):
@@ -5485,7 +5491,16 @@ def exit_process(code: int) -> None:
     os._exit(code)
 
 
+def open_closed_streams() -> None:
+    """Where a standard stream is closed, as by `>&-`, Python has None, and the next file that is
+    opened would take the stream's number, with all that libraries write to it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, open to the end
+
+
 def run(entry: Callable[[], int] = main) -> None:
+    open_closed_streams()
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     exit_process(entry())
 
