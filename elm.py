@@ -52,6 +52,7 @@ import contextlib
 import dataclasses
 import difflib
 import email.utils
+import errno
 import functools
 import gc
 import hashlib
@@ -691,6 +692,22 @@ def report_write_errors(path: Path) -> Iterator[None]:
         yield
 
 
+# What a file system says to a call that it lacks: to a lock, a mode, a sync. NFS and SMB lack some,
+# file systems on object stores more.
+NOT_SUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EINVAL,
+                 errno.ENOLCK)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file is on disk, where the file system can say so. Raises: OSError."""
+    with open(path, "rb+") as f:
+        try:
+            os.fsync(f.fileno())
+        except OSError as e:
+            if e.errno not in NOT_SUPPORTED:
+                raise
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path, which replaces `path` once it is complete and on disk. Raises:
@@ -700,8 +717,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            with open(temporary, "rb+") as f:
-                os.fsync(f.fileno())
+            sync_to_disk(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -728,19 +744,32 @@ def jsonl(entries: Iterable[Json]) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of a file, which a dead process loses. Raises: UserError if another process
-    holds it, unless `wait`."""
+    """Hold the lock of a file, which a dead process loses. Warns where the file system has no
+    locks: then nothing is held. Raises: OSError; UserError if another process holds it, unless
+    `wait`."""
     from filelock import FileLock, Timeout
 
-    file_lock = FileLock(path)
+    # Without locks, the library would take any lock file that was left for one that is held.
+    file_lock = FileLock(path, fallback_to_soft=False)
     try:
         file_lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise UserError(f"{path}: another process holds it") from None
+    except OSError as e:
+        if e.errno not in NOT_SUPPORTED:
+            raise
+        warn_of_no_locks(path.parent)
     try:
         yield
     finally:
         file_lock.release()
+
+
+@functools.cache
+def warn_of_no_locks(folder: Path) -> None:
+    """Once for a folder."""
+    log.warning(f"{folder}: its file system has no locks, so nothing prevents a second process "
+                "from writing there at the same time")
 
 
 def check_new(*paths: Path) -> None:

@@ -167,13 +167,17 @@ def write_table(path: Path, chunks: Iterable[Tensor],
         for chunk in itertools.chain([first_chunk], chunks):
             scratch.write(chunk.contiguous().view(torch.uint8).numpy())
         scratch.flush()
-        data = torch.from_numpy(np.memmap(scratch, np.uint8))
+        data = torch.from_numpy(np.memmap(scratch, np.uint8, mode="c"))
         table = data.view(first_chunk.dtype).view(-1, first_chunk.shape[1])
 
         temporary.touch()
         mode = temporary.stat().st_mode  # by the user's umask; safetensors makes files private
         save_file({"embeddings": table}, temporary, metadata)
-        temporary.chmod(mode)
+        try:
+            temporary.chmod(mode)
+        except OSError as e:
+            if e.errno not in elm.NOT_SUPPORTED:
+                raise
 
 
 def write_split(data_dir: Path, split_name: str, old_table: Path, vector_ids: np.ndarray,

@@ -1,5 +1,6 @@
 """data/prepare.py embed and filter: on the embedded default, and against sentence-transformers."""
 
+import errno
 import io
 import json
 import os
@@ -394,3 +395,15 @@ def test_bad_input_of_filter(data_dir, tmp_path):
     np.save(vectors_path(data_dir, "test").with_suffix(".npy"), read_table(data_dir).numpy())
     assert_refused("test_embeddings.npy: two tables of one split", "filter", data_dir, out)
     assert names_in(tmp_path) == ["data"]
+
+
+def test_a_table_where_a_file_system_has_no_modes(tmp_path, monkeypatch):
+    """SMB, file systems on object stores: the table is written all the same."""
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    vectors = torch.randn(5, 3)
+    prepare.write_table(tmp_path / "x.safetensors", vectors.split(2))
+    assert torch.equal(elm.open_vectors(tmp_path / "x.safetensors"), vectors)

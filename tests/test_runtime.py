@@ -1,9 +1,14 @@
 """Processes, the log, files."""
 
 import contextlib
+import errno
+import fcntl
 import itertools
 import os
 import re
+import shlex
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -11,7 +16,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from conftest import NO_TABLES, free_port, go
+from conftest import NO_TABLES, ROOT, free_port, go, refused, vectors_path
 
 import elm
 
@@ -244,13 +249,156 @@ def test_all_wait_for_what_process_0_does_alone(processes, tmp_path):
 
 
 def test_processes_that_cannot_connect_name_the_port(monkeypatch):
-    """A port number that there is not."""
+    """A port number that there is not, and one in use."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     for name, value in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", "99999999")
-    with pytest.raises(elm.UserError, match="cannot connect .* --master_port"):
+    message = "^cannot connect to the other processes by 127.0.0.1:99999999 .*: port must have"
+    with pytest.raises(elm.UserError, match=message):
         elm.start_distributed()
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(elm.UserError, match="cannot connect.* address already in use"):
+            elm.start_distributed()
+
+
+# What a launcher sets, what elm says of it
+NO_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
+               *elm.SIZES_OF_OTHER_LAUNCHERS)  # fmt: skip
+OTHER_LAUNCHERS = {
+    "mpirun": ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
+               "^OMPI_COMM_WORLD_SIZE = 2: .* start them by torchrun or deepspeed"),
+    "mpiexec": ({"PMI_SIZE": "4", "PMI_RANK": "0"}, "^PMI_SIZE = 4: .* start them by torchrun"),
+    "jsrun": ({"JSM_NAMESPACE_SIZE": "2"}, "^JSM_NAMESPACE_SIZE = 2: "),
+    "MVAPICH2": ({"MV2_COMM_WORLD_SIZE": "2"}, "^MV2_COMM_WORLD_SIZE = 2: "),
+    "srun": ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
+             "^SLURM_STEP_NUM_TASKS = 2: .* .under srun one torchrun on each node."),
+    "no number": ({"WORLD_SIZE": "two", "RANK": "0"}, "^WORLD_SIZE = 'two': no number"),
+    "no number either": ({"RANK": ""}, "^RANK = '': no number"),
+    "rank alone": ({"RANK": "1"}, "^RANK = 1: not among WORLD_SIZE = 1 processes"),
+    "size alone": ({"WORLD_SIZE": "2"}, "^RANK: not set, but WORLD_SIZE = 2; start the processes"),
+    "no size": ({"WORLD_SIZE": "0", "RANK": "0"}, "^RANK = 0: not among WORLD_SIZE = 0"),
+    "no address": ({"WORLD_SIZE": "2", "RANK": "0"}, "^MASTER_ADDR: not set, but WORLD_SIZE = 2"),
+    "no port": ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost"}, "^MASTER_PORT: not"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables where no launcher has set any, and no test has joined a process group."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    for name in NO_LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+
+    def set_variables(variables: dict[str, str]) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+@pytest.mark.parametrize("name", OTHER_LAUNCHERS)
+def test_launchers_that_would_start_whole_runs_are_refused(environment, name):
+    variables, message = OTHER_LAUNCHERS[name]
+    environment(variables)
+    with pytest.raises(elm.UserError, match=message):
+        elm.start_distributed()
+
+
+@pytest.mark.parametrize("variables", [
+    {},
+    {"OMPI_COMM_WORLD_SIZE": "1"},
+    {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0"},  # in salloc's shell
+    {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"},  # salloc's shell as a step
+    {"PMI_SIZE": "2", "RANK": "0", "WORLD_SIZE": "1"},  # of one's own will
+])  # fmt: skip
+def test_one_process_under_a_launcher(environment, monkeypatch, variables):
+    environment(variables)
+    monkeypatch.setattr(elm, "init_process_group", lambda *_, **__: fail(AssertionError("joined")))
+    elm.start_distributed()
+    assert (elm.rank(), elm.world_size()) == (0, 1)
+
+
+def test_every_command_refuses_processes_of_another_launcher(environment, trained, tmp_path):
+    """Each in one line, before it writes anything."""
+    _, folder, settings = trained
+    base = elm.parse_overrides(settings[:-1])
+    sweep = {"base": base, "space": {"train.lr": [0.1, 0.2]},
+             "output": {"dir": str(tmp_path / "sweep")}}  # fmt: skip
+    sweep_file = tmp_path / "sweep.toml"
+    lines = [f"{key} = {elm.toml_value(table)}\n" for key, table in sweep.items()]
+    sweep_file.write_text("".join(lines))
+    environment({"OMPI_COMM_WORLD_SIZE": "2"})
+    vectors = vectors_path(folder.parent / "data")
+    for words in (
+        [NO_TABLES, *settings[:-1], f"output.dir={tmp_path / 'new'}"],
+        ["eval", NO_TABLES, *settings[:-1], f"adapter={folder}", f"report_dir={tmp_path / 'new'}"],
+        ["generate", f"adapter={folder}", f"embeddings={vectors}", "query=What?"],
+        ["sweep", sweep_file],
+    ):
+        refused("OMPI_COMM_WORLD_SIZE = 2", *words)
+    assert [p.name for p in tmp_path.iterdir()] == ["sweep.toml"]
+
+
+def test_a_process_alone_needs_no_network(run, settings, llm_dir, tmp_path):
+    """Without an interface, not even loopback."""
+    isolated = ("unshare", "-rn", sys.executable)
+    if subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
+        pytest.skip("cannot take the network away")
+    done = run(NO_TABLES, *settings, "eval.samples=0", launcher=isolated)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "eval.json").exists()
+
+
+# -----------------------------------------------------------------------------
+# Standard streams
+
+
+@pytest.mark.parametrize("names", [("stdout",), ("stderr",), ("stdout", "stderr")])
+def test_a_log_without_a_stream(monkeypatch, capsys, names):
+    """What `>&-` leaves, where elm is a module."""
+    for name in names:
+        monkeypatch.setattr(sys, name, None)
+    elm.log.info("one")
+    elm.log.warning("two")
+    assert list(elm.progress([1, 2], "numbers", mininterval=0)) == [1, 2]
+    out, err = capsys.readouterr()
+    assert out == ("" if "stdout" in names else "one\n")
+    assert err.startswith("" if "stderr" in names else "elm: warning: two\n")
+
+
+def test_closed_streams_take_no_files_number(processes, settings, tmp_path):
+    """The next file would have number 1 or 2, and whatever writes there would write into it."""
+    code = ("import sys\nsys.path.insert(0, sys.argv[1])\nimport elm\nelm.open_closed_streams()\n"
+            "numbers = [s.fileno() for s in (sys.stdin, sys.stdout, sys.stderr)]\n"
+            "open(sys.argv[2], 'w').write(str(numbers))")  # fmt: skip
+    path = tmp_path / "numbers"
+    words = shlex.join([sys.executable, "-c", code, str(ROOT), str(path)])
+    subprocess.run(f"{words} <&- >&- 2>&-", shell=True, check=True)
+    assert path.read_text() == "[0, 1, 2]"
+
+
+def test_a_run_with_closed_streams(processes, settings, tmp_path):
+    words = [sys.executable, ROOT / "elm.py", NO_TABLES, *settings, "eval.samples=0"]
+    command = shlex.join(map(str, words))
+    subprocess.run(f"{command} <&- >&- 2>&-", shell=True, check=True, cwd=tmp_path)
+    assert (tmp_path / "out" / "eval.json").exists()
+
+
+def test_without_docstrings(run, settings):
+    """-OO: elm works; transformers does not, and the line says why. -O: all works."""
+    done = run("--help", launcher=(sys.executable, "-OO"))
+    assert done.returncode == 0
+    assert "answers about vectors" in done.stdout
+    assert "None" not in done.stdout
+    done = run(NO_TABLES, *settings, launcher=(sys.executable, "-OO"))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("elm: ")]
+    assert done.returncode == 0 or (len(lines) == 1 and "use -O)" in lines[0]), done.stderr[-3000:]
+    done = run(NO_TABLES, *settings, "eval.samples=0", launcher=(sys.executable, "-O"))
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # -----------------------------------------------------------------------------
@@ -390,3 +538,73 @@ def test_a_lock_of_another_process_ends_with_it(processes, tmp_path):
     with elm.locked(path, wait=True):
         other.join(10)
         assert not other.is_alive()
+
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+
+@pytest.mark.parametrize("number", NO_LOCKS)
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number, wait):
+    """NFS, FUSE, SMB: one warning for a folder, and the work goes on."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    elm.warn_of_no_locks.cache_clear()
+    (tmp_path / ".lock").touch()  # of a run before the folder was moved here
+    for _ in range(2):
+        with elm.locked(tmp_path / ".lock", wait):
+            pass
+    warning = f"elm: warning: {tmp_path}: its file system has no locks, so nothing prevents"
+    assert capsys.readouterr().err.count(warning) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
+def test_a_lock_that_another_host_holds(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(elm.UserError, match=".lock: another process holds it"):
+        elm.locked(tmp_path / ".lock").__enter__()
+
+
+def test_a_disk_that_fails_at_a_lock_is_no_file_system_without_locks(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        elm.locked(tmp_path / ".lock").__enter__()
+
+
+@pytest.mark.parametrize("number, is_harmless", [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_file_system_without_sync(tmp_path, monkeypatch, number, is_harmless):
+    """It cannot say when a file is on disk. One that says that the disk fails is heard."""
+
+    def refuse(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    path = tmp_path / "x"
+    if is_harmless:
+        elm.write_text(path, "one")
+        assert path.read_text() == "one"
+    else:
+        with pytest.raises(elm.UserError, match="cannot be written .* Input/output error"):
+            elm.write_text(path, "one")
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_run_where_a_file_system_lacks_locks_modes_and_syncs(settings, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    for owner, name in ((fcntl, "flock"), (os, "chmod"), (os, "fsync")):
+        monkeypatch.setattr(owner, name, refuse)
+    elm.warn_of_no_locks.cache_clear()
+    _, out = go(settings, "eval.samples=0")
+    assert (out / "eval.json").exists()
+    assert capsys.readouterr().err.count("has no locks") == 1
