@@ -3097,8 +3097,10 @@ def find_checkpoint(folder: Path, resume: str | None) -> Checkpoint | None:
 
 
 def check_holds_no_run(folder: Path) -> None:
-    """Raises: UserError."""
-    if (folder / "metrics.jsonl").exists():
+    """Raises: UserError. What holds a run has the first line of metrics.jsonl, or, of a run that
+    was resumed there from elsewhere, an adapter or checkpoint of a step."""
+    is_logged = (folder / "metrics.jsonl").exists()
+    if is_logged or any(step_of_file(path) is not None for path in folder.glob("*_step_*")):
         raise UserError(f"output.dir: {folder} holds a run already; resume it by "
                         "train.resume=auto, or choose another folder")
 
@@ -3147,13 +3149,18 @@ def read_metrics(path: Path) -> list[Json]:
 
 def keep_metrics(folder: Path, state: TrainState) -> None:
     """Drop what a run logged after `state`. A checkpoint is saved before the validation of its
-    step: that one is dropped, too, unless the state has it. Raises: UserError."""
+    step: that one is dropped, too, unless the state has it. Without any line there is no file.
+    Raises: UserError; OSError."""
     kept = []
-    for entry in read_metrics(folder / "metrics.jsonl"):
+    path = folder / "metrics.jsonl"
+    for entry in read_metrics(path):
         last = state.last_validated_step if "val_loss" in entry else state.step
         if entry["step"] <= last:
             kept.append(entry)
-    write_text(folder / "metrics.jsonl", jsonl(kept))
+    if kept:
+        write_text(path, jsonl(kept))
+    else:
+        path.unlink(missing_ok=True)
 
 
 # -----------------------------------------------------------------------------
@@ -3195,13 +3202,15 @@ def exit_code(error: BaseException | None) -> int:
 
 class SignalWatch:
     """Within it SIGTERM and Ctrl-C do no more than enter `received`: the loop looks there once a
-    step."""
+    step. In another thread than the main one, which alone may set handlers, it does nothing."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
         self._handlers: dict[int, Callable | int | None] = {}
 
     def __enter__(self) -> SignalWatch:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGTERM, signal.SIGINT):
             self._handlers[number] = signal.signal(number, self._note)
         return self
