@@ -76,6 +76,7 @@ import threading
 import time
 import unicodedata
 import warnings
+import weakref
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -116,7 +117,7 @@ __version__ = "0.1.0"
 S = TypeVar("S")
 T = TypeVar("T")
 Json = dict[str, Any]  # an object of JSON, a table of TOML
-Vectors = Tensor | np.ndarray  # [n, E] or [E]
+Vectors = Tensor | np.ndarray | Sequence[Any]  # [n, E] or [E], or a column of pandas: see as_tensor
 
 
 class UserError(ValueError):
@@ -1339,7 +1340,7 @@ def scan_vectors(vectors: Tensor, is_used: Tensor, where: Path | str) -> VectorS
     statistics = {
         "mean": mean.float(),
         "std": std,
-        "norms": torch.tensor([min(norms), rms_norm, max(norms)]).float()}
+        "norms": torch.tensor([min(norms), rms_norm, max(norms)], dtype=torch.float32)}
     return VectorScan(statistics, np.array(first_copy), torch.cat(valid_chunks).numpy())
 
 
@@ -1696,6 +1697,9 @@ class Adapter(nn.Module):
     The residual, times residual_scale, is x itself where E = D, else a linear map of it without
     bias. The norm is an RMSNorm times `scale`, the root mean square of the LLM's token embeddings,
     so that a fresh adapter's output has their scale. Buffers are saved, not trained.
+
+    All is fp32 whatever torch's default dtype is, and stays so: `half`, `bfloat16` and `to(dtype)`,
+    of the adapter or of an ELM, leave it as it is.
     """
 
     def __init__(self, d_emb: int, hidden_dim: int, d_llm: int, tokens: int = 1,
@@ -1707,21 +1711,36 @@ class Adapter(nn.Module):
         self.tokens = tokens
         self.residual_scale = residual_scale
         self.dropout = dropout
-        self.fc1 = nn.Linear(d_emb, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, tokens * d_llm)
-        self.residual = nn.Identity() if d_emb == d_llm else nn.Linear(d_emb, d_llm, bias=False)
-        self.norm = nn.RMSNorm(d_llm, eps=1e-6)
-        self.register_buffer("mean", torch.zeros(d_emb))
-        self.register_buffer("std", torch.ones(d_emb))
-        self.register_buffer("scale", torch.tensor(1.0))
-        self.register_buffer("norms", torch.full((3,), torch.nan))  # see check_norm
+        fp32 = {"dtype": torch.float32}
+        self.fc1 = nn.Linear(d_emb, hidden_dim, **fp32)
+        self.fc2 = nn.Linear(hidden_dim, tokens * d_llm, **fp32)
+        self.residual = nn.Identity()
+        if d_emb != d_llm:
+            self.residual = nn.Linear(d_emb, d_llm, bias=False, **fp32)
+        self.norm = nn.RMSNorm(d_llm, eps=1e-6, **fp32)
+        self.register_buffer("mean", torch.zeros(d_emb, **fp32))
+        self.register_buffer("std", torch.ones(d_emb, **fp32))
+        self.register_buffer("scale", torch.tensor(1.0, **fp32))
+        self.register_buffer("norms", torch.full((3,), torch.nan, **fp32))  # see check_norm
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        """What Module.to, half and the like call: its moves are made, its casts are not."""
+
+        def move(tensor: Tensor) -> Tensor:
+            changed = function(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        return super()._apply(move, recurse)
 
     def standardize(self, embeddings: Tensor) -> Tensor:
         return (embeddings.float() - self.mean) / self.std.clamp(min=1e-6)
 
-    def forward(self, embeddings: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, drops_out: bool | None = None) -> Tensor:
+        """drops_out: None: in train mode."""
+        if drops_out is None:
+            drops_out = self.training
         x = self.standardize(embeddings)
-        hidden = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
+        hidden = F.dropout(F.gelu(self.fc1(x)), self.dropout, drops_out)
         out = self.fc2(hidden).unflatten(-1, (self.tokens, -1))
         residual = self.residual_scale * self.residual(x)[..., None, :]
         return self.norm(out + residual) * self.scale
@@ -1765,8 +1784,9 @@ def fresh_adapter(llm: PreTrainedModel, statistics: dict[str, Tensor], standardi
     """An untrained adapter for vectors of these statistics (see VectorScan); the LLM's token
     embeddings give its output's width and scale. `settings` are arguments of Adapter."""
     embed = llm.get_input_embeddings()
-    sample = torch.linspace(0, embed.num_embeddings - 1, 4096, device=embed.weight.device).long()
-    token_embeddings = embed(sample).float()
+    device = embed.weight.device
+    sample = torch.linspace(0, embed.num_embeddings - 1, 4096, device=device, dtype=torch.float32)
+    token_embeddings = embed(sample.long()).float()
     adapter = Adapter(len(statistics["mean"]), d_llm=token_embeddings.shape[1], **settings)
     buffers = {"scale": token_embeddings.square().mean().sqrt(), "norms": statistics["norms"]}
     if standardize:
@@ -1808,9 +1828,42 @@ def check_width(vectors: Tensor, adapter: Adapter, where: Path | str) -> None:
         raise UserError(f"{where}: {list(vectors.shape)}, but the adapter reads [n, {width}]")
 
 
+def as_tensor(embeddings: Vectors, where: Path | str = "vectors") -> Tensor:
+    """Vectors [n, E] or [E] as people hold them -> the same, fp32. A tensor, or a list of tensors,
+    keeps its device and its graph. Raises: UserError if they are no numbers, or differ in width."""
+    message = f"{where}: no vectors [n, E] of numbers"
+    with user_error(message, TypeError, ValueError, RuntimeError):
+        if isinstance(embeddings, Tensor):
+            return fp32_tensor(embeddings)
+        items = embeddings
+        if not isinstance(embeddings, list | tuple):
+            array = np.asarray(embeddings)
+            if array.dtype != object:
+                return fp32_array(array)
+            items = array.tolist()  # of a column of pandas: arrays or lists
+        if any(isinstance(item, Tensor) for item in items):
+            return fp32_tensor(torch.stack(list(items)))
+        return fp32_array(np.asarray(items))
+
+
+def fp32_tensor(tensor: Tensor) -> Tensor:
+    """Raises: TypeError."""
+    if tensor.is_complex() or tensor.layout != torch.strided:
+        raise TypeError(f"{tensor.dtype}, {tensor.layout}")
+    return tensor.float()
+
+
+def fp32_array(array: np.ndarray) -> Tensor:
+    """Raises: TypeError; ValueError."""
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"values of type {array.dtype}")
+    # Native, with positive strides and writable: as torch wants them.
+    return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
+
+
 def check_vectors(embeddings: Vectors, adapter: Adapter, where: Path | str = "vectors") -> Tensor:
-    """[n, E] or [E], numpy or torch -> [n, E] fp32. Raises: UserError, see check_rows."""
-    vectors = torch.atleast_2d(torch.as_tensor(embeddings)).float()
+    """[n, E] or [E], see as_tensor -> [n, E] fp32. Raises: UserError, see check_rows."""
+    vectors = torch.atleast_2d(as_tensor(embeddings, where))
     check_rows(vectors, range(len(vectors)), adapter, where)
     return vectors
 
@@ -2159,11 +2212,26 @@ def temporarily_set(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def packed_attention_enabled(llm: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+LLM_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def llm_lock(llm: PreTrainedModel) -> threading.RLock:
+    """What a thread holds while it runs the LLM or sets something of it for a while: several may
+    use one ELM. It is kept beside the LLM, as a lock can be neither copied nor pickled.
+
+    No thread may run a backward pass while it holds it: on a GPU autograd recomputes layers, and
+    takes the lock for that, in a thread of its own.
+    """
+    return LLM_LOCKS.setdefault(llm, threading.RLock())
+
+
+@contextlib.contextmanager
+def packed_attention_enabled(llm: PreTrainedModel) -> Iterator[None]:
     """Within it the LLM's layers use packed_attention. transformers has no argument for that: each
     attention layer reads the name from the config, in every forward pass. No mask function is
     registered under the name, so transformers builds no O(T²) mask."""
-    return temporarily_set(llm.config, "_attn_implementation", PACKED)
+    with llm_lock(llm), temporarily_set(llm.config, "_attn_implementation", PACKED):
+        yield
 
 
 @functools.cache
@@ -2188,17 +2256,19 @@ def recompute_layers(llm: PreTrainedModel, share: float) -> int:
     for layer in layers:
         vars(layer).pop("forward", None)  # of an earlier call
     num_recomputed = math.ceil(share * len(layers))
-
-    def make_contexts() -> tuple[contextlib.AbstractContextManager, ...]:
-        around_forward = contextlib.nullcontext()
-        around_recomputation = packed_attention_enabled(llm)
-        return around_forward, around_recomputation
-
     for layer in layers[len(layers) - num_recomputed :]:
         layer.forward = functools.partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False,
-            context_fn=make_contexts)
+            context_fn=functools.partial(make_recomputation_contexts, llm))
     return num_recomputed
+
+
+def make_recomputation_contexts(
+    llm: PreTrainedModel
+) -> tuple[contextlib.AbstractContextManager, ...]:
+    around_forward = contextlib.nullcontext()
+    around_recomputation = packed_attention_enabled(llm)
+    return around_forward, around_recomputation
 
 
 @contextlib.contextmanager
@@ -2247,11 +2317,34 @@ def end_tokens(llm: PreTrainedModel, prompt: Prompt) -> set[int]:
     return ends
 
 
+# Options of the LLM's own `generate` that sampling alone reads: see GenerationConfig.validate.
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p",
+                    "epsilon_cutoff", "eta_cutoff")
+
+
+def choose_sampling(options: Json) -> Json:
+    """`options` with do_sample, and without those that are None or that greedy decoding does not
+    read. Answers are sampled if do_sample says so or, without it, if an option of sampling is
+    given; a temperature of 0 is greedy."""
+    chosen = {name: value for name, value in options.items() if value is not None}
+    has_sampling_option = any(name in chosen for name in SAMPLING_OPTIONS)
+    chosen.setdefault("do_sample", has_sampling_option)
+    if chosen.get("temperature") == 0:
+        chosen["do_sample"] = False
+    if not chosen["do_sample"]:
+        for name in SAMPLING_OPTIONS:
+            chosen.pop(name, None)
+    if "temperature" in chosen:
+        chosen["temperature"] = float(chosen["temperature"])  # transformers refuses an integer
+    return chosen
+
+
 def generate_batch(llm: PreTrainedModel, prompt: Prompt, prompt_embeds: list[Tensor],
-                   max_new_tokens: int, **options: Any) -> list[Answer]:
+                   max_new_tokens: int, synced_gpus: bool = False,
+                   **options: Any) -> list[Answer]:
     """n prompts [T, D] of any lengths -> n answers; greedy, unless `options` of the LLM's own
-    `generate` say otherwise, as a temperature does. Raises: UserError if a prompt leaves no room
-    for an answer."""
+    `generate` say otherwise, see choose_sampling. Raises: UserError if a prompt leaves no room for
+    an answer, or if transformers refuses an option."""
     from transformers import GenerationConfig
 
     longest = max(len(embeds) for embeds in prompt_embeds)
@@ -2259,24 +2352,28 @@ def generate_batch(llm: PreTrainedModel, prompt: Prompt, prompt_embeds: list[Ten
     if longest >= limit:
         raise UserError(f"a prompt has {longest} tokens: the LLM reads {limit}")
 
-    ends = end_tokens(llm, prompt)
-    samples = bool({"temperature", "top_p", "top_k"} & set(options))
-    options = {
-        "eos_token_id": sorted(ends),
-        "pad_token_id": prompt.end_ids[-1],
-        "tokenizer": prompt.tokenizer,  # for stop_strings
-        "do_sample": samples,
-        "max_new_tokens": min(max_new_tokens, limit - longest),
-        **options}
-    # Ignore the LLM's generation_config unless we sample. transformers fills the gaps of a config
-    # that it is given from the LLM's own: so that one is exchanged.
-    config = llm.generation_config if options["do_sample"] else GenerationConfig()
+    if "generation_config" in options:  # the defaults below would win over it
+        raise UserError("generation_config: give its options one by one, as temperature=0.7")
     masks = [torch.ones_like(embeds[:, 0], dtype=torch.long) for embeds in prompt_embeds]
     pad_left = functools.partial(
         nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-    with temporarily_set(llm, "generation_config", config):
-        out = llm.generate(inputs_embeds=pad_left(prompt_embeds), attention_mask=pad_left(masks),
-                           **options)
+    inputs = {"inputs_embeds": pad_left(prompt_embeds), "attention_mask": pad_left(masks)}
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    refusals = (TypeError, ValueError) if options else ()
+    with llm_lock(llm), user_error(f"generate: {shorten(given, 200)}", *refusals):
+        ends = end_tokens(llm, prompt)
+        chosen = {
+            "eos_token_id": sorted(ends),
+            "pad_token_id": prompt.end_ids[-1],
+            "tokenizer": prompt.tokenizer,  # for stop_strings
+            "max_new_tokens": min(max_new_tokens, limit - longest),
+            **choose_sampling(options),
+            "return_dict_in_generate": False}
+        # Ignore the LLM's generation_config unless we sample. transformers fills the gaps of a
+        # config that it is given from the LLM's own: so that one is exchanged.
+        config = llm.generation_config if chosen["do_sample"] else GenerationConfig()
+        with temporarily_set(llm, "generation_config", config):
+            out = llm.generate(**inputs, synced_gpus=synced_gpus, **chosen)
     return decode_answers(out.tolist(), ends, prompt.tokenizer)
 
 
@@ -2301,7 +2398,8 @@ GENERATION_BATCH = {"cpu": 16, "cuda": 64}
 
 
 class ELM(nn.Module):
-    """A frozen LLM and the adapter that lets it read vectors.
+    """A frozen LLM and the adapter that lets it read vectors. Several threads may use one; it can
+    be copied and pickled.
 
     Attributes: llm, adapter, prompt; trained_for, a dict of what an adapter belongs to; lockstep,
     whether all processes must run equally many passes through the LLM, because ZeRO 3 shares it
@@ -2357,10 +2455,10 @@ class ELM(nn.Module):
     @classmethod
     def create(cls, llm: str, embeddings: Vectors, bf16: bool = True, hidden_dim: int = 4096,
                template: Json | None = None, **settings: Any) -> ELM:
-        """A fresh adapter for vectors like `embeddings` [n, E], numpy or torch, which it
+        """A fresh adapter for vectors like `embeddings` [n, E], see as_tensor, which it
         standardises by their mean and deviation. `template` are arguments of the chat template,
         `settings` further ones of Adapter. Raises: UserError."""
-        vectors = torch.as_tensor(embeddings).float()
+        vectors = as_tensor(embeddings, "embeddings").detach().cpu()
         if vectors.ndim != 2 or not len(vectors):
             raise UserError(f"embeddings: {list(vectors.shape)}, not vectors [n, E]")
         is_used = torch.ones(len(vectors), dtype=torch.bool)
@@ -2434,7 +2532,10 @@ class ELM(nn.Module):
         LLMs (Cohere, Granite, Gemma) scale or cap their logits there, each in its own way, and
         transformers has no method for the head alone.
         """
-        with forward_replaced(self.llm.base_model, lambda *_, **__: BackboneOutput(hidden[None])):
+        def forward(*_: Any, **__: Any) -> BackboneOutput:
+            return BackboneOutput(hidden[None])
+
+        with llm_lock(self.llm), forward_replaced(self.llm.base_model, forward):
             out = self.llm(inputs_embeds=hidden[None], use_cache=False)
         return out.logits.squeeze(0)  # not [0]: its backward pass would fill zeros
 
@@ -2461,7 +2562,7 @@ class ELM(nn.Module):
     def loss(self, embeddings: Vectors, queries: str | list[str], responses: str | list[str],
              max_tokens: int = 2048) -> Tensor:
         """Mean cross-entropy over all response tokens: a scalar with its graph, from one packed
-        pass. Vectors [n, E], numpy or torch; n queries or one; n responses or one. Raises:
+        pass. Vectors [n, E], see as_tensor; n queries or one; n responses or one. Raises:
         UserError."""
         vectors = check_vectors(embeddings, self.adapter)
         queries = repeat_per_vector(queries, len(vectors))
@@ -2479,14 +2580,15 @@ class ELM(nn.Module):
     def prompt_embeds(self, embeddings: Vectors, query: str | list[str]) -> Tensor | list[Tensor]:
         """[E] and a query -> [T, D] in the LLM's dtype, the prompt with the vector in its place;
         [n, E] and one query or n -> a list of n. Raises: UserError."""
-        vectors = check_vectors(embeddings, self.adapter)
+        given = as_tensor(embeddings)
+        vectors = check_vectors(given, self.adapter)
         prompts = self._prompt_embeds(vectors, repeat_per_vector(query, len(vectors)))
-        return prompts[0] if np.ndim(embeddings) == 1 else prompts
+        return prompts[0] if given.ndim == 1 else prompts
 
     def generate(self, embeddings: Vectors, query: str | list[str], max_new_tokens: int = 256,
                  batch_size: int = 16, **options: Any) -> list[str]:
-        """[n, E] or [E], numpy or torch, and one query or n -> n answers; greedy, unless `options`
-        of the LLM's own `generate` say otherwise. Raises: UserError."""
+        """[n, E] or [E], see as_tensor, and one query or n -> n answers; greedy, unless `options`
+        of the LLM's own `generate` say otherwise, see choose_sampling. Raises: UserError."""
         vectors = check_vectors(embeddings, self.adapter)
         queries = repeat_per_vector(query, len(vectors))
         answers = []
@@ -2507,8 +2609,7 @@ class ELM(nn.Module):
     @torch.no_grad()
     def _prompt_embeds(self, vectors: Tensor, queries: list[str]) -> list[Tensor]:
         embed = self.llm.get_input_embeddings()
-        with temporarily_set(self.adapter, "training", False):
-            soft_tokens = self(vectors)
+        soft_tokens = self.adapter(vectors.to(self.device), drops_out=False)
 
         def embed_ids(ids: list[int]) -> Tensor:
             return embed(torch.tensor(ids, dtype=torch.long, device=self.device))
@@ -2857,7 +2958,8 @@ def response_hidden_of_rows(elm: ELM, split: Split, row_ids: np.ndarray) -> Tens
     lengths = [len(example.ids) for example in examples]
     budget = MICRO_BATCH_TOKENS[elm.device.type]
     micro_batches = pack_micro_batches(lengths, world_size(), budget)
-    hidden = torch.zeros(len(row_ids), elm.adapter.settings["d_llm"], device=elm.device)
+    width = elm.adapter.settings["d_llm"]
+    hidden = torch.zeros(len(row_ids), width, device=elm.device, dtype=torch.float32)
     for members in micro_batches[rank() :: world_size()]:
         batch = collate([examples[i] for i in members or [0]]).to(elm.device)
         means = response_hidden(elm.forward_hidden(batch), batch)
@@ -2928,11 +3030,11 @@ def word_targets(words: list[np.ndarray], embed: nn.Module, device: torch.device
     embedding_table = embed(torch.from_numpy(distinct_ids).to(device)).float()
 
     num_lists_with = torch.bincount(word_of_entry)  # a list has a word once
-    weights = torch.log(len(words) / num_lists_with)[word_of_entry]
+    weights = torch.log(len(words) / num_lists_with.float())[word_of_entry]
     starts = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)
     sums = F.embedding_bag(
         word_of_entry, embedding_table, starts, mode="sum", per_sample_weights=weights)
-    total_weights = torch.zeros(len(words), device=device).index_add(0, list_of_entry, weights)
+    total_weights = weights.new_zeros(len(words)).index_add(0, list_of_entry, weights)
     return sums / total_weights[:, None].clamp(min=1e-6)
 
 
@@ -3525,7 +3627,7 @@ def trial_step(num_tokens: int, max_seq_length: int, adapter: Adapter) -> Step:
     for ids in np.array_split(np.zeros(num_tokens, np.int64), num_examples):
         ids[: adapter.tokens] = SOFT_TOKEN
         examples.append(Example(ids, len(ids) - adapter.tokens, False))
-    embeddings = torch.ones(num_examples, adapter.settings["d_emb"])
+    embeddings = torch.ones(num_examples, adapter.settings["d_emb"], dtype=torch.float32)
     batch = collate(examples, embeddings)
     rows = RowsOfStep(epoch=0, position=0, row_ids=np.arange(num_examples))
     return Step(rows, [batch], num_labels=num_tokens, num_tokens=num_tokens)
@@ -4310,7 +4412,7 @@ def consistency_scores(texts: list[str], embed: Callable[[list[str]], Tensor], s
     own = F.normalize(split.embeddings(rows["vector_id"]), dim=1)
     own_source = torch.from_numpy(rows["source_id"].astype(np.int64))[:, None]
     cosine = (answers * own).sum(1)
-    rank_of_source = torch.ones(len(filled))
+    rank_of_source = torch.ones(len(filled), dtype=torch.float32)
     for ids in torch.from_numpy(split.sources).split(8192):
         others = F.normalize(split.vectors[ids].float(), dim=1)
         is_other = (ids != own_source) & (own @ others.T <= NEAR_EQUAL)
