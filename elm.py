@@ -3511,13 +3511,12 @@ def nearest_vectors(queries: Tensor, vectors: Tensor, vector_ids: np.ndarray,
     equally near ones the first. The vectors are read block by block: they may be memory-mapped."""
     queries = F.normalize(queries.float().to(device), dim=1)
     nearest_ids = torch.zeros(len(queries), dtype=torch.int64, device=device)
-    greatest = torch.full((len(queries),), -math.inf, device=device)
+    greatest = torch.full_like(queries[:, 0], -math.inf)
     for ids in torch.from_numpy(vector_ids.astype(np.int64)).split(2048):
         block = vectors[ids].to(device).float()
         cosines, places = (queries @ block.T / block.norm(dim=1)).max(1)
-        is_nearer = cosines > greatest
-        nearest_ids[is_nearer] = ids.to(device)[places[is_nearer]]
-        greatest[is_nearer] = cosines[is_nearer]
+        nearest_ids = torch.where(cosines > greatest, ids.to(device)[places], nearest_ids)
+        greatest = torch.maximum(greatest, cosines)
     return Nearest(nearest_ids.cpu().numpy(), greatest.cpu().numpy())
 
 
