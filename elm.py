@@ -9,9 +9,10 @@ adapter's outputs. So a step has three parts: the adapter turns the step's embed
 tokens; the LLM, one micro-batch after the other, gives the gradient at them (soft_gradient); one
 backward pass takes it from there through the adapter.
 
-    deepspeed elm.py train.toml                       train, on every GPU there is (or the CPU)
-    deepspeed elm.py train.toml train.resume=auto     resume a stopped run from its last checkpoint
-    python elm.py train.toml train.lr=2e-4            train in one process, with an override
+    python elm.py train.toml train.lr=2e-4            train in one process (a GPU or the CPU), with
+                                                      an override
+    deepspeed elm.py train.toml                       train on several GPUs, a process for each
+    python elm.py train.toml train.resume=auto        resume a stopped run from its last checkpoint
     python elm.py eval train.toml adapter=PATH        report on any adapter
     python elm.py generate adapter=PATH embeddings=FILE query="…"       answers about vectors
     python elm.py sweep sweep.toml                    search settings by Optuna; start it again,
@@ -72,6 +73,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -147,7 +149,25 @@ KEYS_SET_BY_ELM = (
 def expand_path(path: str) -> str:
     if "\0" in path:
         raise ValueError("a path cannot hold a NUL character")
+    if not path.strip():
+        raise ValueError("a path cannot be empty; none restores the default")
     return os.path.expanduser(os.path.expandvars(path))
+
+
+def absent(path: str | Path, kind: str = "file") -> str:
+    """What to say of a path that is not there."""
+    if Path(path).is_absolute():
+        return f"there is no {kind} {path}"
+    return f"there is no {kind} {path} here ({Path.cwd()}); paths are relative to it"
+
+
+def check_file(path: str | Path, key: str = "") -> None:
+    """Raises: UserError that names the config key, unless the path is a file."""
+    prefix = f"{key}: " if key else ""
+    if Path(path).is_dir():
+        raise UserError(f"{prefix}{path} is a folder, not a file")
+    if not Path(path).exists():
+        raise UserError(prefix + absent(path))
 
 
 def drop_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -156,8 +176,10 @@ def drop_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
 
 PathStr = Annotated[str, pydantic.AfterValidator(expand_path)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+ZeroStage = Annotated[int, Field(ge=0, le=3)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
+RowIds = Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
 TaskNames = Annotated[
     tuple[str, ...], Field(strict=False, min_length=1), pydantic.AfterValidator(drop_repeats)]
 
@@ -244,7 +266,7 @@ class EvalConfig(Table):
 
 
 class DeepSpeedConfig(Table, extra="allow"):
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0  # 3 shares the frozen LLM out among the
+    zero_stage: ZeroStage = 0  # 3 shares the frozen LLM out among the
     #   processes; 1 and 2 act as 0, as it has neither gradients nor optimizer state
     zero_optimization: dict[str, Any] | None = None  # as in DeepSpeed's config, like all other
     #   keys of this table: for stage 3
@@ -310,8 +332,8 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def format_error(error: Json, config_class: type[Table]) -> str:
-    """One line for an error of pydantic, in its words, after the dotted key."""
-    key = ".".join(str(part) for part in error["loc"])
+    """One line for an error of pydantic, after the dotted key."""
+    key = dotted_key(error)
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         # A key of a table is no misspelled table.
@@ -321,7 +343,55 @@ def format_error(error: Json, config_class: type[Table]) -> str:
         return f"{key}: is missing"
     if error["type"] == "value_error":  # of a validator of this file
         return f"{key}: {message}" if key else message
-    return f"{key} = {error['input']!r}: {message}"
+    value = error["input"]
+    return f"{key} = {value!r}: {describe_type(error) or message}{correct_value(key, error)}"
+
+
+def dotted_key(error: Json) -> str:
+    return ".".join(str(part) for part in error["loc"])
+
+
+# What a value must be by the type of pydantic's error, where pydantic says it in Python's words.
+TOML_WORDS = {
+    "bool_type": "must be true or false",
+    "string_type": "must be a text in quotes",
+    "tuple_type": "must be a list",
+    "too_short": "must have an entry",
+    "dict_type": "must be a table, {name = value}",
+    "model_type": "must be a table, {name = value}"}
+
+
+def describe_type(error: Json) -> str:
+    """What a value must be in the words of TOML, or ""."""
+    if error["type"] == "literal_error":
+        choices = error["ctx"]["expected"]
+        return "must be " + choices.replace("True", "true").replace("False", "false")
+    return TOML_WORDS.get(error["type"], "")
+
+
+BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+
+
+def correct_value(key: str, error: Json) -> str:
+    """A hint at the argument that was meant, or ""."""
+    value = error["input"]
+    meant = None
+    expected = str(error.get("ctx"))
+    takes_booleans = error["type"] == "bool_type" or "True" in expected
+    if isinstance(error["loc"][-1], int):  # an entry of a list
+        return ""
+    if error["type"] == "tuple_type" and isinstance(value, str):
+        parts = [part.strip(" '\"") for part in value.strip("[]").split(",")]
+        meant = [int(part) if part.isdecimal() else part for part in parts]
+    elif error["type"] == "tuple_type":
+        meant = [value]
+    elif error["type"] == "string_type" and isinstance(value, int | float):
+        meant = str(value)
+    elif takes_booleans and str(value).lower() in BOOLEANS:
+        meant = BOOLEANS[str(value).lower()]
+    if meant is None or isinstance(value, bool | dict):
+        return ""
+    return f", as {shlex.quote(f'{key}={toml_value(meant)}')}"
 
 
 def parse_config(
@@ -336,7 +406,10 @@ def parse_config(
         errors = e.errors()
     lines = []
     for error in errors:
-        key = ".".join(str(part) for part in error["loc"])
+        key = dotted_key(error)
+        is_counted_again = error["type"] == "too_short" and error["input"]
+        if is_counted_again and len(errors) > 1:  # without the entries that are wrong
+            continue
         is_of_file = file_name and error["type"] != "missing" and not is_set_by(overrides, key)
         prefix = f"{file_name}: " if is_of_file else ""
         lines.append(prefix + format_error(error, config_class))
@@ -355,11 +428,14 @@ def parse_override(text: str) -> tuple[str, Any]:
     """`section.key=value` -> (section.key, value). The value is read as TOML, a bare word as a
     string; `none` is None, which stands for the default. Raises: UserError."""
     name, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"{text}: an override has the form section.key=value")
     name = name.strip().replace('"', "")
     value = value.strip()
-    if value in ("", "none"):
+    if not equals or not name:
+        raise UserError(f"{text}: a setting is one word, name=value")
+    if not value:  # such as train.lr=$LR where LR is not set
+        raise UserError(f"{name}: no value after the =; none restores the default, \"''\" is an "
+                        "empty text")
+    if value == "none":
         return name, None
     try:
         return name, tomllib.loads(f"x = {value}")["x"]
@@ -368,12 +444,24 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def parse_overrides(texts: Iterable[str]) -> Json:
-    """Values by dotted name; of equal names the last counts."""
-    return dict(parse_override(text) for text in texts)
+    """Values by dotted name; of equal names the last counts. Raises: UserError with one line per
+    mistake."""
+    values = {}
+    errors = []
+    for text in texts:
+        try:
+            name, value = parse_override(text)
+            values[name] = value
+        except UserError as e:
+            errors.append(str(e))
+    if errors:
+        raise UserError("\n".join(errors))
+    return values
 
 
-def read_toml(path: str) -> Json:
-    """Raises: OSError; UserError if it is no TOML."""
+def read_toml(path: str, key: str = "") -> Json:
+    """`key` names it in messages. Raises: OSError; UserError if it is absent, or no TOML."""
+    check_file(expand_path(path), key)
     data = Path(expand_path(path)).read_bytes()
     with user_error(f"{path}: not valid TOML", ValueError, RecursionError):
         return tomllib.loads(data.decode("utf-8-sig"))
@@ -399,6 +487,8 @@ def load_config(
     """A TOML file (None: the defaults) under overrides of the form `section.key=value`.
     Raises: OSError; UserError with one line per mistake."""
     tables = read_toml(path) if path else {}
+    if "space" in tables and "space" not in config_class.model_fields:
+        raise UserError(f"{path}: is the file of a sweep: python elm.py sweep {path}")
     values = parse_overrides(overrides)
     apply_overrides(tables, values)
     return parse_config(tables, config_class, path or "", values)
@@ -477,12 +567,13 @@ log.filters = [lambda record: rank() == 0]  # process 0 speaks for all
 
 @contextlib.contextmanager
 def log_to_file(path: str | None) -> Iterator[None]:
-    """Append messages to a file, too, each with its time. Raises: OSError."""
+    """Append messages to a file, too, each with its time. Raises: UserError."""
     if path is None or rank() > 0:
         yield
         return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    with user_error(f"output.log_file: {path} cannot be written", OSError):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)
     try:
@@ -516,7 +607,12 @@ def user_error(message: str, *exception_types: type[Exception]) -> Iterator[None
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except exception_types as e:
-        raise UserError(f"{message}: {shorten(str(e) or repr(e), 300)}") from e
+        reason = str(e) or repr(e)
+        if isinstance(e, KeyError):
+            reason = f"{e} is missing"
+        if isinstance(e, OSError) and e.filename is not None:  # the message names the file
+            reason = e.strerror
+        raise UserError(f"{message}: {shorten(reason, 300)}") from e
 
 
 def import_optional(package: str) -> ModuleType:
@@ -778,6 +874,18 @@ def check_new(*paths: Path) -> None:
     for path in paths:
         if path.exists():
             raise UserError(f"{path}: exists already; choose another place")
+
+
+def check_can_write(folder: Path, key: str) -> None:
+    """Raises: UserError that names the config key, unless files can be made in a folder, or in the
+    place where it is to be. Leaves nothing behind."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{key}: {place} is a file, not a folder; choose another folder")
+    with user_error(f"{key}: cannot write in {place}; choose another folder", OSError):
+        tempfile.TemporaryDirectory(prefix=".elm", dir=place).cleanup()
 
 
 def sha256_short(data: str | bytes) -> str:
@@ -1247,10 +1355,11 @@ MAX_COMPARED_VECTORS = 20_000
 # The table of vectors
 
 
-def open_vectors(path: Path) -> Tensor:
-    """The one table [N, E] of floats in a safetensors or .npy file, memory-mapped. Raises:
-    UserError."""
-    message = f"{path}: not a whole table"
+def open_vectors(path: Path, key: str = "", allow_one: bool = False) -> Tensor:
+    """The one table [N, E] of floats in a safetensors or .npy file, memory-mapped; with `allow_one`
+    also one vector [E], as a table of one row. Raises: UserError that names the config key."""
+    check_file(path, key)
+    message = f"{path}: not a whole table of a .safetensors or .npy file"
     with user_error(message, OSError, SafetensorError, ValueError, TypeError, EOFError):
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="c")  # torch warns of the read-only mode "r"
@@ -1260,6 +1369,8 @@ def open_vectors(path: Path) -> Tensor:
                 tensors = [f.get_tensor(key) for key in f.keys()]  # noqa: SIM118
     if len(tensors) == 1:
         (table,) = tensors
+        if allow_one and table.ndim == 1:
+            table = table[None]
         if table.ndim == 2 and table.numel() and table.dtype in FLOAT_TYPES:
             return table
     found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors[:3])
@@ -1433,7 +1544,9 @@ def parse_row(line: bytes, tasks: Sequence[str], num_vectors: int) -> Row | None
     row = validate_row(fields, Row)
     known = (*tasks, *TASKS, RECONSTRUCT)
     if row.task_type not in known:
-        raise ValueError(f"unknown task_type {row.task_type!r}{did_you_mean(row.task_type, known)}")
+        hint = did_you_mean(row.task_type, known)
+        raise ValueError(f"unknown task_type {row.task_type!r}{hint}; a task type of your own must "
+                         "be named in data.tasks")
     if row.embedding_file_idx >= num_vectors:
         raise ValueError(f"embedding_file_idx {row.embedding_file_idx} of {num_vectors} vectors")
     Prompt.split_query(row.query)
@@ -1555,7 +1668,7 @@ def open_split(data_dir: str, name: str, tasks: tuple[str, ...], encoder: Encode
     """
     table_path = vectors_path(data_dir, name)
     path = rows_path(data_dir, name)
-    vectors = open_vectors(table_path)
+    vectors = open_vectors(table_path, "data.dir")
     prompt = encoder.prompt
     template_tokens = len(prompt.prefix_ids + prompt.suffix_ids + prompt.end_ids)
     # 8: tokenizers of some LLMs put a space before each of the parts.
@@ -1750,6 +1863,7 @@ class Adapter(nn.Module):
         """The adapter of a file, of the folder of a run, or of a repository on the hub, in eval
         mode on the CPU, and its metadata. Raises: UserError."""
         path = find_adapter(path)
+        check_is_adapter(path)
         # RuntimeError is of load_state_dict, LookupError and TypeError of metadata that lack
         # settings or have others.
         exception_types = (OSError, SafetensorError, ValueError, LookupError, TypeError,
@@ -1766,16 +1880,41 @@ class Adapter(nn.Module):
 def find_adapter(path: str | Path) -> Path:
     """The file of an adapter: itself, of a run's folder, or downloaded from the hub. Raises:
     UserError."""
+    name = str(path)
     path = Path(path)
     if path.is_dir():
-        return path / "adapter_best.safetensors"
-    if path.suffix == ".safetensors" or path.exists():
+        best = path / "adapter_best.safetensors"
+        if not best.exists():
+            raise UserError(f"adapter: {path} holds no adapter_best.safetensors; give the folder "
+                            "of a run, or an adapter's file")
+        return best
+    if path.suffix == ".safetensors" or path.exists() or not is_hub_name(name):
+        check_file(path, "adapter")
         return path
     import huggingface_hub
 
     message = f"adapter: there is no {path} here, nor can it be loaded from the hub"
     with user_error(message, OSError, ValueError):
-        return Path(huggingface_hub.hf_hub_download(str(path), "adapter_best.safetensors"))
+        return Path(huggingface_hub.hf_hub_download(name, "adapter_best.safetensors"))
+
+
+def check_is_adapter(path: Path) -> None:
+    """Raises: UserError that says what a file is, if it is a checkpoint, a table of vectors or the
+    weights of another model."""
+    with user_error(f"{path}: not a whole elm adapter", OSError, SafetensorError):
+        with open(path, "rb") as f:
+            is_zip = f.read(2) == b"PK"  # as torch.save writes
+        if is_zip:
+            raise UserError(f"adapter: {path} is a checkpoint; give the adapter_best.safetensors "
+                            "beside it")
+        with safe_open(path, framework="pt") as f:
+            names = list(f.keys())
+            is_of_elm = "elm" in (f.metadata() or {})
+    if is_of_elm:
+        return
+    what = "a table of vectors" if len(names) == 1 else "the weights of another model"
+    raise UserError(f"{path}: not a whole elm adapter, but {what} ({', '.join(names[:3])}); a run "
+                    "leaves one as adapter_best.safetensors")
 
 
 @torch.no_grad()
@@ -1897,9 +2036,41 @@ PACKED = "elm_packed"  # the name of packed_attention in transformers
 # Loading
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a name that is no folder can be one on the hub: NAME or USER/NAME, and no folder USER
+    is here."""
+    has_form = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
+    return bool(has_form) and not ("/" in name and Path(name).parent.is_dir())
+
+
+# How to do without a model that cannot be loaded, by its config key.
+WAYS_ON = {
+    "eval.bertscore_model": "; eval.samples=0 does without",
+    "eval.embedder": "; eval.embedder=none does without",
+    "llm": "; llm=FOLDER names another place"}
+
+
+def check_model_name(name: str, key: str) -> None:
+    """Raises: UserError if `name` is neither a folder of a model nor possible on the hub: at once,
+    where the libraries would ask the network for it."""
+    folder = Path(name)
+    way_on = WAYS_ON.get(key, "")
+    if folder.is_file():
+        raise UserError(f"{key}: {name} is a file; give the folder of a model{way_on}")
+    if not folder.is_dir():
+        if not is_hub_name(str(name)):
+            raise UserError(f"{key}: cannot load {name}: {absent(name, 'folder')}{way_on}")
+        return
+    files = ("config.json", "modules.json", "adapter_config.json")
+    if not any((folder / file).exists() for file in files):
+        raise UserError(f"{key}: cannot load {name}: no folder of a model, as it has no "
+                        f"config.json{way_on}")
+
+
 @contextlib.contextmanager
 def report_load_errors(name: str, key: str) -> Iterator[None]:
     """Raises: UserError that names the config key, if loading `name` fails."""
+    check_model_name(name, key)
     from transformers import logging as transformers_logging
 
     if key.endswith("llm"):  # of several progress bars, the LLM's is shown
@@ -1909,7 +2080,7 @@ def report_load_errors(name: str, key: str) -> Iterator[None]:
     transformers_logging.set_verbosity_error()  # silence the load report
     message = f"{key}: cannot load {name}"
     if not Path(name).is_dir():
-        message += f" (there is no such folder in {Path.cwd()})"
+        message += f" (there is no such folder in {Path.cwd()}{WAYS_ON.get(key, '')})"
     if sys.flags.optimize == 2:
         message += " (python -OO drops the docstrings that transformers reads: use -O)"
     # At a broken folder libraries raise exceptions of any type, tokenizers even Exception itself.
@@ -2026,6 +2197,8 @@ def load_llm_zero3(name: str, device: torch.device, bf16: bool, key: str,
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed = import_optional("deepspeed")
+    # torch's, of calls that DeepSpeed makes
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # DeepSpeed would compile its shared-memory op for CPUs at first use: a minute, a C++ compiler,
     # and a lock that hangs every later run if the build is killed. gloo is enough.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -2477,6 +2650,8 @@ class ELM(nn.Module):
         UserError."""
         import safetensors.torch
 
+        if "step" not in metadata:  # else the run itself saves
+            check_is_of_no_run(Path(path))
         weights = weights or self.adapter.state_dict()
         tensors = {name: t.detach().float().cpu() for name, t in weights.items()}
         header = {
@@ -2622,6 +2797,13 @@ class ELM(nn.Module):
             soft = soft.to(embeds_before.dtype)
             prompts.append(torch.cat([embeds_before, soft, embeds_after]))
         return prompts
+
+
+def check_is_of_no_run(path: Path) -> None:
+    """Raises: UserError if the path is an adapter that a run has left."""
+    is_named_so = path.name == "adapter_best.safetensors" or step_of_file(path) is not None
+    if is_named_so and path.exists() and (path.parent / "metrics.jsonl").exists():
+        raise UserError(f"{path}: is an adapter of a run; choose another name")
 
 
 def repeat_per_vector(texts: str | list[str], n: int) -> list[str]:
@@ -3137,6 +3319,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Runs no code from the file. Raises: UserError if it is not a whole checkpoint."""
     from pickle import UnpicklingError
 
+    check_is_checkpoint(path)
     message = f"train.resume: {path}: no whole checkpoint"
     exception_types = (OSError, zipfile.BadZipFile, UnpicklingError, RuntimeError, ValueError,
                        LookupError, TypeError, AttributeError, EOFError, NotImplementedError)
@@ -3151,6 +3334,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not has_fields_of(saved, Checkpoint) or not has_fields_of(saved["state"], TrainState):
         raise UserError(f"{message}: it lacks fields, or is of another version")
     return Checkpoint(**saved | {"state": TrainState(**saved["state"])})
+
+
+def check_is_checkpoint(path: Path) -> None:
+    """Raises: UserError that says what to give, if the path is absent, a folder or an adapter."""
+    key = "train.resume"
+    if path.is_dir():
+        raise UserError(f"{key}: {path} is a folder; give a checkpoint_step_N.pt, or "
+                        f"train.resume=auto with output.dir={path}")
+    if path.suffix == ".safetensors":
+        raise UserError(f"{key}: {path} is an adapter; a run goes on from a checkpoint_step_N.pt")
+    if not path.exists():
+        raise UserError(f"{key}: no whole checkpoint: {absent(path)}"
+                        f"{did_you_mean(str(path), ['auto'])}")
 
 
 def has_fields_of(saved: object, dataclass_type: type) -> bool:
@@ -3466,12 +3662,20 @@ def choose_report_split(split_name: str | None, data_dir: str) -> str:
     return "test" if any(path.exists() for path in paths) else "val"
 
 
+# What is counted of a split, in the words of the log.
+KINDS = {
+    "rows": "rows",
+    "other_tasks": "rows of other task types are left out",
+    "pair_tasks": "rows of pair tasks are left out",
+    "responses_cut": "responses are cut"}
+
+
 def open_splits(cfg: DataConfig, names: Iterable[str], encoder: Encoder) -> dict[str, Split]:
     """The splits by name. Raises: UserError, OSError."""
     splits = {}
     for name in names:
         split = open_split(cfg.dir, name, cfg.tasks, encoder)
-        counts = ", ".join(f"{n} {kind}" for kind, n in split.counts.items() if n)
+        counts = ", ".join(f"{n} {KINDS.get(kind, kind)}" for kind, n in split.counts.items() if n)
         num_vectors, width = split.vectors.shape
         num_used = len(np.unique(split.index["vector_id"]))
         num_sources = len(np.unique(split.index["source_id"]))
@@ -3544,6 +3748,17 @@ def warn_of_trained_texts(splits: dict[str, Split], device: torch.device) -> Non
                 "row, as data/prepare.py does, which also keeps the texts of a `group` together")
 
 
+def check_tasks(splits: dict[str, Split]) -> None:
+    """Raises: UserError at a task type of the user's own that no row of the splits has: it may be
+    misspelled."""
+    tasks = next(iter(splits.values())).tasks
+    for i, task in enumerate(tasks):
+        is_found = any((split.index["task_id"] == i).any() for split in splits.values())
+        if not is_found and task not in (*TASKS, RECONSTRUCT):
+            raise UserError(f"data.tasks: no row is of the task type {task!r}"
+                            f"{did_you_mean(task, TASKS)}")
+
+
 def check_report_packages(cfg: EvalConfig) -> None:
     """Raises: UserError if the report will lack a package or the scorer's config. Loads no
     model."""
@@ -3559,10 +3774,16 @@ def open_inputs(cfg: Config, names: tuple[str, ...], num_soft_tokens: int,
                 stored_prompt: dict[str, str] | None) -> dict[str, Split]:
     """All that can be opened and checked before a model is loaded: packages, tokenizer, the splits
     of these names. Raises: UserError, OSError."""
+    check_model_name(cfg.model.llm, "model.llm")
+    if cfg.eval.samples:
+        check_model_name(cfg.eval.bertscore_model, "eval.bertscore_model")
+    if cfg.eval.samples and cfg.eval.embedder:
+        check_model_name(cfg.eval.embedder, "eval.embedder")
     check_report_packages(cfg.eval)
     prompt = Prompt(load_tokenizer(cfg.model.llm), cfg.model.template, stored_prompt)
     encoder = Encoder(prompt, num_soft_tokens, cfg.data.max_seq_length)
     splits = open_splits(cfg.data, drop_repeats(names), encoder)
+    check_tasks(splits)
     check_splits(splits, cfg.data.dir)
     return splits
 
@@ -3656,6 +3877,7 @@ class Trainer:
 
         self.checkpoint = find_checkpoint(self.folder, cfg.train.resume)
         self.is_resumed = self.checkpoint is not None
+        run_on_rank0(self.check_folder)
         self.state = self.checkpoint.state if self.is_resumed else TrainState()
         stored_prompt = self.checkpoint.prompt if self.is_resumed else None
 
@@ -3668,6 +3890,11 @@ class Trainer:
         self.eval_steps = self.choose_eval_steps()
 
     # Setting up
+
+    def check_folder(self) -> None:
+        """Raises: UserError if the folder of a new run cannot be made."""
+        if not (self.folder / "metrics.jsonl").exists():
+            check_can_write(self.folder, "output.dir")
 
     def prepare_models(self) -> None:
         """Load the LLM, make or resume the adapter and its optimizer, fit what is fitted in closed
@@ -3817,6 +4044,10 @@ class Trainer:
             log.info(f"resumed after step {self.state.step}")
         else:
             log.info(f"{self.total_steps} steps of {self.rows_per_step} rows, {warmup} of warm-up")
+        num_rows = len(self.splits["train"])
+        if self.rows_per_step > num_rows:
+            log.warning(f"train.batch_size: a step of {self.rows_per_step} rows takes more than "
+                        f"all {num_rows} rows of train")
         if 0 < self.total_steps <= warmup:
             log.warning(f"train.warmup_steps = {warmup}: no shorter than the run of "
                         f"{self.total_steps} steps")
@@ -4022,6 +4253,9 @@ class Trainer:
 def train(cfg: Config) -> Json:
     """Train an adapter and report on it: returns the dict of eval.json, of other processes than 0
     {}. Raises: UserError; SystemExit(128 + signal) after a signal, with a checkpoint."""
+    if not isinstance(cfg, Config):
+        raise UserError(f"train: takes a Config, not a {type(cfg).__name__}; "
+                        "load_config(path) makes one of a TOML file")
     with log_to_file(cfg.output.log_file):
         return Trainer(cfg).run()
 
@@ -5042,12 +5276,15 @@ def load_sweep(path: str, overrides: Iterable[str]) -> Sweep:
     settings of a training. Raises: UserError with one line per mistake."""
     own_values = parse_overrides(overrides)
     values = flatten(read_toml(path)) | own_values
+    check_sweep_keys(values, path, own_values)
     given = parse_config(apply_overrides({}, values), SweepConfig, path, own_values)
     base_settings = flatten(given.base)
     train_toml = base_settings.pop("config", None) or "train.toml"
     # Of equal settings those of the sweep's own tables count, then [base], then the training's
     # file.
-    settings = flatten(read_toml(str(train_toml))) | base_settings
+    settings = flatten(read_toml(str(train_toml), "base.config")) | base_settings
+    if any(key.startswith("space.") for key in settings):
+        raise UserError(f"base.config: {train_toml} is the file of a sweep; give a training's")
     for section in ("wandb", "output"):
         own_table = getattr(given, section).model_dump(exclude_unset=True)
         for key, value in own_table.items():
@@ -5069,13 +5306,35 @@ def load_sweep(path: str, overrides: Iterable[str]) -> Sweep:
     return sweep
 
 
+def check_sweep_keys(values: Json, path: str, overrides: Json) -> None:
+    """Raises: UserError that names `base`, if settings of a training stand outside of it."""
+    keys_of_base = [f"base.{key}" for key in dotted_keys(Config)]
+    lines = []
+    for key in values:
+        section = key.partition(".")[0]
+        is_own = section in SweepConfig.model_fields
+        if is_own or (section not in Config.model_fields
+                      and did_you_mean(key, dotted_keys(SweepConfig))):
+            continue
+        similar = [f"base.{key}"] if f"base.{key}" in keys_of_base else keys_of_base
+        hint = did_you_mean(key, similar)
+        if hint:
+            prefix = "" if key in overrides else f"{path}: "
+            lines.append(f"{prefix}{key}: unknown key{hint}")
+    if lines and not any(key.startswith("space") for key in values):
+        raise UserError(f"{path}: has no [space], so it is no file of a sweep; a training's is "
+                        "named by base.config")
+    if lines:
+        raise UserError("\n".join(lines))
+
+
 def check_space(sweep: Sweep, key: str, spec: object) -> None:
     """Raises: ValueError or TypeError if a setting cannot have the values of `spec`."""
     fixed_trial = import_optional("optuna").trial.FixedTrial
     if key.startswith(KEYS_SET_BY_SWEEP):
         raise ValueError("is set by the sweep itself")
-    if isinstance(spec, dict):
-        values = [spec.get("low"), spec.get("high")]
+    if isinstance(spec, dict) and "low" in spec and "high" in spec:
+        values = [spec["low"], spec["high"]]
     elif isinstance(spec, list):
         values = spec
     else:
@@ -5219,6 +5478,7 @@ class SweepWorker:
         self.sweep = sweep
         cfg = trial_config(sweep, {}, "check")
         device = start_distributed()
+        check_can_write(Path(sweep.output_dir), "output.dir")
         splits = open_inputs(cfg, ("train", "val"), cfg.model.tokens, None)
         warn_of_trained_texts(splits, device)
         self.study = open_study(sweep)
@@ -5362,8 +5622,7 @@ class GenerateOptions(Table):
     adapter: PathStr  # a file, a run's folder, or a name on the hub
     embeddings: PathStr  # a .safetensors or .npy file of one table
     query: str  # about each vector; <EMB> in it is where the vector goes
-    rows: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = None  # of the
-    #   table: rows=[0,7]; none: all
+    rows: RowIds | None = None  # of the table: 'rows=[0, 7]'; none: all
     llm: PathStr | None = None  # another place of the adapter's LLM; none: the one of training
     bf16: bool | None = None  # of the LLM; none: as in training
     max_new_tokens: PositiveInt = 256  # of an answer
@@ -5384,7 +5643,7 @@ def report_on_adapter(options: EvalOptions) -> Json:
     device = start_distributed()
     split_name = choose_report_split(options.eval.split, options.data.dir)
     path = Path(options.adapter)
-    adapter, metadata = Adapter.load(path)
+    adapter, metadata = Adapter.load(options.adapter)
     step = metadata.get("step")  # None: saved by ELM.save
     if options.report_dir is None and not path.exists():  # on the hub
         raise UserError("report_dir: an adapter of the hub has no folder here for the report; name "
@@ -5395,6 +5654,7 @@ def report_on_adapter(options: EvalOptions) -> Json:
     else:
         name = path.stem if step is None else f"step_{step}"
         folder = run_folder / f"eval_{split_name}_{name}"
+    run_on_rank0(lambda: check_can_write(folder, "report_dir"))
     if (folder / "metrics.jsonl").exists() or (folder / "eval.json").exists():
         raise UserError(f"{folder}: holds a report or a run already; choose report_dir=NEW")
 
@@ -5423,7 +5683,7 @@ def report_on_adapter(options: EvalOptions) -> Json:
 
 def generate(options: GenerateOptions) -> None:
     """Print answers about the vectors of a file as lines of JSON, streamed. Raises: UserError."""
-    vectors = open_vectors(Path(options.embeddings))
+    vectors = open_vectors(Path(options.embeddings), "embeddings", allow_one=True)
     adapter, metadata = Adapter.load(options.adapter)
     row_ids = range(len(vectors)) if options.rows is None else options.rows
     for row_id in row_ids:
@@ -5467,6 +5727,7 @@ class Command(NamedTuple):
     example: str
     run: Callable[[argparse.Namespace], None]
     less_memory: str  # settings that need less
+    after_stop: str = ""  # what to do after Ctrl-C, where the command does not say it itself
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -5494,7 +5755,8 @@ COMMANDS = (
     Command(
         name="train", operands={"toml": "TRAIN.TOML"}, config_class=Config, run=run_train,
         summary="train an adapter and report on it",
-        example="deepspeed elm.py train.toml train.lr=2e-4", less_memory=LESS_MEMORY),
+        example="python elm.py train.toml train.lr=2e-4      (by several GPUs: deepspeed elm.py …)",
+        less_memory=LESS_MEMORY),
     Command(
         name="eval", operands={"toml": "TRAIN.TOML"}, config_class=EvalOptions, run=run_eval,
         summary="report on any adapter",
@@ -5503,7 +5765,7 @@ COMMANDS = (
     Command(
         name="generate", operands={}, config_class=GenerateOptions, run=run_generate,
         summary="answers about vectors, as lines of JSON",
-        example="python elm.py generate adapter=data/checkpoints/tiny rows=[0] "
+        example="python elm.py generate adapter=data/checkpoints/tiny 'rows=[0]' "
                 "embeddings=data/tiny/embeddings/test_embeddings.safetensors "
                 "'query=What is it about?'",
         less_memory="max_new_tokens = 64, or on several GPUs zero_stage = 3"),
@@ -5512,7 +5774,8 @@ COMMANDS = (
         run=run_sweep_file,
         summary="search settings by Optuna: the best BERTScore composite on validation",
         example="python elm.py sweep sweep.toml study.trials=20",
-        less_memory="base.model.grad_checkpoint = true, or base.data.max_seq_length = 512"))
+        less_memory="base.model.grad_checkpoint = true, or base.data.max_seq_length = 512",
+        after_stop="the same command goes on, and begins the trial again that was stopped"))
 
 
 def describe_tables(config_class: type[Table], name: str = "") -> str:
@@ -5521,13 +5784,46 @@ def describe_tables(config_class: type[Table], name: str = "") -> str:
     code = Path(inspect.getfile(config_class)).read_text("utf-8")
     start = code.index(f"\nclass {config_class.__name__}(")
     _, _, fields = code[start + 1 :].partition("\n\n")[0].partition("\n")
+    fields = re.sub(r"    \w+: \w+Config = \w+Config\(\)\n?", "", fields)  # tables follow below
     text = f"\n[{name}]\n{fields}\n" if name else f"\n{fields}\n"
-    if config_class is Config:
-        text = ""  # its fields are the tables
+    if not fields:
+        text = ""
     for field_name, info in config_class.model_fields.items():
         if isinstance(info.default, Table):
             text += describe_tables(type(info.default), field_name)
     return text
+
+
+# Types and values of settings as --help writes them.
+PLAIN_WORDS = {
+    "PathStr": "path", "str": "text", "bool": "true or false",
+    "int": "integer", "PositiveInt": "integer above 0", "NonNegativeInt": "integer from 0",
+    "float": "number", "PositiveFloat": "number above 0", "NonNegativeFloat": "number from 0",
+    "Probability": "number from 0 to below 1", "Cosine": "number from -1 to 1",
+    "Share": "number from 0 to 1", "Shares": "three numbers", "NumTasks": "integer above 0",
+    "Seed": "integer from 0", "ZeroStage": "0 to 3", "RowIds": "list of integers",
+    "TaskNames": "list of texts", "ServerURL": "URL", "dict[str, Any]": "table",
+    "TASKS": "all 13", "elm.TASKS": "all 13", "None": "none", "True": "true", "False": "false"}
+
+
+def plain_field(line: str) -> str:
+    """A line of a config's class in words of TOML: `name: PositiveInt | None = None  # …` becomes
+    `name = none (integer above 0, or none)  # …`. Lines of comments stay."""
+    code, mark, comment = line.partition("  #")
+    match = re.fullmatch(r"    (\w+): (.+?)(?: = (.+))?", code)
+    if match is None:
+        return line
+    name, types, default = match.groups()
+    words = []
+    for part in types.split(" | "):
+        choices = re.fullmatch(r"Literal\[(.+)\]", part)
+        parts = choices[1].split(", ") if choices else [part]
+        words += [PLAIN_WORDS.get(word, word) for word in parts]
+    value = ""
+    if default is not None:
+        default = default.replace("(", "[").replace(")", "]")
+        value = f" = {PLAIN_WORDS.get(default, default)}"
+    return f"    {name}{value} ({', or '.join(words)}){mark}{comment}"
 
 
 class ShowHelp(argparse.Action):
@@ -5539,7 +5835,8 @@ class ShowHelp(argparse.Action):
         print(parser.format_usage())
         print(f"for example: {command.example}")
         print("\nSettings, as name=value in the words of TOML; none restores a default:")
-        print(describe_tables(command.config_class))
+        for line in describe_tables(command.config_class).split("\n"):
+            print(plain_field(line))
         parser.exit()
 
 
@@ -5568,14 +5865,16 @@ def add_command(subparsers: Any, command: Command) -> None:
 
 def operand_path(text: str) -> str:
     """A path, expanded. Raises: ArgumentTypeError where a setting stands in the place of a file."""
+    if not text:
+        raise argparse.ArgumentTypeError("a path cannot be empty")
     if "=" in text and not Path(text).exists():
         raise argparse.ArgumentTypeError(f"{text} is a setting; the file comes first")
     return expand_path(text)
 
 
 def name_command(arguments: list[str]) -> list[str]:
-    """`TRAIN.TOML …` -> `train TRAIN.TOML …`."""
-    names = [command.name for command in COMMANDS]
+    """`TRAIN.TOML …` -> `train TRAIN.TOML …`. Others stay as they are."""
+    names = ["help", *(command.name for command in COMMANDS)]
     for i, argument in enumerate(arguments):
         if argument.startswith("-"):
             continue
@@ -5586,11 +5885,42 @@ def name_command(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def run_command(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str],
+                    commands: Sequence[str]) -> argparse.Namespace:
+    """Raises: SystemExit, after the usage and what is wrong with the arguments, or after --help.
+    `commands` are names."""
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    if words and commands and words[0] not in commands:
+        if "=" in words[0]:
+            parser.error(f"{words[0]} is a setting; the command or the file comes first")
+        hint = did_you_mean(words[0], commands)
+        parser.error(f"{words[0]}: no command{hint or '; the commands are ' + ', '.join(commands)}")
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{undashed(unknown[0], args)}")
+    return args
+
+
+def undashed(argument: str, args: argparse.Namespace) -> str:
+    """A hint at the setting that --name=value stands for, or ""."""
+    name, _, value = argument.lstrip("-").partition("=")
+    last_part = name.rpartition(".")[2]
+    for key in dotted_keys(args.command.config_class):
+        if key == name or key.rpartition(".")[2] == last_part:
+            return f"; settings have no dashes: {key}={value or 'VALUE'}"
+    return ""
+
+
+def run_command(parser: argparse.ArgumentParser, arguments: list[str],
+                commands: Sequence[Command] = ()) -> int:
     """Parse, run, and turn what the user can correct into lines on stderr. Returns the exit code: 0
     only if the job is done."""
+    after_stop = ""
     try:
-        args = parser.parse_args(arguments)
+        args = parse_arguments(parser, arguments, [command.name for command in commands])
+        after_stop = args.command.after_stop
         args.command.run(args)
         return 0
     except UserError as e:
@@ -5604,22 +5934,29 @@ def run_command(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
             raise
         return print_error(f"{e.filename}: {e.strerror}")
     except SystemExit as e:
-        return exit_code(e)
+        code = exit_code(e)
+        if code > 128 and after_stop:  # by a signal
+            print(f"elm: stopped; {after_stop}", file=sys.stderr)
+        return code
     except KeyboardInterrupt:
-        print("elm: stopped", file=sys.stderr)
+        print(f"elm: stopped; {after_stop}" if after_stop else "elm: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
 
 
 def print_error(text: str) -> int:
+    """Lines on stderr; of a long one its two ends. Returns the exit code."""
     for line in text.splitlines():
-        print(f"elm: {line[:1000]}", file=sys.stderr)
+        if len(line) > 1000:
+            line = f"{line[:500]} … {line[-500:]}"
+        print(f"elm: {line}", file=sys.stderr)
     return 2
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code; 2 after an error that the user can correct."""
     given = sys.argv[1:] if arguments is None else arguments
-    return run_command(make_parser("elm.py", __doc__, COMMANDS), name_command(given))
+    parser = make_parser("elm.py", __doc__, COMMANDS)
+    return run_command(parser, name_command(given), COMMANDS)
 
 
 def exit_process(code: int) -> None:

@@ -71,10 +71,17 @@ def read_texts(path: Path) -> Iterator[SourceText]:
     """Yield the text of each line of a .txt file, one text a line, or of a .jsonl file. No line may
     be blank, so that the vector of a text stands in the row of its line. Raises: OSError; UserError
     that names the line."""
+    elm.check_file(path, "TEXTS")
     is_plain = path.suffix.lower() == ".txt"
+    if not is_plain and path.suffix.lower() != ".jsonl":
+        raise UserError(f"{path}: no file of texts; give a .txt file, one text a line, or a .jsonl "
+                        'file, {"text": "…"} a line')
     number = 0
     with open(path, "rb") as f:
         for number, line in enumerate(f, start=1):
+            if not line.strip():
+                raise UserError(f"{path}:{number}: a blank line; each line must hold a text, as "
+                                "the vector of a text stands in the row of its line")
             with elm.user_error(f"{path}:{number}: not a text, or an empty one", ValueError):
                 if is_plain:
                     text = line.decode("utf-8-sig").rstrip("\r\n")
@@ -145,6 +152,16 @@ def check_shares(splits: dict[str, str], path: Path) -> None:
 # Files
 
 
+def check_places(source: Path, out: Path, key: str) -> None:
+    """Raises: UserError if `out` exists or cannot be written; `key` names the source, which comes
+    first."""
+    if out.exists() and not source.exists():
+        raise UserError(f"{key} OUT: {source} does not exist, but {out} does; if they are the "
+                        f"other way round: {out} {source}")
+    elm.check_new(out)
+    elm.check_can_write(out.parent, "OUT")
+
+
 @contextlib.contextmanager
 def resumable_work_folder(out: Path) -> Iterator[Path]:
     """A locked, hidden folder beside `out`, for what a kill must not lose. It is deleted at the
@@ -212,7 +229,7 @@ class EmbedOptions(Table):
 
 def embed(options: EmbedOptions, texts_path: Path, out: Path) -> None:
     """Write the vectors of a file of texts as a table. Raises: OSError; UserError."""
-    elm.check_new(out)
+    check_places(texts_path, out, "TEXTS")
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: the vectors are written as safetensors; give it this suffix")
     num_texts = sum(1 for _ in read_texts(texts_path))  # a bad line is named first
@@ -227,7 +244,9 @@ def embed(options: EmbedOptions, texts_path: Path, out: Path) -> None:
     if options.max_tokens is not None and not is_limited:
         elm.log.warning(f"max_tokens = {options.max_tokens} has no effect: {options.model} has no "
                         "limit of tokens")
-    cut = f"texts of more than {limit} tokens are cut" if is_limited else "no text is cut"
+    cut = "no text is cut"
+    if is_limited:
+        cut = f"of a longer text the model reads the first {limit} tokens"
     elm.log.info(f"{num_texts} vectors of width {width}; {cut}")
 
 
@@ -266,7 +285,7 @@ class FilterOptions(Table):
 def filter_tasks(options: FilterOptions, data_dir: Path, out: Path) -> None:
     """A data set of some task types, whole or not at all: their rows as they are, but for the
     index, and only the vectors that these need, in the same order. Raises: UserError."""
-    elm.check_new(out)
+    check_places(data_dir, out, "DIR")
     split_names = list(filter(functools.partial(has_split, data_dir), SPLITS))
     if not split_names:
         rows_path = elm.rows_path(str(data_dir), "train")
@@ -274,8 +293,13 @@ def filter_tasks(options: FilterOptions, data_dir: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
         new = Path(work, "data")
+        found: set[str] = set()
         for name in split_names:
-            filter_split(data_dir, name, options.tasks, new)
+            found |= filter_split(data_dir, name, options.tasks, new)
+        for task in options.tasks:
+            if task not in (*elm.TASKS, *found):
+                raise UserError(f"tasks: no row is of the task type {task!r}"
+                                f"{elm.did_you_mean(task, elm.TASKS)}")
         os.replace(new, out)
 
 
@@ -285,21 +309,25 @@ def has_split(data_dir: Path, split_name: str) -> bool:
     return table_path.exists() and rows_path.exists()
 
 
-def filter_split(data_dir: Path, split_name: str, tasks: Sequence[str], out: Path) -> None:
-    """Raises: UserError that names a bad row, or if no row is of `tasks`."""
+def filter_split(data_dir: Path, split_name: str, tasks: Sequence[str], out: Path) -> set[str]:
+    """Returns the task types found. Raises: UserError that names a bad row, or if no row is of
+    `tasks`."""
     table_path = elm.vectors_path(str(data_dir), split_name)
     num_vectors = len(elm.open_vectors(table_path))
     path = elm.rows_path(str(data_dir), split_name)
     counts: Counter[str] = Counter()
     rows = []
+    found = set()
     for line in elm.read_lines(path, tasks, num_vectors):
         if elm.count_row(counts, line.row, tasks):
+            found.add(line.row.task_type)
             rows.append(line.row.model_dump(exclude_unset=True))
     elm.check_any_rows(counts, path, tasks)
     vector_ids = np.unique([row["embedding_file_idx"] for row in rows])
     write_split(out, split_name, table_path, vector_ids, rows)
     elm.log.info(f"{split_name}: {len(rows)} of {counts.total()} rows, {len(vector_ids)} of "
                  f"{num_vectors} vectors")
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -340,10 +368,34 @@ def count_or_all(value: Any) -> Any:
     return sys.maxsize if value == "all" else value
 
 
-ServerURL = Annotated[str, Field(pattern=r"^https?://.*\w/?$")]
+def check_url(url: str) -> str:
+    if not re.fullmatch(r"https?://.*\w/?", url):
+        raise ValueError(f"{url} is no address of a server; give one as http://localhost:8000/v1")
+    return url
+
+
+def check_three(shares: Any) -> Any:
+    if not isinstance(shares, list | tuple) or len(shares) != 3:
+        raise ValueError(f"{shares} are not the shares of train, val and test, as "
+                         "'split=[0.8, 0.1, 0.1]'")
+    return shares
+
+
+def check_sum(shares: tuple[float, float, float]) -> tuple[float, float, float]:
+    total = sum(shares)
+    if abs(total - 1) > 0.005:
+        parts = np.round(np.array(shares) / total, 3).tolist()
+        raise ValueError(f"the shares of train, val and test are together {total:.4g}, not 1, as "
+                         f"'split={parts}'")
+    return shares
+
+
+ServerURL = Annotated[str, pydantic.AfterValidator(check_url)]
 NumTasks = Annotated[PositiveInt, pydantic.BeforeValidator(count_or_all)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Shares = Annotated[tuple[PositiveFloat, PositiveFloat, NonNegativeFloat], Field(strict=False)]
+Shares = Annotated[
+    tuple[PositiveFloat, PositiveFloat, NonNegativeFloat], Field(strict=False),
+    pydantic.BeforeValidator(check_three), pydantic.AfterValidator(check_sum)]
 
 
 class SynthesizeOptions(Table):
@@ -390,7 +442,7 @@ def read_queries(path: str | None) -> dict[str, list[str]]:
     """The queries of each task type, under those of the user's file. Raises: OSError; UserError."""
     queries = elm.read_toml(str(QUERIES_FILE))
     if path is not None:
-        given = elm.read_toml(path)
+        given = elm.read_toml(path, "queries")
         for task, texts in given.items():
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise UserError(f'{path}: {task} = {texts!r}: not a list of queries, ["…", …]')
@@ -574,10 +626,13 @@ def check_answers(rows: list[DraftRow], splits: dict[str, str]) -> None:
 def synthesize(options: SynthesizeOptions, texts_path: Path, out: Path) -> None:
     """A data set at `out`, whole or not at all: queries about the texts of a file, the LLM's
     answers, and vectors. Raises: OSError; UserError."""
-    elm.check_new(out)
+    check_places(texts_path, out, "TEXTS")
+    elm.check_model_name(options.embedder, "embedder")
+    if options.endpoint is None:
+        elm.check_model_name(options.model, "model")
+    queries = read_queries(options.queries)
     splits = assign_splits(read_texts(texts_path), options.split)
     check_shares(splits, texts_path)
-    queries = read_queries(options.queries)
     rows = []
     for vector_id, text in enumerate(splits):
         rows += draw_rows(text, vector_id, queries, options)
@@ -599,7 +654,8 @@ def synthesize(options: SynthesizeOptions, texts_path: Path, out: Path) -> None:
         os.replace(new, out)
     print_samples(rows)
     elm.log.info(f"\n{out}/train.toml:\n{toml}")
-    elm.log.info(f"next: deepspeed elm.py {shlex.quote(f'{out}/train.toml')}")
+    program = "deepspeed" if torch.cuda.device_count() > 1 else "python"
+    elm.log.info(f"next: {program} elm.py {shlex.quote(f'{out}/train.toml')}")
 
 
 def embed_all(texts: list[str], options: SynthesizeOptions, work: Path, out: Path) -> None:
@@ -671,18 +727,20 @@ def run_filter(args: argparse.Namespace) -> None:
     filter_tasks(options, Path(args.data), Path(args.out))
 
 
+AFTER_STOP = "the same command goes on from what is done"
+
 COMMANDS = (
     elm.Command(
         name="synthesize", operands={"texts": "TEXTS", "out": "OUT"},
         config_class=SynthesizeOptions, run=run_synthesize,
         summary="a data set from texts: queries, an LLM's answers, vectors, splits",
         example="python data/prepare.py synthesize texts.jsonl data/mine",
-        less_memory="max_new_tokens = 128, or a server (endpoint=URL)"),
+        less_memory="max_new_tokens = 128, or a server (endpoint=URL)", after_stop=AFTER_STOP),
     elm.Command(
         name="embed", operands={"texts": "TEXTS", "out": "OUT"}, config_class=EmbedOptions,
         run=run_embed, summary="a table of the vectors of texts",
         example="python data/prepare.py embed texts.jsonl out.safetensors",
-        less_memory="batch_size = 8, or max_tokens = 512"),
+        less_memory="batch_size = 8, or max_tokens = 512", after_stop=AFTER_STOP),
     elm.Command(
         name="filter", operands={"data": "DIR", "out": "OUT"}, config_class=FilterOptions,
         run=run_filter, summary="a data set of only some task types",
@@ -693,7 +751,7 @@ COMMANDS = (
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code; 2 after an error that the user can correct."""
     given = sys.argv[1:] if arguments is None else arguments
-    return elm.run_command(elm.make_parser("prepare.py", __doc__, COMMANDS), given)
+    return elm.run_command(elm.make_parser("prepare.py", __doc__, COMMANDS), given, COMMANDS)
 
 
 if __name__ == "__main__":

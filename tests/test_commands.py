@@ -1,9 +1,14 @@
 """`generate`, and the command line: its arguments, help and errors."""
 
 import argparse
+import io
 import json
+import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
+import prepare
 import pytest
 import torch
 from conftest import (
@@ -95,6 +100,74 @@ def test_the_llms_own_generation_config_does_not_make_greedy_answers_random(tmp_
     assert model.llm.generation_config.num_beams == 3
 
 
+def test_one_vector_is_a_table_of_one_row(trained, start, tmp_path, capsys):
+    """As it is in Python."""
+    _, folder, _ = trained
+    vector = torch.randn(12)
+    np.save(tmp_path / "one.npy", vector.numpy())
+    save_file({"x": vector}, tmp_path / "one.safetensors")
+    (answer,) = elm.ELM.load(folder).generate(vector, "Why?", max_new_tokens=9)
+    for name in ("one.npy", "one.safetensors"):
+        (line,) = printed(capsys, *start, f"embeddings={tmp_path / name}", "query=Why?")
+        assert (line["row"], line["answer"]) == (0, answer)
+
+
+def test_another_file_as_adapter_is_called_what_it_is(trained, start, llm_dir, tmp_path):
+    _, folder, settings = trained
+    (data,) = [word.removeprefix("data.dir=") for word in settings if word.startswith("data.dir=")]
+    state, metadata = elm.Adapter.load(folder)
+    own = {name: tensor.contiguous() for name, tensor in state.state_dict().items()}
+    save_file(own, tmp_path / "bare.safetensors", {"elm": "{}"})
+    del metadata["llm"]["template"]
+    save_file(own, tmp_path / "old.safetensors", {"elm": json.dumps(metadata)})
+    checkpoint = folder / "checkpoint_final.pt"
+    weights = llm_dir / "model.safetensors"
+    table = vectors_path(data, "test")
+    for path, message in (
+        (checkpoint, f"elm: adapter: {checkpoint} is a checkpoint; give the "
+                     "adapter_best.safetensors beside it"),
+        (llm_dir, f"elm: adapter: {llm_dir} holds no adapter_best.safetensors; give the folder of "
+                  "a run, or an adapter's file"),
+        (weights, f"elm: {weights}: not a whole elm adapter, but the weights of another model ("),
+        (table, f"elm: {table}: not a whole elm adapter, but a table of vectors (embeddings); a "
+                "run leaves one as adapter_best.safetensors"),
+        (tmp_path / "bare.safetensors", "bare.safetensors: not a whole elm adapter: 'adapter' is "
+                                        "missing"),
+        (tmp_path / "old.safetensors", "does not say which LLM it was trained for: 'template' is "
+                                       "missing"),
+        (folder / "adapter_step_2", f"elm: adapter: there is no file {folder}/adapter_step_2"),
+    ):
+        refused(re.escape(message), *start, f"adapter={path}", "query=Q")
+
+
+def test_a_path_is_not_looked_for_on_the_hub(trained, start, tmp_path, monkeypatch):
+    """Which would take half a minute of retries where there is no network."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    for key in ("adapter", "llm"):
+        for name in ("data/tiny/llm", "./gpt2", "../x", "models/mine", "a b", "folder/"):
+            said = refused("", *start, f"{key}={name}", "query=Q")
+            assert "hub" not in said and "huggingface" not in said, said
+    line = (f"elm: llm: cannot load data/tiny/llm: there is no folder data/tiny/llm here "
+            f"({tmp_path}); paths are relative to it; llm=FOLDER names another place")
+    refused(f"^{re.escape(line)}$", *start, "llm=data/tiny/llm", "query=Q")
+    refused("^elm: llm: file is a file; give the folder of a model", *start, "llm=file", "query=Q")
+    refused("^elm: llm: cannot load folder: no folder of a model, as it has no config.json",
+            *start, "llm=folder", "query=Q")
+    refused("hub", *start, "adapter=someone/adapter", "query=Q")
+
+
+def test_names_that_can_be_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("gpt2", "Qwen/Qwen3-4B-Instruct-2507", "someone/x_1.5"):
+        assert elm.is_hub_name(name)
+    for name in ("a/b/c", "./gpt2", "/root/x", "~/x", ".x", "runs/mine", "x/", "a b", ""):
+        assert not elm.is_hub_name(name)
+
+
 def test_bad_input_of_generate(start, tmp_path):
     """All before the first answer."""
     narrow = tmp_path / "narrow.st"
@@ -111,13 +184,19 @@ def test_bad_input_of_generate(start, tmp_path):
         ("num_beams: unknown key", "num_beams=3"),
         ("adapter: is missing", "adapter=none"),
         ("temperature = -1: Input should be", "temperature=-1"),
-        ("file.toml: an override has the form", "file.toml"),
+        ("file.toml: a setting is one word, name=value", "file.toml"),
+        (r"rows = 0: must be a list, as 'rows=\[0\]'", "rows=0"),
+        (r"rows = '0, 7': must be a list, as 'rows=\[0, 7\]'", "rows=0, 7"),
+        ("zero_stage = 1: must be 0 or 3$", "zero_stage=1"),
+        ("query: no value after the =", "query="),
+        (r"embeddings: there is no file nowhere.npy here \(.+\); paths are relative to it$",
+         "embeddings=nowhere.npy"),
         ("rows: no row 10 among 10", "rows=[10]"),
-        ("rows = .*at least 1 item", "rows=[]"),
+        (r"rows = \[\]: must have an entry", "rows=[]"),
         ("a query has one <EMB> at most", "query=<EMB> or <EMB>?"),
         ("a prompt has .* tokens: the LLM reads 512", "query=" + 200 * "frog "),
         ("no .*nowhere here, nor can it be loaded from the hub", "adapter=nowhere"),
-        ("not a whole table", f"embeddings={tmp_path}"),
+        ("embeddings: .* is a folder, not a file", f"embeddings={tmp_path}"),
         (r"narrow.st: \[3, 7\], but the adapter reads \[n, 12\]", f"embeddings={narrow}"),
         ("nan.st: row 1900 is zero, NaN or infinite", f"embeddings={nan}", "rows=none"),
         (r"far.st: the vectors' norm was \d", f"embeddings={far}"),
@@ -135,11 +214,19 @@ def test_bad_input_of_generate(start, tmp_path):
     "words, message",
     [
         ([], "elm.py: error: the following arguments are required: COMMAND"),
-        (["evla", "train.toml"], "invalid choice: 'evla' (choose from "),
+        (["evla", "train.toml"], "elm.py: error: evla: no command, did you mean eval?\n"),
+        (["fly"], "error: fly: no command; the commands are train, eval, generate, sweep\n"),
         (["eval"], "elm.py eval: error: the following arguments are required: TRAIN.TOML"),
         (["eval", "adapter=x"], "adapter=x is a setting; the file comes first"),
-        (["train.lr=1"], "invalid choice: 'train.lr=1'"),
-        ([NO_TABLES, "--foo"], "elm.py: error: unrecognized arguments: --foo"),
+        (["train.lr=1", "train.toml"],
+         "elm.py: error: train.lr=1 is a setting; the command or the file comes first\n"),
+        (["train", ""], "elm.py train: error: argument TRAIN.TOML: a path cannot be empty\n"),
+        ([NO_TABLES, "--foo"], "elm.py: error: unrecognized arguments: --foo\n"),
+        ([NO_TABLES, "train.epochs=1", "--lr=1e-3"],
+         "unrecognized arguments: --lr=1e-3; settings have no dashes: train.lr=1e-3\n"),
+        (["--train.lr", NO_TABLES],
+         "unrecognized arguments: --train.lr; settings have no dashes: train.lr=VALUE\n"),
+        (["generate", "--rows=[0]"], "settings have no dashes: rows=[0]\n"),
     ],
 )
 def test_a_command_line_that_is_no_command_prints_the_usage(words, message):
@@ -156,7 +243,8 @@ def test_a_file_alone_means_train(tmp_path, monkeypatch):
     (tmp_path / "recipe.toml").write_text("train.lr = 'x'")
     for words in (["recipe"], ["recipe.toml"], ["train", "recipe"], ["--local_rank=0", "recipe"]):
         refused("recipe.*: train.lr = 'x': Input should be a valid number", *words)
-    refused("nowhere.toml: No such file or directory", "nowhere.toml")
+    refused(r"^elm: there is no file nowhere.toml here \(.*\); paths are relative to it$",
+            "nowhere.toml")
 
 
 def test_each_mistake_has_its_line():
@@ -171,11 +259,13 @@ def test_each_mistake_has_its_line():
     "words, part",
     [
         (["--version"], f"elm {elm.__version__}\n"),
+        (["help"], "    python elm.py generate adapter=PATH embeddings=FILE"),
+        (["help", "generate"], "\n    bf16 = none (true or false, or none)  # of the LLM; "),
         (["--help"], "    python elm.py generate adapter=PATH embeddings=FILE"),
-        (["train.toml", "--help"], "\n[train]\n    batch_size: PositiveInt = 16  # "),
-        (["eval", "--help"], "\n    adapter: PathStr  # a file, a run's folder, or a name"),
-        (["generate", "-h"], "\n    seed: Seed = 42  # of sampling\n"),
-        (["sweep", "--help"], "\n[study]\n    name: str = "),
+        (["train.toml", "--help"], "\n[train]\n    batch_size = 16 (integer above 0)  # "),
+        (["eval", "--help"], "\n    adapter (path)  # a file, a run's folder, or a name"),
+        (["generate", "-h"], "\n    seed = 42 (integer from 0)  # of sampling\n"),
+        (["sweep", "--help"], "\n[study]\n    name = "),
     ],
 )
 def test_help_and_version(words, part, monkeypatch):
@@ -206,6 +296,46 @@ def test_what_ends_a_command_gives_its_exit_code(error, code, message, capsys):
     assert capsys.readouterr().err.startswith(message)
 
 
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_a_stopped_command_says_how_it_goes_on(error, code, capsys):
+    def fail(args):
+        raise error
+
+    stopped = elm.Command("fail", {}, elm.Config, "", "", fail, "less", after_stop="go on")
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(command=stopped)
+    assert elm.run_command(parser, []) == code
+    assert capsys.readouterr().err == "elm: stopped; go on\n"
+
+
+def test_commands_that_go_on_after_ctrl_c_say_so():
+    told = {command.name: command.after_stop for command in (*elm.COMMANDS, *prepare.COMMANDS)}
+    assert [name for name, text in told.items() if text.startswith("the same command goes on")] == [
+        "sweep", "synthesize", "embed"]
+
+
+def test_of_a_long_line_the_two_ends_are_shown(capsys):
+    elm.print_error("train." + 5000 * "y" + ": unknown key")
+    line = capsys.readouterr().err
+    assert line.startswith("elm: train.yyy")
+    assert line.endswith("yyy: unknown key\n")
+    assert len(line) < 1020
+
+
+@pytest.mark.parametrize("name", [command.name for command in elm.COMMANDS + prepare.COMMANDS])
+def test_help_has_no_word_of_python(name):
+    main = elm.main if name in [command.name for command in elm.COMMANDS] else prepare.main
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        assert main([name, "--help"]) == 0
+    for line in printed.getvalue().splitlines():
+        if not line.startswith("    ") or line.strip().startswith("#"):
+            continue
+        assert re.match(r"    \w+( = .+)? \(.+\)(  #|$)", line), line
+        setting = line.partition("  #")[0]
+        assert not re.search("None|True|False|Any|[a-z][A-Z]|Literal|Annotated|: ", setting)
+
+
 def test_an_error_that_is_not_the_users_keeps_its_traceback():
     def fail(args):
         raise OSError("of no file")
@@ -222,4 +352,5 @@ def test_elm_py_in_a_process_of_its_own(run):
     assert (done.returncode, done.stdout, done.stderr) == (0, f"elm {elm.__version__}\n", "")
     done = run("nowhere.toml")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "elm: nowhere.toml: No such file or directory\n"
+    assert done.stderr == (f"elm: there is no file nowhere.toml here ({Path.cwd()}); paths are "
+                           "relative to it\n")

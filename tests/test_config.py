@@ -29,21 +29,35 @@ def test_a_file_without_tables_means_the_defaults():
         # wrong types
         ("train.lr=fast", "train.lr = 'fast': Input should be a valid number"),
         ("train.batch_size=true", "train.batch_size = True: Input should be a valid integer"),
-        ("data.tasks=summary", "data.tasks = 'summary': Input should be a valid tuple"),
-        ("model=3", "model = 3: Input should be a valid dictionary or instance of ModelConfig"),
+        ("model=3", "model = 3: must be a table, {name = value}"),
+        ("model.template=x", "model.template = 'x': must be a table, {name = value}"),
+        ("train.resume=true", "train.resume = True: must be a text in quotes"),
+        ("eval.split=dev", "eval.split = 'dev': must be 'train', 'val' or 'test'"),
+        # with the argument that was meant
+        ("data.tasks=summary",
+         """data.tasks = 'summary': must be a list, as 'data.tasks=["summary"]'"""),
+        ("data.tasks=[summary, keywords]", """, as 'data.tasks=["summary", "keywords"]'"""),
+        ("data.tasks=[1]", "data.tasks.0 = 1: must be a text in quotes"),
+        ("model.llm=3", """model.llm = 3: must be a text in quotes, as 'model.llm="3"'"""),
+        ("train.warm_start=False",
+         "train.warm_start = 'False': must be true or false, as train.warm_start=false"),
+        ("wandb.enabled=yes", "must be true or false, as wandb.enabled=true"),
+        ("model.grad_checkpoint=True", "true, false or 'auto', as model.grad_checkpoint=true"),
         # values out of range
         ("train.lr=0", "train.lr = 0: Input should be greater than 0"),
         ("train.lr=inf", "train.lr = inf: Input should be a finite number"),
-        ("data.tasks=[]", "data.tasks = []: Tuple should have at least 1 item"),
-        ("model.grad_checkpoint=maybe", "model.grad_checkpoint = 'maybe': Input should be True, "),
+        ("data.tasks=[]", "data.tasks = []: must have an entry"),
+        ("model.grad_checkpoint=maybe", "grad_checkpoint = 'maybe': must be true, false or 'auto'"),
         ('output.dir="a\\u0000b"', "output.dir: a path cannot hold a NUL character"),
         # DeepSpeed's own keys
         ("deepspeed.train_batch_size=4", "deepspeed: train_batch_size is set by elm"),
         ("deepspeed={zero_stage=3, zero_optimization={stage=2}}", "stage is set by elm"),
         ("deepspeed.zero_optimization.x=3", "has no effect unless deepspeed.zero_stage = 3"),
         ("deepspeed.zero_stag=2", "deepspeed: zero_stag: unknown key, did you mean zero_stage?"),
+        ('output.dir=""', "output.dir: a path cannot be empty; none restores the default"),
         # no overrides at all
-        ("train.lr", "train.lr: an override has the form section.key=value"),
+        ("train.lr", "train.lr: a setting is one word, name=value"),
+        ("=3", "=3: a setting is one word, name=value"),
         ("train.lr=" + "[" * 9999, "train.lr = '[[["),
     ],
 )
@@ -65,7 +79,7 @@ def test_all_mistakes_are_told_each_with_where_it_stands(tmp_path):
     with pytest.raises(elm.UserError) as e:
         elm.load_config(str(path), ["train.lr=fast", "data.tasks=nope", "data.dirr=x"])
     assert str(e.value).splitlines() == [
-        "data.tasks = 'nope': Input should be a valid tuple",
+        """data.tasks = 'nope': must be a list, as 'data.tasks=["nope"]'""",
         "data.dirr: unknown key, did you mean data.dir?",
         f"{path}: train.epochs = 0: Input should be greater than 0",  # of the file
         "train.lr = 'fast': Input should be a valid number",
@@ -97,8 +111,44 @@ def test_paths_are_expanded(tmp_path, monkeypatch):
     assert options.embeddings == "run"
 
 
-def test_none_and_nothing_restore_the_default():
-    overrides = ["eval.embedder=none", "train.max_steps=", "train.lr=none", "output=none"]
+@pytest.mark.parametrize("key", ["train.lr", "model.llm", "train.resume", "output"])
+def test_nothing_after_the_equals_sign_is_refused(key):
+    """As train.lr=$LR gives where LR is not set: it would silently mean the default."""
+    with pytest.raises(elm.UserError) as e:
+        elm.load_config(None, [f"{key}= ", "x"])
+    assert str(e.value).splitlines() == [
+        f"{key}: no value after the =; none restores the default, \"''\" is an empty text",
+        "x: a setting is one word, name=value"]
+
+
+def test_an_empty_text_is_given_in_quotes():
+    overrides = ["adapter=a", "embeddings=b"]
+    for query in ("query=''", 'query=""'):
+        options = elm.load_config(None, [*overrides, query], elm.GenerateOptions)
+        assert options.query == ""
+
+
+def test_the_file_of_a_sweep_is_no_trainings():
+    with pytest.raises(elm.UserError) as e:
+        elm.load_config(str(ROOT / "sweep.toml"))
+    path = ROOT / "sweep.toml"
+    assert str(e.value) == f"{path}: is the file of a sweep: python elm.py sweep {path}"
+
+
+def test_a_toml_file_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, message in (
+        ("x/y.toml", f"there is no file x/y.toml here ({tmp_path}); paths are relative to it"),
+        (f"{tmp_path}/y.toml", f"there is no file {tmp_path}/y.toml"),
+        (".", ". is a folder, not a file"),
+    ):
+        with pytest.raises(elm.UserError) as e:
+            elm.load_config(path)
+        assert str(e.value) == message
+
+
+def test_none_restores_the_default():
+    overrides = ["eval.embedder=none", "train.max_steps=none", "train.lr=none", "output=none"]
     cfg = elm.load_config(str(ROOT / "train.toml"), overrides)
     assert cfg.eval.embedder is None
     assert cfg.train.max_steps is None

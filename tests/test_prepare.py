@@ -72,7 +72,7 @@ def test_help_names_commands_and_settings():
         code, printed_of_command = run_prepare(command.name, "--help")
         assert code == 0
         for key in command.config_class.model_fields:
-            assert f"{key}: " in printed_of_command
+            assert re.search(rf"^    {key}\b", printed_of_command, re.MULTILINE)
 
 
 # -----------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_embed_makes_the_shipped_vectors(texts, tmp_path):
     out = tmp_path / "out.safetensors"
     code, printed = run_prepare("embed", texts, out, f"model={EMBEDDER}", "bf16=false")
     assert code == 0
-    assert "200 vectors of width 128; texts of more than 4096 tokens are cut" in printed
+    assert "200 vectors of width 128; of a longer text the model reads the first 4096 t" in printed
     vectors = elm.open_vectors(out)
     shipped = elm.open_vectors(VECTORS).float()
     assert vectors.dtype == torch.float32
@@ -273,7 +273,9 @@ def test_embed_refuses_vectors_of_a_broken_model(texts, tmp_path):
 
 BAD_TEXTS = {
     "empty.txt": (b"", "is empty"),
-    "gap.txt": (b"one\n\nthree\n", "gap.txt:2: not a text, or an empty one"),
+    "gap.txt": (b"one\n\nthree\n", "gap.txt:2: a blank line; each line must hold a text"),
+    "gap.jsonl": (b'{"text": "a"}\n\n', "gap.jsonl:2: a blank line; each line must hold a text"),
+    "none.jsonl": (b'{"text": " "}\n', "none.jsonl:1: not a text, or an empty one: .* is empty"),
     "latin.txt": (b"caf\xe9\n", "latin.txt:1: not a text.*utf-8"),
     "deep.jsonl": (b"[" * 99999, "deep.jsonl:1: not a text.*recursion"),
     "field.jsonl": (b'{"text": "a"}\n{"txt": "a"}\n', "field.jsonl:2: not a text.*'text'"),
@@ -293,7 +295,9 @@ def test_bad_input_of_embed(texts, tmp_path):
     new = tmp_path / "new.safetensors"
     taken = tmp_path / "taken.safetensors"
     taken.write_bytes(b"precious")
-    assert_refused("nowhere.txt: No such file", "embed", tmp_path / "nowhere.txt", new)
+    assert_refused("TEXTS: there is no file .*nowhere.txt$", "embed", tmp_path / "nowhere.txt", new)
+    assert_refused("TEXTS: .* is a folder, not a file$", "embed", tmp_path, new)
+    assert_refused("OUT: .*taken.safetensors is a file, not a folder", "embed", texts, taken / "x")
     assert_refused("taken.safetensors: exists already", "embed", texts, taken)
     assert_refused("the vectors are written as safetensors", "embed", texts, tmp_path / "x")
     assert_refused("modle: unknown key, did you mean model", "embed", texts, new, "modle=x")
@@ -304,6 +308,29 @@ def test_bad_input_of_embed(texts, tmp_path):
                    without_pooling)
     assert names_in(tmp_path) == ["taken.safetensors"]
     assert taken.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.md", "a.text", "a", "a.json", "a.parquet"])
+def test_a_file_of_texts_is_known_by_its_suffix(tmp_path, name):
+    """Others were read as JSONL."""
+    (tmp_path / name).write_text("one\ntwo\n")
+    message = (rf"/{name}: no file of texts; give a .txt file, one text a line, or a .jsonl file, "
+               '{"text": "…"} a line$')
+    models = (f"model={TINY / 'llm'}", f"embedder={EMBEDDER}")
+    assert_refused(message, "embed", tmp_path / name, tmp_path / "out.safetensors")
+    assert_refused(message, "synthesize", tmp_path / name, tmp_path / "out", *models)
+    assert names_in(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("command", ["embed", "synthesize", "filter"])
+def test_operands_the_other_way_round(texts, data_dir, tmp_path, command):
+    source = data_dir if command == "filter" else texts
+    name = "DIR" if command == "filter" else "TEXTS"
+    new = tmp_path / "new.safetensors"
+    code, printed = run_prepare(command, new, source)
+    assert code == 2
+    assert printed == (f"elm: {name} OUT: {new} does not exist, but {source} does; if they are the "
+                       f"other way round: {source} {new}\n")
 
 
 def test_operands_are_required(texts):
@@ -382,6 +409,9 @@ def test_filter_carries_what_the_tables_say(tmp_path):
 
 def test_bad_input_of_filter(data_dir, tmp_path):
     out = tmp_path / "out"
+    misspelled = 'tasks=["summary", "sumary"]'
+    assert_refused("^elm: tasks: no row is of the task type 'sumary', did you mean summary.$",
+                   "filter", data_dir, out, misspelled)
     assert_refused("did you mean summary", "filter", data_dir, out, 'tasks=["sumary"]')
     assert_refused("none: is no data set", "filter", tmp_path / "none", out)
     assert_refused("data: exists already", "filter", data_dir, data_dir)

@@ -92,7 +92,8 @@ def test_the_log_file_is_appended_to_while_it_is_asked_for(tmp_path):
 
 
 def test_a_log_file_that_cannot_be_opened(tmp_path):
-    with pytest.raises(OSError, match="Is a directory"), elm.log_to_file(str(tmp_path)):
+    message = f"^output.log_file: {tmp_path} cannot be written: Is a directory$"
+    with pytest.raises(elm.UserError, match=message), elm.log_to_file(str(tmp_path)):
         pass
 
 

@@ -100,17 +100,25 @@ def test_bad_input_of_sweep(sweep_file, out, monkeypatch):
         ("space.train.lrr = .*unknown key, did you mean", "space.train.lrr={low=1.0, high=2.0}"),
         ("space.train.lr = .*low <= high", "space.train.lr={low=2.0, high=1.0}"),
         ("space.train.lr = .*lg", "space.train.lr={low=1.0, high=2.0, lg=true}"),
-        ("space.train.lr = .*missing .* 'high'", "space.train.lr={low=1.0}"),
+        ("space.train.lr = .*: must be choices in a list, or", "space.train.lr={low=1.0}"),
+        ("^elm: train.max_steps: unknown key, did you mean base.train.max_steps.$",
+         "train.max_steps=40"),
+        ("^elm: train.seed: unknown key, did you mean base.train.seed.$", "train.seed=1"),
+        ("^elm: lr: unknown key, did you mean base.train.lr.$", "lr=1.0"),
+        ("^elm: trials: unknown key, did you mean study.trials.$", "trials=3"),
+        (f"base.config: {sweep_file} is the file of a sweep; give a training's",
+         f"base.config={sweep_file}"),
+        (f"output.dir: {sweep_file} is a file, not a folder", f"output.dir={sweep_file}"),
         ("train.lr = 0.0: Input should be", "space.train.lr={low=0.0, high=1.0, log=true}"),
         ("train.batch_size = 'a': Input should be", "space.train.batch_size=['a', 4]"),
         ("must be choices in a list, or {low, high}", "space.train.batch_size=4"),
         ("space.data.tasks = .*must be choices", "space.data.tasks=[['summary']]"),
         ("space.train.seed = .*is set by the sweep itself", "space.train.seed={low=1, high=2}"),
-        ("base = 3: Input should be", "base=3"),
+        ("base = 3: must be a table", "base=3"),
         ("study.repeat_best: unknown key", "study.repeat_best=2"),
         ("needs eval.samples above 0", "base.eval.samples=0"),
-        ("nowhere.toml: No such file", "base.config=nowhere.toml"),
-        ("train_embeddings.safetensors: .*No such file", "base.data.dir=/nowhere"),
+        ("^elm: base.config: there is no file nowhere.toml here", "base.config=nowhere.toml"),
+        ("data.dir: there is no file .*train_embeddings.safetensors", "base.data.dir=/nowhere"),
         ("eval.bertscore_layers = 9", "base.eval.bertscore_layers=9"),
         ("open 127.0.0.1:1/x", "study.storage=postgresql+psycopg://u:secret@127.0.0.1:1/x"),
         ("cannot open .*h:1/x", "study.storage=postgresql://h:1/x?password=secret"),
@@ -118,6 +126,8 @@ def test_bad_input_of_sweep(sweep_file, out, monkeypatch):
         ("cannot open /nowhere/study.log", "study.storage=/nowhere/study.log"),
     ):
         assert "secret" not in refused(message, "sweep", sweep_file, *more)
+    train_toml = ROOT / "train.toml"
+    refused(f"^elm: {train_toml}: has no .space., so it is no file of a sweep", "sweep", train_toml)
     several = ["space.train.lrr=[1]", "space.model.dropout=[2.0]"]
     code, said = command("sweep", sweep_file, *several)
     assert code == 2

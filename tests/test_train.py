@@ -577,17 +577,81 @@ def test_bad_data_are_refused_before_anything_is_written(settings, data_dir, tmp
     shutil.copy(vectors_path(far, "val"), vectors_path(odd, "val"))
     vectors_path(half, "test").unlink()
     for message, *overrides in (
-        ("train_embeddings.safetensors: not a whole table: No such file", "data.dir=/nowhere"),
+        ("^elm: data.dir: there is no file /nowhere/embeddings/train_embeddings.safetensors$",
+         "data.dir=/nowhere"),
+        ("^elm: data.tasks: no row is of the task type 'sumary', did you mean summary.$",
+         'data.tasks=["sumary", "keywords"]'),
         ("no row of", 'data.tasks=["summary"]', f"data.dir={few}"),
         ("data.dir: .*differ in width.*9", f"data.dir={few}"),
         (r"val_embeddings.safetensors: the vectors' norm was 3\.", f"data.dir={odd}"),
-        ("test_embeddings.safetensors: .*No such file", f"data.dir={half}"),
+        ("data.dir: there is no file .*test_embeddings.safetensors", f"data.dir={half}"),
         ("synthesis.jsonl:1: the prompt takes all of", "data.max_seq_length=20"),
         ("data.max_seq_length = 4096", "data.max_seq_length=4096"),
     ):
         refused(message, NO_TABLES, *settings, *overrides)
         assert not (tmp_path / "out").exists(), message
-    refused("^elm: missing.toml: No such file or directory$", "missing.toml")
+    refused("^elm: there is no file missing.toml here ", "missing.toml")
+
+
+def test_a_bad_output_folder_is_refused_before_the_data_are_read(settings, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    for folder, message in (
+        (tmp_path / "file", f"output.dir: {tmp_path}/file is a file, not a folder; choose another"),
+        (tmp_path / "file" / "run", f"output.dir: {tmp_path}/file is a file, not a folder"),
+        ("/proc/run", "output.dir: cannot write in /proc; choose another folder: No such file"),
+    ):
+        said = refused(message, NO_TABLES, *settings, f"output.dir={folder}")
+        assert said.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_step_that_takes_all_rows_is_told(settings, capsys):
+    go(settings, "train.batch_size=1000000", "train.max_steps=1", "eval.samples=0",
+       "train.warmup_steps=0")
+    warning = ("elm: warning: train.batch_size: a step of 1000000 rows takes more than all 40 rows "
+               "of train")
+    assert capsys.readouterr().err.splitlines()[-1] == warning
+
+
+def test_rows_of_other_task_types_are_counted_in_words(settings, capsys):
+    go(settings, "train.max_steps=0", "eval.samples=0", 'data.tasks=["summary", "keywords"]')
+    said = capsys.readouterr().out
+    counts = "7 rows, 33 rows of other task types are left out"
+    assert f"train: 10 vectors of width 12, {counts}\n" in said
+
+
+def test_elm_save_does_not_overwrite_the_adapter_of_a_run(copied, tmp_path):
+    _, folder, _ = copied
+    model = elm.ELM.load(folder)
+    before = snapshot(folder)
+    for name in ("adapter_best.safetensors", "adapter_step_2.safetensors"):
+        message = f"^{folder / name}: is an adapter of a run; choose another name$"
+        with pytest.raises(elm.UserError, match=message):
+            model.save(folder / name)
+    assert snapshot(folder) == before
+    for path in (folder / "mine.safetensors", tmp_path / "adapter_best.safetensors"):
+        model.save(path)
+        model.save(path)  # as torch.save does
+
+
+@pytest.mark.parametrize("given", ["train.toml", Path("train.toml"), {"train": {}}])
+def test_train_takes_a_config(given):
+    with pytest.raises(elm.UserError) as e:
+        elm.train(given)
+    assert str(e.value) == (f"train: takes a Config, not a {type(given).__name__}; "
+                            "load_config(path) makes one of a TOML file")
+
+
+def test_models_of_the_report_that_cannot_be_loaded(settings, tmp_path):
+    """The line says how to do without."""
+    for key, way_on in (("bertscore_model", "eval.samples=0"), ("embedder", "eval.embedder=none")):
+        line = f"eval.{key}: cannot load /nowhere/x: there is no folder /nowhere/x; {way_on} does w"
+        said = refused(line, NO_TABLES, *settings, f"eval.{key}=/nowhere/x")
+        assert said.count("\n") == 1
+        refused(f"eval.{key}: cannot load no/such .*{way_on} does without", NO_TABLES, *settings,
+                f"eval.{key}=no/such")
+        assert not (tmp_path / "out").exists()
 
 
 def test_llms_that_cannot_be_loaded_are_refused(settings, tmp_path):
@@ -619,7 +683,13 @@ def test_resumes_that_do_not_fit_are_refused(copied, tmp_path):
         ("standardize was True in training and is False", *resume, "model.standardize=false"),
         ("train.resume: hash of the LLM's weights was", *resume, f"model.llm={llama}"),
         (r"the vectors' norm was 3\.", *resume, f"data.dir={far}"),
-        ("no whole checkpoint: .* No such file", other, "train.resume=/nowhere/step_2.pt"),
+        ("no whole checkpoint: there is no file /nowhere/step_2.pt$", other,
+         "train.resume=/nowhere/step_2.pt"),
+        ("there is no file Auto here .*, did you mean auto.$", other, "train.resume=Auto"),
+        (f"train.resume: {folder} is a folder; give a checkpoint_step_N.pt, or train.resume=auto "
+         f"with output.dir={folder}$", other, f"train.resume={folder}"),
+        ("train.resume: .*adapter_best.safetensors is an adapter; a run goes on from a checkpoint_",
+         other, f"train.resume={folder / 'adapter_best.safetensors'}"),
         ("no whole checkpoint", other, f"train.resume={rows_path(far)}"),
     ):
         refused(message, NO_TABLES, *settings, *overrides)
