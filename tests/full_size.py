@@ -8,6 +8,7 @@ what is left. Needs 8 GB of disk in TMPDIR and 11 GB of memory. Not part of the 
 without AVX-512 torch would loop over bf16 matrices; there their products are made in fp32.
 """
 
+import argparse
 import os
 import resource
 import sys
@@ -53,6 +54,8 @@ def multiply_frozen_in_fp32() -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if os.fork() == 0:  # its memory does not count

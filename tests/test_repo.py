@@ -3,8 +3,10 @@
 import ast
 import re
 import resource
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, command
@@ -204,6 +206,16 @@ def cpu_seconds(*words: str) -> float:
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert done.returncode in (0, 2), done.stderr
     return min(times)
+
+
+@pytest.mark.parametrize(
+    "path", ["tests/full_size.py", "tests/scale.py", "tests/torture.py", "data/tiny/make.py"])
+def test_help_of_a_script_starts_nothing(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [path, "--help"])
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+    assert e.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {Path(path).name} [-h]")
 
 
 def test_questions_cost_little_more_than_torch(processes):

@@ -20,6 +20,7 @@ their quality does, and `check` tests that: every attribute of every task answer
 with an accuracy of at least 0.95 on records that no training has seen.
 """
 
+import argparse
 import json
 import math
 import os
@@ -714,5 +715,12 @@ STAGES = dict(llm=make_llm, embedder=make_embedder, scorer=make_scorer, rows=mak
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # sums in one order: the same machine makes the same files
-    for stage in sys.argv[1:] or STAGES:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
+    stages = parser.parse_args().stages
+    for stage in stages:
+        if stage not in STAGES:
+            parser.error(f"{stage}: no stage; the stages are {', '.join(STAGES)}")
+    for stage in stages or STAGES:
         STAGES[stage]()
