@@ -378,12 +378,12 @@ def correct_value(key: str, error: Json) -> str:
     meant = None
     expected = str(error.get("ctx"))
     takes_booleans = error["type"] == "bool_type" or "True" in expected
-    if isinstance(error["loc"][-1], int):  # an entry of a list
+    if key.rpartition(".")[2].isdecimal():  # an entry of a list
         return ""
     if error["type"] == "tuple_type" and isinstance(value, str):
         parts = [part.strip(" '\"") for part in value.strip("[]").split(",")]
         meant = [int(part) if part.isdecimal() else part for part in parts]
-    elif error["type"] == "tuple_type":
+    elif error["type"] == "tuple_type" and isinstance(value, int | float):
         meant = [value]
     elif error["type"] == "string_type" and isinstance(value, int | float):
         meant = str(value)

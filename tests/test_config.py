@@ -38,6 +38,7 @@ def test_a_file_without_tables_means_the_defaults():
          """data.tasks = 'summary': must be a list, as 'data.tasks=["summary"]'"""),
         ("data.tasks=[summary, keywords]", """, as 'data.tasks=["summary", "keywords"]'"""),
         ("data.tasks=[1]", "data.tasks.0 = 1: must be a text in quotes"),
+        ("data.tasks=2024-01-01", "data.tasks = datetime.date(2024, 1, 1): must be a list"),
         ("model.llm=3", """model.llm = 3: must be a text in quotes, as 'model.llm="3"'"""),
         ("train.warm_start=False",
          "train.warm_start = 'False': must be true or false, as train.warm_start=false"),

@@ -159,7 +159,7 @@ def without_git():
 
 @few
 @given(
-    llm=anything, project=anything, lr=st.floats(1e-30, 1e30), flag=st.booleans(),
+    llm=anything.filter(str.strip), project=anything, lr=st.floats(1e-30, 1e30), flag=st.booleans(),
     tasks=st.lists(st.sampled_from(elm.TASKS), min_size=1, max_size=5))  # fmt: skip
 @example(
     llm="\U0001f600 \x7f", project="\x7f\u2028\U0001f600", lr=1e-4, flag=True, tasks=["summary"])
