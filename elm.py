@@ -3783,7 +3783,6 @@ def open_inputs(cfg: Config, names: tuple[str, ...], num_soft_tokens: int,
     prompt = Prompt(load_tokenizer(cfg.model.llm), cfg.model.template, stored_prompt)
     encoder = Encoder(prompt, num_soft_tokens, cfg.data.max_seq_length)
     splits = open_splits(cfg.data, drop_repeats(names), encoder)
-    check_tasks(splits)
     check_splits(splits, cfg.data.dir)
     return splits
 
@@ -3884,6 +3883,7 @@ class Trainer:
         self.report_split = choose_report_split(cfg.eval.split, cfg.data.dir)
         names = ("train", "val", self.report_split)
         self.splits = open_inputs(cfg, names, cfg.model.tokens, stored_prompt)
+        check_tasks(self.splits)
         self.rows = {name: rows_hash(split) for name, split in self.splits.items()}
         self.rows_per_step = cfg.train.batch_size * cfg.train.grad_accum * world_size()
         self.total_steps = self.count_steps()
