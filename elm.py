@@ -375,23 +375,34 @@ BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "
 def correct_value(key: str, error: Json) -> str:
     """A hint at the argument that was meant, or ""."""
     value = error["input"]
-    meant = None
-    expected = str(error.get("ctx"))
-    takes_booleans = error["type"] == "bool_type" or "True" in expected
-    if key.rpartition(".")[2].isdecimal():  # an entry of a list
+    is_entry_of_list = key.rpartition(".")[2].isdecimal()
+    if is_entry_of_list or isinstance(value, bool | dict):
         return ""
-    if error["type"] == "tuple_type" and isinstance(value, str):
-        parts = [part.strip(" '\"") for part in value.strip("[]").split(",")]
-        meant = [int(part) if part.isdecimal() else part for part in parts]
-    elif error["type"] == "tuple_type" and isinstance(value, int | float):
-        meant = [value]
+    if error["type"] == "tuple_type":
+        meant = correct_list(value)
     elif error["type"] == "string_type" and isinstance(value, int | float):
         meant = str(value)
-    elif takes_booleans and str(value).lower() in BOOLEANS:
-        meant = BOOLEANS[str(value).lower()]
-    if meant is None or isinstance(value, bool | dict):
+    elif error["type"] == "bool_type" or "True" in error.get("ctx", {}).get("expected", ""):
+        meant = BOOLEANS.get(str(value).lower())
+    else:
+        meant = None
+    if meant is None:
         return ""
     return f", as {shlex.quote(f'{key}={toml_value(meant)}')}"
+
+
+def correct_list(value: object) -> list[Any] | None:
+    """The list that a number or a text without the quotes of its entries was meant to be. None: of
+    numbers and words together, or of anything else."""
+    if isinstance(value, int | float):
+        return [value]
+    if not isinstance(value, str):
+        return None
+    entries = [entry.strip(" '\"") for entry in value.strip("[]").split(",")]
+    are_numbers = [entry.isdecimal() for entry in entries]
+    if all(are_numbers):
+        return [int(entry) for entry in entries]
+    return None if any(are_numbers) else entries
 
 
 def parse_config(
@@ -678,14 +689,14 @@ def check_launcher() -> None:
             if name not in os.environ:
                 raise UserError(f"{name}: not set, but WORLD_SIZE = {size}; start the processes by "
                                 "torchrun or deepspeed")
-    if "WORLD_SIZE" in os.environ:
+    if "RANK" in os.environ:
         return
     for name in SIZES_OF_OTHER_LAUNCHERS:
         size = read_launcher_number(name, 1)
         if size > 1:
             raise UserError(
-                f"{name} = {size}: each of these processes would do the whole job, as RANK and "
-                "WORLD_SIZE are not set; start them by torchrun or deepspeed (under srun one "
+                f"{name} = {size}: each of these processes would do the whole job, as RANK is "
+                "not set; start them by torchrun or deepspeed (under srun one "
                 f"torchrun on each node), or unset {name} for one process alone")
 
 
@@ -855,18 +866,12 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     except OSError as e:
         if e.errno not in NOT_SUPPORTED:
             raise
-        warn_of_no_locks(path.parent)
+        warn_once(f"{path.parent}: its file system has no locks, so nothing prevents a second "
+                  "process from writing there at the same time")
     try:
         yield
     finally:
         file_lock.release()
-
-
-@functools.cache
-def warn_of_no_locks(folder: Path) -> None:
-    """Once for a folder."""
-    log.warning(f"{folder}: its file system has no locks, so nothing prevents a second process "
-                "from writing there at the same time")
 
 
 def check_new(*paths: Path) -> None:
@@ -926,7 +931,7 @@ class ChatTemplate:
     arguments: Json
     has_typed_contents: bool  # whether a turn's content is [{"type": "text", "text": ...}]
 
-    def render_prompt(self, query: str) -> str:
+    def render_turn(self, query: str) -> str:
         """A user's turn, and the beginning of an assistant's."""
         turns = [self._turn("user", query)]
         return self.tokenizer.apply_chat_template(
@@ -955,7 +960,7 @@ def open_template(tokenizer: PreTrainedTokenizerBase, arguments: Json) -> ChatTe
     for has_typed_contents in (False, True):
         template = ChatTemplate(tokenizer, arguments, has_typed_contents)
         with contextlib.suppress(TemplateError, ValueError, TypeError):
-            if PLACEHOLDER in template.render_prompt(PLACEHOLDER):
+            if PLACEHOLDER in template.render_turn(PLACEHOLDER):
                 return template
     return ChatTemplate(tokenizer, arguments, has_typed_contents=False)
 
@@ -976,12 +981,12 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, arguments: Json) -> dict[s
         return prompt_without_template(tokenizer)
     template = open_template(tokenizer, arguments)
     with user_error(f"{name}: its chat template fails", TemplateError, ValueError, TypeError):
-        prompt = template.render_prompt(PLACEHOLDER)
+        prompt = template.render_turn(PLACEHOLDER)
         num_shown = prompt.count(PLACEHOLDER)
         if num_shown != 1:
             raise ValueError(f"it shows the text of a user's turn {num_shown} times")
         conversation = template.render_conversation(ANSWER)
-        of_user = find_stripped(template.render_prompt, PLACEHOLDER)
+        of_user = find_stripped(template.render_turn, PLACEHOLDER)
         of_assistant = find_stripped(template.render_conversation, ANSWER)
     prefix, suffix = prompt.split(PLACEHOLDER)
     if ANSWER not in conversation:
@@ -1084,6 +1089,7 @@ class Prompt:
         self.tokenizer = tokenizer
         self.template = template or {}
         self.num_ids = 2**31  # that the LLM has embeddings for; see check_fits
+        self.has_larger_ids = False  # whether the tokenizer's vocabulary exceeds them
         parts = render_prompt(tokenizer, self.template)
         if stored_parts:
             stored_parts = dict(stored_parts)
@@ -1094,9 +1100,9 @@ class Prompt:
                             "the adapter's prompt is used")
             parts = stored_parts
         elif not tokenizer.chat_template:
-            log.warning(f"{tokenizer.name_or_path}: has no chat template; a prompt is the query "
-                        "and a line break, as a base model reads it. An instruct model needs its "
-                        "template, as chat_template.jinja in its folder")
+            warn_once(f"{tokenizer.name_or_path}: has no chat template; a prompt is the query and "
+                      "a line break, as a base model reads it. An instruct model needs its "
+                      "template, as chat_template.jinja in its folder")
         self.template_parts = parts
         if not parts["end"]:
             raise UserError(
@@ -1132,10 +1138,11 @@ class Prompt:
                 f"{text[:60]!r}, but the LLM has {self.num_ids} token embeddings; give the "
                 "LLM its own tokenizer")
 
-    def check_fits(self, llm: PreTrainedModel) -> None:
-        """Raises: UserError, now or in `encode`, at an id that the LLM has no embedding for. Ids of
-        tokens that no prompt or row has may be larger."""
-        self.num_ids = llm.get_input_embeddings().num_embeddings
+    def check_fits(self, num_ids: int) -> None:
+        """Raises: UserError, now or in `encode`, at an id that the LLM has no embedding for; it has
+        num_ids of them. Ids of tokens that no prompt or row has may be larger."""
+        self.num_ids = num_ids
+        self.has_larger_ids = max(self.tokenizer.get_vocab().values()) >= num_ids
         self._check_ids(self.prefix_ids, self.template_parts["prefix"])
         self._check_ids(self.suffix_ids, self.template_parts["suffix"])
         self._check_ids(self.end_ids, self.template_parts["end"])
@@ -1214,10 +1221,11 @@ class Encoder:
         afters = []
         responses = []
         for row in rows:
-            text = ""
-            before, after = prompt.split_query(row.query)  # no white space at the query's ends
             if layout == "text":
                 before, text, after = prompt.split_turn(row.query, row.text or "")
+            else:  # the query has no white space at its ends
+                before, after = prompt.split_query(row.query)
+                text = ""
             befores.append(before)
             texts.append(text)
             afters.append(after)
@@ -1366,7 +1374,7 @@ def open_vectors(path: Path, key: str = "", allow_one: bool = False) -> Tensor:
             tensors = [torch.from_numpy(array)]
         else:
             with safe_open(path, framework="pt") as f:
-                tensors = [f.get_tensor(key) for key in f.keys()]  # noqa: SIM118
+                tensors = [f.get_tensor(name) for name in f.keys()]  # noqa: SIM118
     if len(tensors) == 1:
         (table,) = tensors
         if allow_one and table.ndim == 1:
@@ -1664,7 +1672,8 @@ def open_split(data_dir: str, name: str, tasks: tuple[str, ...], encoder: Encode
     """Parse and check every row and every vector. Raises: UserError, OSError.
 
     Only rows that could exceed the encoder's limit are tokenised, to refuse prompts that do not fit
-    and to count responses that will be cut.
+    and to count responses that will be cut; all rows, where the tokenizer has ids that the LLM has
+    not.
     """
     table_path = vectors_path(data_dir, name)
     path = rows_path(data_dir, name)
@@ -1680,8 +1689,8 @@ def open_split(data_dir: str, name: str, tasks: tuple[str, ...], encoder: Encode
     lines = progress(read_lines(path, tasks, len(vectors)), f"reading {name}", unit=" rows")
     for block in in_blocks(lines, 8192):
         entries = []
-        long_rows = []
-        names_of_long_rows = []
+        tokenised_rows = []
+        names_of_tokenised = []
         for number, offset, row in block:
             if not count_row(counts, row, tasks):
                 continue
@@ -1691,12 +1700,15 @@ def open_split(data_dir: str, name: str, tasks: tuple[str, ...], encoder: Encode
             source_id = row.embedding_file_idx  # until find_sources
             entries.append((offset, number, row.embedding_file_idx, source_id, task_id, bool(text),
                             text_hash))
-            if max_num_tokens(row.query + row.response) > surely_fits:
-                long_rows.append(row)
-                names_of_long_rows.append(f"{path}:{number}")
+            may_be_long = max_num_tokens(row.query + row.response) > surely_fits
+            if may_be_long or prompt.has_larger_ids:
+                tokenised_rows.append(row)
+                names_of_tokenised.append(f"{path}:{number}")
         index_blocks.append(np.array(entries, ROW_INDEX))
-        for example in encoder.encode(long_rows, names_of_long_rows):
+        for example in encoder.encode(tokenised_rows, names_of_tokenised):
             counts["responses_cut"] += example.truncated
+        if prompt.has_larger_ids:
+            prompt.encode([row.text or "" for row in tokenised_rows])
     check_any_rows(counts, path, tasks)
 
     index = np.concatenate(index_blocks)
@@ -1944,8 +1956,11 @@ def check_trained_for(trained_for: Json, found: Json, where: Path | str) -> None
         found = {key: value for key, value in found.items() if key != TOKENIZER_HASH}
     for key, value in found.items():
         if value != trained_for.get(key):
+            advice = "give it what it was trained with"
+            if key == TOKENIZER_HASH:
+                advice = "give it the folder of training, or read it by that transformers version"
             raise UserError(f"{where}: {key} was {trained_for.get(key)} in training and is {value} "
-                            "here; give it what it was trained with")
+                            f"here; {advice}")
 
 
 MAX_NORM_RATIO = 1.5  # of a norm to those of training
@@ -1964,7 +1979,8 @@ def check_width(vectors: Tensor, adapter: Adapter, where: Path | str) -> None:
     """Raises: UserError unless vectors are [n, E] of the adapter's E."""
     width = len(adapter.mean)
     if vectors.ndim != 2 or vectors.shape[1] != width:
-        raise UserError(f"{where}: {list(vectors.shape)}, but the adapter reads [n, {width}]")
+        raise UserError(f"{where}: {list(vectors.shape)}, but the adapter reads [n, {width}]; give "
+                        "vectors of the embedder of training")
 
 
 def as_tensor(embeddings: Vectors, where: Path | str = "vectors") -> Tensor:
@@ -2037,10 +2053,8 @@ PACKED = "elm_packed"  # the name of packed_attention in transformers
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name that is no folder can be one on the hub: NAME or USER/NAME, and no folder USER
-    is here."""
-    has_form = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
-    return bool(has_form) and not ("/" in name and Path(name).parent.is_dir())
+    """Whether a name has the form of one on the hub: NAME or USER/NAME."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
 
 
 # How to do without a model that cannot be loaded, by its config key.
@@ -2166,7 +2180,6 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
 def load_frozen(name: str, bf16: bool, key: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    refuse_unmerged(name, key)
     announce_download(name, key)
     dtype = torch.bfloat16 if bf16 else torch.float32
     llm, info = load_pretrained(AutoModelForCausalLM, name, key, dtype=dtype,
@@ -2584,7 +2597,7 @@ class ELM(nn.Module):
         self.llm = llm
         self.adapter = adapter
         self.prompt = prompt
-        prompt.check_fits(llm)
+        prompt.check_fits(llm.get_input_embeddings().num_embeddings)
         self.trained_for = {
             "hash of the LLM's weights": weights_hash(llm),
             TOKENIZER_HASH: prompt.ids_hash(),
@@ -2647,11 +2660,14 @@ class ELM(nn.Module):
     def save(self, path: str | Path, weights: dict[str, Tensor] | None = None,
              **metadata: Any) -> None:
         """Write the adapter, or other `weights` of it, as safetensors for `load`. Raises:
-        UserError."""
+        UserError, also where the path is an adapter that a run has left."""
+        check_is_of_no_run(Path(path))
+        self.write(Path(path), weights, **metadata)
+
+    def write(self, path: Path, weights: dict[str, Tensor] | None = None, **metadata: Any) -> None:
+        """As `save`, for a run itself."""
         import safetensors.torch
 
-        if "step" not in metadata:  # else the run itself saves
-            check_is_of_no_run(Path(path))
         weights = weights or self.adapter.state_dict()
         tensors = {name: t.detach().float().cpu() for name, t in weights.items()}
         header = {
@@ -2665,7 +2681,7 @@ class ELM(nn.Module):
             **metadata}
         # One entry: safetensors keeps no order of several.
         data = safetensors.torch.save(tensors, {"elm": json.dumps(header)})
-        write_bytes(Path(path), data)
+        write_bytes(path, data)
 
     # Modes and devices
 
@@ -2819,13 +2835,16 @@ def repeat_per_vector(texts: str | list[str], n: int) -> list[str]:
 
 LENGTHS_CHECKED = (20, 26)  # of the prompts of check_attention, in tokens
 MAX_LENGTH_CHECKED = 8192  # of the row of check_long_row, on which the LLM may need O(T²) memory
+# What configs call the numbers of tokens beyond which an LLM reads in another way.
+LENGTHS_IN_CONFIG = ("sliding_window", "attention_window_size", "attention_chunk_size",
+                     "window_size", "original_max_position_embeddings")
 
 
 @torch.no_grad()
 def check_llm(elm: ELM, max_tokens: int = 0) -> None:
-    """Try the LLM on short prompts and on one of max_tokens. Raises: UserError if it cannot read
-    max_tokens, cannot run on packed rows or embeddings, or lets tokens interact other than by
-    causal attention within an example."""
+    """Try the LLM on short prompts and, where it reads rows of max_tokens in another way, on a long
+    one. Raises: UserError if it cannot read max_tokens, cannot run on packed rows or embeddings, or
+    lets tokens interact other than by causal attention within an example."""
     limit = max_positions(elm.llm)
     if max_tokens > limit:
         reason = ""
@@ -2842,8 +2861,10 @@ def check_llm(elm: ELM, max_tokens: int = 0) -> None:
         # Ids that rows have, each once.
         ids = torch.tensor(elm.prompt.encode([PROBE_TEXT])[0]).unique()
         check_attention(elm, ids)
-        if max_tokens > sum(LENGTHS_CHECKED):
-            check_long_row(elm, ids, min(max_tokens, MAX_LENGTH_CHECKED))
+        exceeded = [n for n in lengths_of_change(elm.llm) if n < max_tokens]
+        if exceeded:
+            longest = max(MAX_LENGTH_CHECKED, max(exceeded) + 1024)
+            check_long_row(elm, ids, min(max_tokens, longest))
         embed = elm.llm.get_input_embeddings()
         prompt = 1.5 * embed(ids[:20].to(elm.device))  # like soft tokens, it is not in the table
         generate_batch(elm.llm, elm.prompt, [prompt], max_new_tokens=1)
@@ -2855,6 +2876,21 @@ def check_llm(elm: ELM, max_tokens: int = 0) -> None:
         if isinstance(e, torch.OutOfMemoryError) or is_raised_here(e):
             raise
         raise UserError(f"{message}: {shorten(str(e) or repr(e), 300)}") from e
+
+
+def lengths_of_change(llm: PreTrainedModel) -> list[int]:
+    """The numbers of tokens, as its config names them, beyond which the LLM may read in another
+    way: sliding windows, chunks, the length before its positions were extended."""
+    tables = [llm.config.get_text_config().to_dict()]
+    lengths = []
+    while tables:
+        table = tables.pop()
+        for key, value in table.items():
+            if isinstance(value, dict):
+                tables.append(value)
+            elif key in LENGTHS_IN_CONFIG and isinstance(value, int):
+                lengths.append(value)
+    return lengths
 
 
 def is_raised_here(error: BaseException) -> bool:
@@ -3302,7 +3338,7 @@ class Checkpoint:
     trained_for: Json  # see ELM
     config: Json
     prompt: dict[str, str]  # see render_prompt
-    rows: dict[str, str]  # by split, see rows_hash
+    rows_hashes: dict[str, str]  # by split, see rows_hash
 
 
 def save_checkpoint(checkpoint: Checkpoint, paths: list[Path]) -> None:
@@ -3623,9 +3659,9 @@ class MetricLog:
             run_on_rank0(self._plot)
 
     def _plot(self) -> None:
-        metrics = read_metrics(self.folder / "metrics.jsonl")
         path = self.folder / "report.png"
         with drawing(path):
+            metrics = read_metrics(self.folder / "metrics.jsonl")
             plot_report(path, metrics, self.folder.name)
 
     def _write(self, step: int, entry: dict[str, float], end: str = "") -> None:
@@ -3650,8 +3686,7 @@ def format_seconds(seconds: float) -> str:
 
 # The inputs of a run
 
-# Vectors of a split that are compared with all of train's: a sample, for seconds of a CPU's time.
-MAX_QUERIES_TO_TRAIN = {"cpu": 200, "cuda": 2000}
+MAX_COMPARED_WITH_TRAIN = 2000  # vectors of another split, a sample
 
 
 def choose_report_split(split_name: str | None, data_dir: str) -> str:
@@ -3681,6 +3716,8 @@ def open_splits(cfg: DataConfig, names: Iterable[str], encoder: Encoder) -> dict
         num_sources = len(np.unique(split.index["source_id"]))
         if num_sources < num_used:
             counts += f"; {num_used} vectors are of {num_sources} sources"
+        if num_used > MAX_COMPARED_VECTORS:
+            counts += "; near-equal ones are not looked for among so many"
         log.info(f"{name}: {num_vectors} vectors of width {width}, {counts}")
         splits[name] = split
     return splits
@@ -3734,7 +3771,7 @@ def warn_of_trained_texts(splits: dict[str, Split], device: torch.device) -> Non
         if name == "train":
             continue
         vector_ids = np.random.default_rng(0).permutation(np.unique(split.index["vector_id"]))
-        vector_ids = np.sort(vector_ids[: MAX_QUERIES_TO_TRAIN[device.type]])
+        vector_ids = np.sort(vector_ids[:MAX_COMPARED_WITH_TRAIN])
         queries = split.embeddings(vector_ids)
         nearest = nearest_vectors(queries, train.vectors, train_ids, device)
         num_vectors = int((nearest.cosines > NEAR_EQUAL).sum())
@@ -3746,6 +3783,13 @@ def warn_of_trained_texts(splits: dict[str, Split], device: torch.device) -> Non
                 f"a cosine above {NEAR_EQUAL}, {num_texts} of {len(hashes)} texts are in train: "
                 "its figures are about texts that the adapter is trained on; split by text, not by "
                 "row, as data/prepare.py does, which also keeps the texts of a `group` together")
+
+
+def check_data(cfg: Config, splits: dict[str, Split], device: torch.device) -> None:
+    """Compare the vectors with those of other splits, and with their texts. All processes take
+    part. Raises: UserError."""
+    run_on_rank0(lambda: warn_of_trained_texts(splits, device))
+    check_embedder(cfg.eval, cfg.model.bf16, device, splits)
 
 
 def check_tasks(splits: dict[str, Split]) -> None:
@@ -3774,6 +3818,8 @@ def open_inputs(cfg: Config, names: tuple[str, ...], num_soft_tokens: int,
                 stored_prompt: dict[str, str] | None) -> dict[str, Split]:
     """All that can be opened and checked before a model is loaded: packages, tokenizer, the splits
     of these names. Raises: UserError, OSError."""
+    from transformers import AutoConfig
+
     check_model_name(cfg.model.llm, "model.llm")
     if cfg.eval.samples:
         check_model_name(cfg.eval.bertscore_model, "eval.bertscore_model")
@@ -3781,6 +3827,8 @@ def open_inputs(cfg: Config, names: tuple[str, ...], num_soft_tokens: int,
         check_model_name(cfg.eval.embedder, "eval.embedder")
     check_report_packages(cfg.eval)
     prompt = Prompt(load_tokenizer(cfg.model.llm), cfg.model.template, stored_prompt)
+    llm_config = load_pretrained(AutoConfig, cfg.model.llm, "model.llm")
+    prompt.check_fits(llm_config.get_text_config().vocab_size)
     encoder = Encoder(prompt, num_soft_tokens, cfg.data.max_seq_length)
     splits = open_splits(cfg.data, drop_repeats(names), encoder)
     check_splits(splits, cfg.data.dir)
@@ -3884,7 +3932,7 @@ class Trainer:
         names = ("train", "val", self.report_split)
         self.splits = open_inputs(cfg, names, cfg.model.tokens, stored_prompt)
         check_tasks(self.splits)
-        self.rows = {name: rows_hash(split) for name, split in self.splits.items()}
+        self.rows_hashes = {name: rows_hash(split) for name, split in self.splits.items()}
         self.rows_per_step = cfg.train.batch_size * cfg.train.grad_accum * world_size()
         self.total_steps = self.count_steps()
         self.eval_steps = self.choose_eval_steps()
@@ -3900,8 +3948,7 @@ class Trainer:
         """Load the LLM, make or resume the adapter and its optimizer, fit what is fitted in closed
         form, plan the memory. Raises: UserError."""
         cfg = self.cfg
-        self.compare_splits()
-        self.check_embedder()
+        self.check_data()
         self.elm = self.build_elm()
         self.optimizer = torch.optim.AdamW(
             self.elm.adapter.parameters(), betas=(0.9, 0.999), eps=1e-8,
@@ -3944,7 +3991,8 @@ class Trainer:
         for table in ("model", "data", "eval"):  # else the report would be another one
             if self.checkpoint.config[table] != self.cfg.to_dict()[table]:
                 return None
-        if self.checkpoint.rows.get(self.report_split) != self.rows[self.report_split]:
+        split = self.report_split
+        if self.checkpoint.rows_hashes.get(split) != self.rows_hashes[split]:
             return None
         if not self.has_ended() or not path.exists():
             return None
@@ -3956,12 +4004,9 @@ class Trainer:
             return None
         return report if report.get("step") == self.state.step else None
 
-    def compare_splits(self) -> None:
-        run_on_rank0(lambda: warn_of_trained_texts(self.splits, self.device))
-
-    def check_embedder(self) -> None:
+    def check_data(self) -> None:
         """Before the LLM takes the memory."""
-        check_embedder(self.cfg.eval, self.cfg.model.bf16, self.device, self.splits)
+        check_data(self.cfg, self.splits, self.device)
 
     def load_llm(self) -> PreTrainedModel:
         model = self.cfg.model
@@ -4034,7 +4079,7 @@ class Trainer:
                      "the stop",
             "val": "validation losses before and after are not of the same rows"}
         for name, consequence in consequences.items():
-            if self.checkpoint.rows.get(name) != self.rows[name]:
+            if self.checkpoint.rows_hashes.get(name) != self.rows_hashes[name]:
                 log.warning(f"train.resume: {self.splits[name].path}: its rows have changed since "
                             f"the checkpoint: {consequence}")
 
@@ -4047,10 +4092,10 @@ class Trainer:
         num_rows = len(self.splits["train"])
         if self.rows_per_step > num_rows:
             log.warning(f"train.batch_size: a step of {self.rows_per_step} rows takes more than "
-                        f"all {num_rows} rows of train")
+                        f"all {num_rows} rows of train; lower train.batch_size or train.grad_accum")
         if 0 < self.total_steps <= warmup:
             log.warning(f"train.warmup_steps = {warmup}: no shorter than the run of "
-                        f"{self.total_steps} steps")
+                        f"{self.total_steps} steps; lower it")
 
     # Training
 
@@ -4211,7 +4256,7 @@ class Trainer:
             trained_for=self.elm.trained_for,
             config=self.cfg.to_dict(),
             prompt=self.elm.prompt.template_parts,
-            rows=self.rows)
+            rows_hashes=self.rows_hashes)
         names = (f"checkpoint_step_{step}.pt", *more_names)
         paths = [self.folder / name for name in names]
         run_on_rank0(lambda: save_checkpoint(checkpoint, paths))
@@ -4222,7 +4267,7 @@ class Trainer:
 
     def save_adapter(self, name: str, weights: dict[str, Tensor], step: int) -> None:
         path = self.folder / name
-        run_on_rank0(lambda: self.elm.save(path, weights, step=step))
+        run_on_rank0(lambda: self.elm.write(path, weights, step=step))
         self.metric_log.wandb.log_adapter(path)
 
     def leave_if_signalled(self) -> None:
@@ -4725,8 +4770,7 @@ class Ratio(NamedTuple):
     name: str
     numerator: str  # columns of summands()
     denominator: str
-    must_be_positive: str | None = None  # a column: unless the interval of its sum lies above 0,
-    #   the measure is left out
+    needs_text: bool = False  # is left out unless reads_text()
 
 
 RATIOS = (
@@ -4734,8 +4778,7 @@ RATIOS = (
     Ratio("loss_shuffled", "nll_shuffled", "tokens"),
     Ratio("gap", "gap", "tokens"),
     Ratio("loss_text", "nll_text", "tokens_text"),
-    # The condition is about all task types: the sum over chosen ones is positive by the choice.
-    Ratio("gap_closed", "gap_with_text", "gap_text", must_be_positive="gap_text_of_all"))
+    Ratio("gap_closed", "gap_with_text", "gap_text", needs_text=True))
 FEWEST_SOURCES = 30  # gap_closed of fewer is called unreliable
 FEWEST_ROWS = 10  # with text, of a task type; it has no gap_closed of fewer
 
@@ -4763,11 +4806,24 @@ def summands(losses: pd.DataFrame, scores: pd.DataFrame | None) -> pd.DataFrame:
         tokens_text=losses["tokens"] * has_text,
         gap=gap,
         gap_with_text=gap.where(is_read, 0.0),
-        gap_text=gap_text.where(is_read, 0.0),
-        gap_text_of_all=gap_text.where(has_text, 0.0))
+        gap_text=gap_text.where(is_read, 0.0))
     if scores is not None:
         columns = columns.join(scores.assign(samples=1.0))
     return columns
+
+
+def reads_text(losses: pd.DataFrame, num_resamples: int) -> bool:
+    """Whether there is a task type of which the LLM surely reads the text better than another row's
+    vector: the bootstrap interval of that sum lies above 0. The level is 95 % for all types
+    together (Bonferroni's correction), as of enough types some would look so by chance."""
+    losses = losses[losses["nll_text"].notna()]
+    if losses.empty:
+        return False
+    gap = losses["nll_shuffled"] - losses["nll_text"]
+    by_task = gap.groupby([losses["source"], losses["task"]], observed=True).sum().unstack()
+    totals = resampled_sums(by_task.fillna(0.0).to_numpy(), num_resamples)
+    lowest = np.percentile(totals, 2.5 / by_task.shape[1], axis=0)
+    return bool((lowest > 0).any())
 
 
 def resampled_sums(sums: np.ndarray, num_resamples: int) -> np.ndarray:
@@ -4788,17 +4844,20 @@ def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
               num_resamples: int = 1000) -> Json:
     """RATIOS and mean scores over rows (see Measured and score), with bootstrap 95 % intervals:
     sources are drawn with replacement, with all their rows. gap_closed is over the rows with text
-    whose task is not among unread_tasks, and left out unless over all tasks the LLM reads the text
-    better than another row's vector: the interval lies above 0. `sources` counts the sources."""
+    whose task is not among unread_tasks, and left out unless reads_text(). `sources` counts the
+    sources, `sources_text` those of the rows with text."""
+    has_text = losses["nll_text"].notna()
     result: Json = {
-        "rows": len(losses), "rows_text": int(losses["nll_text"].notna().sum())}
+        "rows": len(losses),
+        "rows_text": int(has_text.sum()),
+        "sources": losses["source"].nunique(),
+        "sources_text": losses["source"][has_text].nunique()}
     measures = list(RATIOS)
     if scores is not None:
         result["samples"] = int(losses.index.isin(scores.index).sum())
         measures += [Ratio(name, name, "samples") for name in scores.columns]
 
     by_source = summands(losses, scores).groupby("source").sum()
-    result["sources"] = len(by_source)
     totals = by_source.sum()
     resamples = resampled_sums(by_source.to_numpy(), num_resamples)
     resampled = {name: resamples[:, i] for i, name in enumerate(by_source.columns)}
@@ -4807,10 +4866,9 @@ def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
     for measure in measures:
         numerator = measure.numerator
         denominator = measure.denominator
-        condition = measure.must_be_positive
         if totals[denominator] <= 0:
             continue
-        if condition is not None and np.percentile(resampled[condition], 2.5) <= 0:
+        if measure.needs_text and not reads_text(losses, num_resamples):
             continue
         result[measure.name] = float(totals[numerator] / totals[denominator])
         if len(by_source) > 1 and (resampled[denominator] > 0).all():
@@ -4846,9 +4904,6 @@ def write_report(measured: Measured, split: Split, cfg: Config, device: torch.de
     with drawing(picture):
         plot_report(picture, metrics, run_folder.name, result)
     print_report(result, predictions, metrics)
-    if "gap_closed" in result and result["sources"] < FEWEST_SOURCES:
-        log.warning(f"gap_closed is of {result['sources']} vectors: of fewer than "
-                    f"{FEWEST_SOURCES} it is not reliable")
     log.info(f"files: {folder}")
     adapter = folder / "adapter_best.safetensors"
     if predictions and adapter.exists():
@@ -4902,10 +4957,12 @@ def describe_gap(result: Json, metrics: list[Json]) -> str:
     unless the report leaves out tasks: the losses on validation are of all."""
     if "gap_closed" in result:
         text = f"{result['gap_closed']:.4f} on {result['split']}"
-        if result["sources"] < FEWEST_SOURCES:
-            text += f", not reliable: of {result['sources']} vectors"
+        if result["sources_text"] < FEWEST_SOURCES:
+            text += f", not reliable: of {result['sources_text']} vectors"
+    elif result["rows_text"] == 0:
+        text = "none: no row has a text, or one that fits data.max_seq_length"
     else:
-        text = "none: this LLM does not read the texts better than other rows' vectors"
+        text = "none: this LLM reads no task's text surely better than another row's vector"
     if result["tasks_left_out"]:
         return text
     validations = [entry for entry in metrics if {"val_loss", "val_loss_shuffled"} <= entry.keys()]
@@ -5006,7 +5063,7 @@ def print_report(result: Json, predictions: list[Json],
     lines.append("")
     lines.append(f"gap_closed: {describe_gap(result, metrics)}")
     left_out = result["tasks_left_out"]
-    if left_out and "gap_closed" in result:
+    if left_out:
         lines.append(
             f"left out of it: {len(left_out)} of {len(result['tasks'])} task types, whose text the "
             f"LLM reads no better than another row's vector: {', '.join(left_out)}")
@@ -5078,7 +5135,7 @@ class LLMEngine:
         tokenizer = load_tokenizer(model, "model")
         self.llm = load_llm(model, find_device(), bf16, "model")
         self.prompt = Prompt(tokenizer, template)
-        self.prompt.check_fits(self.llm)
+        self.prompt.check_fits(self.llm.get_input_embeddings().num_embeddings)
         self.batch_size = GENERATION_BATCH[self.llm.device.type]  # questions of a call
         self.name = f"{weights_hash(self.llm)} {'bf16' if bf16 else 'fp32'}"
 
@@ -5095,6 +5152,9 @@ class LLMEngine:
         embed = self.llm.get_input_embeddings()
         prompt_embeds = []
         for example in encoder.encode(rows, names, "text"):
+            if example.truncated:
+                warn_once(f"model: the LLM reads {room} tokens of a prompt beside an answer of "
+                          f"{self.max_new_tokens}: longer texts are cut")
             # Without the labels: the response is empty, but the template ends it.
             ids = torch.from_numpy(example.ids[: -example.num_labels])
             prompt_embeds.append(embed(ids.to(self.llm.device)))
@@ -5166,7 +5226,7 @@ class ServerEngine:
                 is_busy = e.status_code in (429, 503) and seconds > 0
                 if not is_busy or passed + seconds > LONGEST_RETRY_AFTER:
                     raise
-            self._wait(seconds)
+                self._wait(seconds)
 
     def _wait(self, seconds: float) -> None:
         """Sleep, and say so, once for all threads that are told to wait at that time."""
@@ -5193,7 +5253,7 @@ def retry_after_seconds(header: str | None) -> float:
 
 class AnswerLog:
     """Answers by key, appended to a file as they come: a command that was killed asks only for the
-    missing ones."""
+    missing ones, and for those that the server refused, which are in memory alone."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -5202,8 +5262,7 @@ class AnswerLog:
         for line in lines:
             with contextlib.suppress(ValueError, LookupError, TypeError):  # torn by a kill, blank
                 entry = json.loads(line)
-                self._answers[entry["key"]] = Answer(
-                    entry["text"], entry["finished"], entry.get("refusal", ""))
+                self._answers[entry["key"]] = Answer(entry["text"], entry["finished"])
 
     def __contains__(self, key: str) -> bool:
         return key in self._answers
@@ -5213,8 +5272,12 @@ class AnswerLog:
 
     def append(self, answers: dict[str, Answer]) -> None:
         """Raises: UserError if the file cannot be written."""
-        lines = [json.dumps({"key": key, **answer._asdict()}) for key, answer in answers.items()]
-        append_text(self.path, "".join(f"\n{line}" for line in lines))  # first: it ends a torn line
+        lines = ""
+        for key, answer in answers.items():
+            if not answer.refusal:
+                entry = {"key": key, "text": answer.text, "finished": answer.finished}
+                lines += "\n" + json.dumps(entry)  # first a line break: it ends a torn line
+        append_text(self.path, lines)
         self._answers |= answers
 
 
@@ -5433,11 +5496,8 @@ class TrialTrainer(Trainer):
         """Quarters, so that trials of different batch sizes are pruned at equal progress."""
         return max(1, math.ceil(self.total_steps / 4))
 
-    def compare_splits(self) -> None:
+    def check_data(self) -> None:
         """The worker has done so."""
-
-    def check_embedder(self) -> None:
-        pass
 
     def load_llm(self) -> PreTrainedModel:
         return self.worker.load_llm(self.cfg, self.device)
@@ -5480,7 +5540,7 @@ class SweepWorker:
         device = start_distributed()
         check_can_write(Path(sweep.output_dir), "output.dir")
         splits = open_inputs(cfg, ("train", "val"), cfg.model.tokens, None)
-        warn_of_trained_texts(splits, device)
+        check_data(cfg, splits, device)
         self.study = open_study(sweep)
         self.scorer = load_scorer(cfg.eval, device)
         self._llm: PreTrainedModel | None = None
@@ -5668,7 +5728,6 @@ def report_on_adapter(options: EvalOptions) -> Json:
     check_embedder(options.eval, options.model.bf16, device, splits)
     elm = ELM.from_adapter(
         adapter, metadata, path, options.model.llm, options.model.bf16, options.deepspeed)
-    split.encoder.prompt.check_fits(elm.llm)
     check_llm(elm, options.data.max_seq_length)
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -251,7 +251,7 @@ def embed(options: EmbedOptions, texts_path: Path, out: Path) -> None:
 
 
 def write_embeddings(model: SentenceTransformer, texts: Iterable[str], num_texts: int,
-                options: EmbedOptions, work: Path, out: Path) -> None:
+                     options: EmbedOptions, work: Path, out: Path) -> None:
     """Write the vectors of texts as a table [num_texts, width] of unit vectors in fp32. Each block
     of texts is saved in the folder `work`, by a hash of all it depends on, and taken from there by
     a later call. Raises: UserError."""
@@ -492,13 +492,14 @@ def make_engine(options: SynthesizeOptions) -> elm.LLMEngine | elm.ServerEngine:
         options.concurrency)
 
 
-def answer_rows(engine: elm.LLMEngine | elm.ServerEngine, rows: Iterable[DraftRow],
+def answer_rows(engine: elm.LLMEngine | elm.ServerEngine, rows: list[DraftRow],
                 log: elm.AnswerLog, options: SynthesizeOptions) -> None:
     """Set the responses that rows lack, or why an answer is rejected. A rejected answer is asked
     for once more, with another seed and a temperature above 0, but not one that the server refused.
     Raises: UserError."""
     refusals = []
     pending = [row for row in rows if not row.response]
+    num_asked = len(pending)
     pending.sort(key=lambda row: len(row.text), reverse=True)  # texts of a batch are alike long
     for attempt in range(2):
         temperature = options.temperature or float(attempt)
@@ -516,7 +517,7 @@ def answer_rows(engine: elm.LLMEngine | elm.ServerEngine, rows: Iterable[DraftRo
                 refusals.append(answer.refusal)
         pending = [row for row in pending if row.rejected and row.rejected != REFUSED]
     if refusals:
-        elm.log.warning(f"endpoint: the server refused {len(refusals)} of {len(rows)} rows, which "
+        elm.log.warning(f"endpoint: the server refused {len(refusals)} of {num_asked} rows, which "
                         f"are left out; the first: {refusals[0]}")
 
 
@@ -530,7 +531,7 @@ def answer_key(engine_name: str, row: DraftRow, attempt: int, options: Synthesiz
 def ask_missing(engine: elm.LLMEngine | elm.ServerEngine, questions: dict[str, elm.Question],
                 log: elm.AnswerLog, temperature: float, label: str) -> None:
     """Append the answers that the log lacks, as they come. Raises: UserError."""
-    missing = missing_keys(questions, log)
+    missing = [key for key in questions if key not in log]
 
     def ask(keys: list[str]) -> list[elm.Answer]:
         seed = int(keys[0][:7], 16)
@@ -538,31 +539,16 @@ def ask_missing(engine: elm.LLMEngine | elm.ServerEngine, questions: dict[str, e
         log.append(dict(zip(keys, answers, strict=True)))
         return answers
 
-    is_first_refusal = True
+    has_told = False  # of a refusal
     blocks = elm.in_blocks(missing, engine.batch_size)
     with elm.progress(None, label, total=len(missing), unit="answer") as bar:
         for answers in elm.prefetch(ask, blocks, engine.num_threads):
             bar.update(len(answers))
-            if answers[0].refusal and is_first_refusal:
+            refusals = [answer.refusal for answer in answers if answer.refusal]
+            if refusals and not has_told:
                 elm.log.warning("endpoint: the server refuses a text; its rows are left out, the "
-                                f"others go on: {answers[0].refusal}")
-                is_first_refusal = False
-
-
-def missing_keys(questions: dict[str, elm.Question], log: elm.AnswerLog) -> list[str]:
-    """The keys that the log has no answers of. A refusal is an answer, unless most are refusals:
-    then a setting or the server was at fault rather than the texts, and they are asked again."""
-    missing = []
-    refused = []
-    for key in questions:
-        if key not in log:
-            missing.append(key)
-        elif log[key].refusal:
-            refused.append(key)
-    num_known = len(questions) - len(missing)
-    if len(refused) > num_known / 2:
-        missing += refused
-    return missing
+                                f"others go on: {refusals[0]}")
+                has_told = True
 
 
 def rejection_reason(row: DraftRow, answer: elm.Answer) -> str:

@@ -252,7 +252,7 @@ def test_measures_are_ratios_of_sums_and_vectors_are_drawn_whole():
     assert result["loss"] == pytest.approx(nll.sum() / tokens.sum())
     assert result["rows"] == 9000
     assert result["rows_text"] == 0
-    counts = {"rows", "rows_text", "sources"}
+    counts = {"rows", "rows_text", "sources", "sources_text"}
     assert set(result) - counts - {"intervals"} == {"loss", "loss_shuffled", "gap"}
     used, which = np.unique(vector, return_inverse=True)
     draws = np.random.default_rng(0).multinomial(len(used), np.full(len(used), 1 / len(used)), 500)
@@ -299,6 +299,16 @@ def test_tasks_whose_text_is_not_read_are_no_part_of_the_gap_closed():
     assert elm.unread_tasks(losses.assign(nll_text=np.nan)) == []
 
 
+def test_a_task_whose_text_is_not_read_does_not_hide_the_others():
+    """A hundred rows of one type whose text is read, as many of another whose text is read badly:
+    over all of them the text is worse than another row's vector."""
+    losses = losses_of(
+        [*range(100)] * 2, task=["summary"] * 100 + ["reconstruct"] * 100, nll=2.0,
+        nll_shuffled=3.0, nll_text=[1.0] * 100 + [9.0] * 100)
+    assert elm.unread_tasks(losses) == ["reconstruct"]
+    assert elm.summarize(losses)["gap_closed"] == pytest.approx(1 / 2)
+
+
 def test_a_task_of_few_rows_with_text_has_no_share():
     """Nine, ten, and ten of which one has no text."""
     losses = losses_of(
@@ -335,11 +345,15 @@ def test_a_report_of_few_vectors_or_without_some_tasks_says_so(data_dir, tmp_pat
     share beside it."""
     few = losses_of([*range(29)], nll=2.0, nll_shuffled=3.0, nll_text=1.0)
     result = write_report(tmp_path / "few", data_dir, few)
-    out, err = capsys.readouterr()
+    out, _ = capsys.readouterr()
     assert result["sources"] == 29
     assert result["tasks_left_out"] == []
     assert "gap_closed: 0.5000 on test, not reliable: of 29 vectors\n" in out
-    assert "elm: warning: gap_closed is of 29 vectors: of fewer than 30 it is not reliable" in err
+    with_more = losses_of([*range(60)], nll=2.0, nll_shuffled=3.0,
+                          nll_text=[1.0] * 29 + [np.nan] * 31)  # fmt: skip
+    result = write_report(tmp_path / "with more", data_dir, with_more)
+    assert (result["sources"], result["sources_text"]) == (60, 29)
+    assert "not reliable: of 29 vectors\n" in capsys.readouterr().out
 
     bad = losses_of([0, 1], task="bad", nll=1.0, nll_shuffled=1.0, nll_text=2.0)
     enough = losses_of([*range(30)], nll=2.0, nll_shuffled=3.0, nll_text=1.0)

@@ -715,6 +715,9 @@ def test_ids_that_the_llm_has_no_embedding_for_are_refused(tmp_path, data_dir, s
             "data.max_seq_length=256", f"adapter={tmp_path / 'own.safetensors'}",
             f"report_dir={tmp_path / 'report'}")  # fmt: skip
     refused(beyond, NO_TABLES, *settings, *more)
+    write_rows(data_dir, "test", [*rows, rows[0] | dict(text="rare")])
+    refused(beyond, NO_TABLES, *settings, *more)
+    assert not (tmp_path / "out").exists()  # before the first step
 
     tokenizer.chat_template = CHAT.replace("assistant", "assistant<image>")
     tokenizer.save_pretrained(llm)

@@ -279,6 +279,8 @@ OTHER_LAUNCHERS = {
              "^SLURM_STEP_NUM_TASKS = 2: .* .under srun one torchrun on each node."),
     "no number": ({"WORLD_SIZE": "two", "RANK": "0"}, "^WORLD_SIZE = 'two': no number"),
     "no number either": ({"RANK": ""}, "^RANK = '': no number"),
+    "mpirun where WORLD_SIZE is of the image": (
+        {"OMPI_COMM_WORLD_SIZE": "2", "WORLD_SIZE": "1"}, "^OMPI_COMM_WORLD_SIZE = 2: "),
     "rank alone": ({"RANK": "1"}, "^RANK = 1: not among WORLD_SIZE = 1 processes"),
     "size alone": ({"WORLD_SIZE": "2"}, "^RANK: not set, but WORLD_SIZE = 2; start the processes"),
     "no size": ({"WORLD_SIZE": "0", "RANK": "0"}, "^RANK = 0: not among WORLD_SIZE = 0"),
@@ -553,7 +555,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number, wait
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    elm.warn_of_no_locks.cache_clear()
+    elm.warn_once.cache_clear()
     (tmp_path / ".lock").touch()  # of a run before the folder was moved here
     for _ in range(2):
         with elm.locked(tmp_path / ".lock", wait):
@@ -605,7 +607,7 @@ def test_a_run_where_a_file_system_lacks_locks_modes_and_syncs(settings, monkeyp
 
     for owner, name in ((fcntl, "flock"), (os, "chmod"), (os, "fsync")):
         monkeypatch.setattr(owner, name, refuse)
-    elm.warn_of_no_locks.cache_clear()
+    elm.warn_once.cache_clear()
     _, out = go(settings, "eval.samples=0")
     assert (out / "eval.json").exists()
     assert capsys.readouterr().err.count("has no locks") == 1

@@ -338,7 +338,7 @@ def test_rows_split_at_random_are_warned_of(settings, data_dir, capsys):
 
 
 def test_of_many_vectors_some_are_compared(settings, data_dir, capsys, monkeypatch):
-    monkeypatch.setitem(elm.MAX_QUERIES_TO_TRAIN, "cpu", 4)
+    monkeypatch.setattr(elm, "MAX_COMPARED_WITH_TRAIN", 4)
     for path in (vectors_path, rows_path):
         shutil.copy(path(data_dir), path(data_dir, "test"))
     go(settings, "train.max_steps=0", "eval.samples=0")

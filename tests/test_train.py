@@ -277,8 +277,8 @@ def test_changed_rows_are_warned_of_at_a_resume(brief, data_dir, capsys, change)
     assert err.count(warning) == 1 and "in another order than a run without the stop" in err
     assert "nothing to do" in out
     go(resumed, "train.max_steps=5")
+    out, err = capsys.readouterr()
     assert err.count(warning) == 1 and steps_of(folder) == [1, 2, 3, 4, 5]
-    capsys.readouterr()
 
     write_rows(data_dir, "test", changed["test"])
     other, _ = go(resumed, "train.max_steps=5")
