@@ -442,7 +442,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     name = name.strip().replace('"', "")
     value = value.strip()
     if not equals or not name:
-        raise UserError(f"{text}: a setting is one word, name=value")
+        raise UserError(f"{text}: a setting is one word, name=value; quote a value with spaces: "
+                        "'query=What is it about?'")
     if not value:  # such as train.lr=$LR where LR is not set
         raise UserError(f"{name}: no value after the =; none restores the default, \"''\" is an "
                         "empty text")
@@ -457,6 +458,8 @@ def parse_override(text: str) -> tuple[str, Any]:
 def parse_overrides(texts: Iterable[str]) -> Json:
     """Values by dotted name; of equal names the last counts. Raises: UserError with one line per
     mistake."""
+    if isinstance(texts, str):
+        raise UserError(f"{texts}: give overrides as a list of texts, [{texts!r}]")
     values = {}
     errors = []
     for text in texts:
@@ -1556,7 +1559,8 @@ def parse_row(line: bytes, tasks: Sequence[str], num_vectors: int) -> Row | None
         raise ValueError(f"unknown task_type {row.task_type!r}{hint}; a task type of your own must "
                          "be named in data.tasks")
     if row.embedding_file_idx >= num_vectors:
-        raise ValueError(f"embedding_file_idx {row.embedding_file_idx} of {num_vectors} vectors")
+        raise ValueError(f"embedding_file_idx {row.embedding_file_idx}, but the split's table has "
+                         f"vectors 0 to {num_vectors - 1}")
     Prompt.split_query(row.query)
     return row
 
@@ -1996,6 +2000,8 @@ def as_tensor(embeddings: Vectors, where: Path | str = "vectors") -> Tensor:
             if array.dtype != object:
                 return fp32_array(array)
             items = array.tolist()  # of a column of pandas: arrays or lists
+        if not items:
+            raise ValueError("the list is empty")
         if any(isinstance(item, Tensor) for item in items):
             return fp32_tensor(torch.stack(list(items)))
         return fp32_array(np.asarray(items))
@@ -2826,6 +2832,9 @@ def repeat_per_vector(texts: str | list[str], n: int) -> list[str]:
     """n texts, of one or n. Raises: UserError."""
     if isinstance(texts, str):
         return [texts] * n
+    are_texts = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
+    if not are_texts:
+        raise UserError(f"{shorten(repr(texts), 60)}: not a text, nor a list of {n} texts")
     if len(texts) != n:
         raise UserError(f"{len(texts)} queries or responses for {n} vectors")
     return texts
@@ -4954,7 +4963,7 @@ def gap_closed(loss: float, loss_shuffled: float, loss_text: float) -> float | N
 
 def describe_gap(result: Json, metrics: list[Json]) -> str:
     """The gap closed of a report, and on the validation split at its first and last validation,
-    unless the report leaves out tasks: the losses on validation are of all."""
+    unless the report is on it, or leaves out tasks: the losses on validation are of all."""
     if "gap_closed" in result:
         text = f"{result['gap_closed']:.4f} on {result['split']}"
         if result["sources_text"] < FEWEST_SOURCES:
@@ -4963,7 +4972,7 @@ def describe_gap(result: Json, metrics: list[Json]) -> str:
         text = "none: no row has a text, or one that fits data.max_seq_length"
     else:
         text = "none: this LLM reads no task's text surely better than another row's vector"
-    if result["tasks_left_out"]:
+    if result["tasks_left_out"] or result["split"] == "val":
         return text
     validations = [entry for entry in metrics if {"val_loss", "val_loss_shuffled"} <= entry.keys()]
     ceilings = [entry["val_loss_text"] for entry in validations if "val_loss_text" in entry]
@@ -5747,7 +5756,7 @@ def generate(options: GenerateOptions) -> None:
     row_ids = range(len(vectors)) if options.rows is None else options.rows
     for row_id in row_ids:
         if not 0 <= row_id < len(vectors):
-            raise UserError(f"rows: no row {row_id} among {len(vectors)}")
+            raise UserError(f"rows: no row {row_id}; the table has rows 0 to {len(vectors) - 1}")
     Prompt.split_query(options.query)
     check_rows(vectors, row_ids, adapter, options.embeddings)  # before the first answer
 
@@ -5955,7 +5964,8 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str],
         if "=" in words[0]:
             parser.error(f"{words[0]} is a setting; the command or the file comes first")
         hint = did_you_mean(words[0], commands)
-        parser.error(f"{words[0]}: no command{hint or '; the commands are ' + ', '.join(commands)}")
+        hint = hint or f"; the commands are {', '.join(commands)}"
+        parser.error(f"{words[0]} is not a command{hint}")
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{undashed(unknown[0], args)}")

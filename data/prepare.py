@@ -673,6 +673,9 @@ def write_splits(rows: list[DraftRow], splits: dict[str, str], table_path: Path,
 
 def train_toml(rows: list[DraftRow], options: SynthesizeOptions, out: Path) -> str:
     """Settings for training on the data set that is to be at `out`."""
+    run_folder = Path("runs", out.name)
+    if run_folder.resolve() == out.resolve():
+        run_folder = out / "run"
     settings = {
         "model.llm": options.model,
         "model.bf16": options.bf16,
@@ -683,7 +686,7 @@ def train_toml(rows: list[DraftRow], options: SynthesizeOptions, out: Path) -> s
         "train.lr": 1e-3,
         "train.warmup_steps": min(100, len(rows) // 100),
         "eval.embedder": options.embedder,
-        "output.dir": f"runs/{out.name}"}
+        "output.dir": str(run_folder)}
     return "".join(f"{key} = {elm.toml_value(value)}\n" for key, value in settings.items())
 
 

@@ -57,8 +57,10 @@ def test_a_file_without_tables_means_the_defaults():
         ("deepspeed.zero_stag=2", "deepspeed: zero_stag: unknown key, did you mean zero_stage?"),
         ('output.dir=""', "output.dir: a path cannot be empty; none restores the default"),
         # no overrides at all
-        ("train.lr", "train.lr: a setting is one word, name=value"),
-        ("=3", "=3: a setting is one word, name=value"),
+        ("train.lr", "train.lr: a setting is one word, name=value; quote a value with spaces: "
+         "'query=What is it about?'"),
+        ("=3", "=3: a setting is one word, name=value; quote a value with spaces: "
+         "'query=What is it about?'"),
         ("train.lr=" + "[" * 9999, "train.lr = '[[["),
     ],
 )
@@ -119,7 +121,8 @@ def test_nothing_after_the_equals_sign_is_refused(key):
         elm.load_config(None, [f"{key}= ", "x"])
     assert str(e.value).splitlines() == [
         f"{key}: no value after the =; none restores the default, \"''\" is an empty text",
-        "x: a setting is one word, name=value"]
+        "x: a setting is one word, name=value; quote a value with spaces: "
+        "'query=What is it about?'"]
 
 
 def test_an_empty_text_is_given_in_quotes():
@@ -171,3 +174,8 @@ def test_keys_by_their_dotted_names():
     assert {"model", "model.llm", "data.tasks", "output.log_file"} <= set(keys)
     assert keys.index("train.lr") < keys.index("loss.drift_weight")
     assert len(set(keys)) == len(keys)
+
+
+def test_overrides_are_a_list():
+    with pytest.raises(elm.UserError, match="give overrides as a list of texts"):
+        elm.load_config(None, "train.max_steps=0")

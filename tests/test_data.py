@@ -480,7 +480,7 @@ VECTORS = "train_embeddings.safetensors"
             (bad_row(embedding_file_idx=i), r":5: field 'embedding_file_idx': .*integer")
             for i in (True, "3", 3.0, 3.5, None)
         ),
-        (bad_row(embedding_file_idx=10), r":5: embedding_file_idx 10 of 10"),
+        (bad_row(embedding_file_idx=10), r":5: embedding_file_idx 10, but .* vectors 0 to 9"),
         (bad_row(embedding_file_idx=-1), r":5: field 'embedding_file_idx'"),
         (bad_row(task_type="sumary"), r":5: unknown task_type 'sumary', did you mean summary"),
         (bad_row(query="<EMB> <EMB>"), r":5: '<EMB> <EMB>': a query has one <EMB> at most"),

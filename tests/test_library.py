@@ -426,6 +426,7 @@ def test_a_loss_has_the_gradient_of_its_vectors(plain):
 
 
 NO_VECTORS = {
+    "an empty list": [],
     "text": ["one", "two"],
     "numbers as text": [["1.0", "2.0"]],
     "ragged": [[1.0, 2.0], [1.0]],
@@ -456,6 +457,16 @@ def test_what_are_no_vectors(plain, llm_dir, name):
         with pytest.raises(elm.UserError, match=rf"^{where}: no vectors \[n, E\] of num") as e:
             function()
         assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("query", [None, 3, ["What?", None], b"What?"])
+def test_what_are_no_queries(plain, query):
+    model, _ = plain
+    vectors = np.ones((2, 12), np.float32)
+    with pytest.raises(elm.UserError, match="not a text, nor a list of 2 texts"):
+        model.generate(vectors, query)
+    with pytest.raises(elm.UserError, match="not a text, nor a list of 2 texts"):
+        model.loss(vectors, "What?", query)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 12), (12, 12, 1), ()])
