@@ -1092,7 +1092,6 @@ class Prompt:
         self.tokenizer = tokenizer
         self.template = template or {}
         self.num_ids = 2**31  # that the LLM has embeddings for; see check_fits
-        self.has_larger_ids = False  # whether the tokenizer's vocabulary exceeds them
         parts = render_prompt(tokenizer, self.template)
         if stored_parts:
             stored_parts = dict(stored_parts)
@@ -1141,11 +1140,10 @@ class Prompt:
                 f"{text[:60]!r}, but the LLM has {self.num_ids} token embeddings; give the "
                 "LLM its own tokenizer")
 
-    def check_fits(self, num_ids: int) -> None:
-        """Raises: UserError, now or in `encode`, at an id that the LLM has no embedding for; it has
-        num_ids of them. Ids of tokens that no prompt or row has may be larger."""
-        self.num_ids = num_ids
-        self.has_larger_ids = max(self.tokenizer.get_vocab().values()) >= num_ids
+    def check_fits(self, llm: PreTrainedModel) -> None:
+        """Raises: UserError, now or in `encode`, at an id that the LLM has no embedding for. Ids of
+        tokens that no prompt or row has may be larger."""
+        self.num_ids = llm.get_input_embeddings().num_embeddings
         self._check_ids(self.prefix_ids, self.template_parts["prefix"])
         self._check_ids(self.suffix_ids, self.template_parts["suffix"])
         self._check_ids(self.end_ids, self.template_parts["end"])
@@ -1676,8 +1674,7 @@ def open_split(data_dir: str, name: str, tasks: tuple[str, ...], encoder: Encode
     """Parse and check every row and every vector. Raises: UserError, OSError.
 
     Only rows that could exceed the encoder's limit are tokenised, to refuse prompts that do not fit
-    and to count responses that will be cut; all rows, where the tokenizer has ids that the LLM has
-    not.
+    and to count responses that will be cut.
     """
     table_path = vectors_path(data_dir, name)
     path = rows_path(data_dir, name)
@@ -1693,8 +1690,8 @@ def open_split(data_dir: str, name: str, tasks: tuple[str, ...], encoder: Encode
     lines = progress(read_lines(path, tasks, len(vectors)), f"reading {name}", unit=" rows")
     for block in in_blocks(lines, 8192):
         entries = []
-        tokenised_rows = []
-        names_of_tokenised = []
+        long_rows = []
+        names_of_long_rows = []
         for number, offset, row in block:
             if not count_row(counts, row, tasks):
                 continue
@@ -1704,15 +1701,12 @@ def open_split(data_dir: str, name: str, tasks: tuple[str, ...], encoder: Encode
             source_id = row.embedding_file_idx  # until find_sources
             entries.append((offset, number, row.embedding_file_idx, source_id, task_id, bool(text),
                             text_hash))
-            may_be_long = max_num_tokens(row.query + row.response) > surely_fits
-            if may_be_long or prompt.has_larger_ids:
-                tokenised_rows.append(row)
-                names_of_tokenised.append(f"{path}:{number}")
+            if max_num_tokens(row.query + row.response) > surely_fits:
+                long_rows.append(row)
+                names_of_long_rows.append(f"{path}:{number}")
         index_blocks.append(np.array(entries, ROW_INDEX))
-        for example in encoder.encode(tokenised_rows, names_of_tokenised):
+        for example in encoder.encode(long_rows, names_of_long_rows):
             counts["responses_cut"] += example.truncated
-        if prompt.has_larger_ids:
-            prompt.encode([row.text or "" for row in tokenised_rows])
     check_any_rows(counts, path, tasks)
 
     index = np.concatenate(index_blocks)
@@ -2603,7 +2597,7 @@ class ELM(nn.Module):
         self.llm = llm
         self.adapter = adapter
         self.prompt = prompt
-        prompt.check_fits(llm.get_input_embeddings().num_embeddings)
+        prompt.check_fits(llm)
         self.trained_for = {
             "hash of the LLM's weights": weights_hash(llm),
             TOKENIZER_HASH: prompt.ids_hash(),
@@ -3827,8 +3821,6 @@ def open_inputs(cfg: Config, names: tuple[str, ...], num_soft_tokens: int,
                 stored_prompt: dict[str, str] | None) -> dict[str, Split]:
     """All that can be opened and checked before a model is loaded: packages, tokenizer, the splits
     of these names. Raises: UserError, OSError."""
-    from transformers import AutoConfig
-
     check_model_name(cfg.model.llm, "model.llm")
     if cfg.eval.samples:
         check_model_name(cfg.eval.bertscore_model, "eval.bertscore_model")
@@ -3836,8 +3828,6 @@ def open_inputs(cfg: Config, names: tuple[str, ...], num_soft_tokens: int,
         check_model_name(cfg.eval.embedder, "eval.embedder")
     check_report_packages(cfg.eval)
     prompt = Prompt(load_tokenizer(cfg.model.llm), cfg.model.template, stored_prompt)
-    llm_config = load_pretrained(AutoConfig, cfg.model.llm, "model.llm")
-    prompt.check_fits(llm_config.get_text_config().vocab_size)
     encoder = Encoder(prompt, num_soft_tokens, cfg.data.max_seq_length)
     splits = open_splits(cfg.data, drop_repeats(names), encoder)
     check_splits(splits, cfg.data.dir)
@@ -5144,7 +5134,7 @@ class LLMEngine:
         tokenizer = load_tokenizer(model, "model")
         self.llm = load_llm(model, find_device(), bf16, "model")
         self.prompt = Prompt(tokenizer, template)
-        self.prompt.check_fits(self.llm.get_input_embeddings().num_embeddings)
+        self.prompt.check_fits(self.llm)
         self.batch_size = GENERATION_BATCH[self.llm.device.type]  # questions of a call
         self.name = f"{weights_hash(self.llm)} {'bf16' if bf16 else 'fp32'}"
 
@@ -5737,6 +5727,7 @@ def report_on_adapter(options: EvalOptions) -> Json:
     check_embedder(options.eval, options.model.bf16, device, splits)
     elm = ELM.from_adapter(
         adapter, metadata, path, options.model.llm, options.model.bf16, options.deepspeed)
+    split.encoder.prompt.check_fits(elm.llm)
     check_llm(elm, options.data.max_seq_length)
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -143,11 +143,10 @@ def test_another_file_as_adapter_is_called_what_it_is(trained, start, llm_dir, t
 def test_a_path_is_not_looked_for_on_the_hub(trained, start, tmp_path, monkeypatch):
     """Which would take half a minute of retries where there is no network."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     for key in ("adapter", "llm"):
-        for name in ("data/tiny/llm", "./gpt2", "../x", "models/mine", "a b", "folder/"):
+        for name in ("data/tiny/llm", "./gpt2", "../x", "models/of/mine", "a b", "folder/"):
             said = refused("", *start, f"{key}={name}", "query=Q")
             assert "hub" not in said and "huggingface" not in said, said
     line = (f"elm: llm: cannot load data/tiny/llm: there is no folder data/tiny/llm here "
