@@ -441,6 +441,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     name = name.strip().replace('"', "")
     value = value.strip()
+    if not text.strip():  # such as "$MORE" where MORE is not set
+        raise UserError("an empty argument; a setting is one word, name=value")
     if not equals or not name:
         raise UserError(f"{text}: a setting is one word, name=value; quote a value with spaces: "
                         "'query=What is it about?'")
