@@ -4476,7 +4476,12 @@ def scorer_layers(cfg: EvalConfig) -> int:
     from transformers import AutoConfig
 
     name = cfg.bertscore_model
-    num_layers = load_pretrained(AutoConfig, name, "eval.bertscore_model").num_hidden_layers
+    config = load_pretrained(AutoConfig, name, "eval.bertscore_model")
+    num_layers = getattr(config, "num_hidden_layers", None)
+    if num_layers is None:  # of text and images, say
+        raise UserError(f"eval.bertscore_model = {name}: bert-score cannot use a model of type "
+                        f"{config.model_type}: its config has no num_hidden_layers; give a model "
+                        "of text")
     layers = cfg.bertscore_layers
     if layers is None:
         layers = known_scorer_layers(name, num_layers)

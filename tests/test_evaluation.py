@@ -35,6 +35,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import (
     AutoModel,
     AutoTokenizer,
+    CLIPConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -791,6 +792,9 @@ def test_what_the_report_lacks_is_told_before_training(settings, data_dir, tmp_p
     message = f"eval.bertscore_layers = 4: {config_alone} has 3 layers"
     with pytest.raises(elm.UserError, match=message):
         go(settings, f"eval.bertscore_model={config_alone}", "eval.bertscore_layers=4")
+    CLIPConfig().save_pretrained(tmp_path / "clip")
+    with pytest.raises(elm.UserError, match="clip: bert-score cannot use a model of type clip: "):
+        go(settings, f"eval.bertscore_model={tmp_path / 'clip'}")
 
     rows = read_jsonl(rows_path(data_dir, "val"))
     write_rows(data_dir, "val", [row | {"embedding_file_idx": 3} for row in rows])
