@@ -694,15 +694,20 @@ def check_launcher() -> None:
             if name not in os.environ:
                 raise UserError(f"{name}: not set, but WORLD_SIZE = {size}; start the processes by "
                                 "torchrun or deepspeed")
-    if "RANK" in os.environ:
-        return
-    for name in SIZES_OF_OTHER_LAUNCHERS:
+    if "RANK" not in os.environ:
+        check_launched_alone("start them by torchrun or deepspeed, which set RANK and WORLD_SIZE "
+                             "(under srun one torchrun on each node)")
+
+
+def check_launched_alone(advice: str) -> None:
+    """Raises: UserError with the advice, if a launcher has started several of these processes."""
+    for name in ("WORLD_SIZE", *SIZES_OF_OTHER_LAUNCHERS):
+        if os.environ.get(name) == "":  # as `SLURM_STEP_NUM_TASKS= python elm.py` unsets it
+            continue
         size = read_launcher_number(name, 1)
         if size > 1:
-            raise UserError(
-                f"{name} = {size}: each of these processes would do the whole job, as RANK is "
-                "not set; start them by torchrun or deepspeed (under srun one "
-                f"torchrun on each node), or unset {name} for one process alone")
+            raise UserError(f"{name} = {size}: each of these processes would do the whole job; "
+                            f"{advice}, or unset {name} for one process alone")
 
 
 def start_distributed() -> torch.device:
@@ -5661,8 +5666,7 @@ def plot_sweep(path: Path, study: optuna.Study) -> None:
 
 def run_sweep(sweep: Sweep) -> None:
     """One worker. Raises: UserError; SystemExit after a signal."""
-    if read_launcher_number("WORLD_SIZE", 1) > 1:
-        raise UserError("sweep: a worker is one process; start one for each GPU by hand")
+    check_launched_alone("a worker is one process, so start one for each GPU by hand")
     check_launcher()
     import_optional("matplotlib").use("Agg")
     level = log.level

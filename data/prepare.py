@@ -701,18 +701,27 @@ def print_samples(rows: list[DraftRow]) -> None:
 # Command line
 
 
+def load_options(
+    settings: list[str], options_class: type[elm.ConfigClass]
+) -> elm.ConfigClass:
+    """Raises: UserError, also if a launcher has started several processes: none of these commands
+    shares its work out."""
+    elm.check_launched_alone("start one by python")
+    return elm.load_config(None, settings, options_class)
+
+
 def run_synthesize(args: argparse.Namespace) -> None:
-    options = elm.load_config(None, args.settings, SynthesizeOptions)
+    options = load_options(args.settings, SynthesizeOptions)
     synthesize(options, Path(args.texts), Path(args.out))
 
 
 def run_embed(args: argparse.Namespace) -> None:
-    options = elm.load_config(None, args.settings, EmbedOptions)
+    options = load_options(args.settings, EmbedOptions)
     embed(options, Path(args.texts), Path(args.out))
 
 
 def run_filter(args: argparse.Namespace) -> None:
-    options = elm.load_config(None, args.settings, FilterOptions)
+    options = load_options(args.settings, FilterOptions)
     filter_tasks(options, Path(args.data), Path(args.out))
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from datetime import timedelta
 
+import prepare
 import pytest
 import torch
 from conftest import NO_TABLES, ROOT, free_port, go, refused, vectors_path
@@ -317,6 +318,7 @@ def test_launchers_that_would_start_whole_runs_are_refused(environment, name):
     {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0"},  # in salloc's shell
     {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"},  # salloc's shell as a step
     {"PMI_SIZE": "2", "RANK": "0", "WORLD_SIZE": "1"},  # of one's own will
+    {"SLURM_STEP_NUM_TASKS": "", "OMPI_COMM_WORLD_SIZE": ""},  # emptied, as the refusal says
 ])  # fmt: skip
 def test_one_process_under_a_launcher(environment, monkeypatch, variables):
     environment(variables)
@@ -344,6 +346,27 @@ def test_every_command_refuses_processes_of_another_launcher(environment, traine
     ):
         refused("OMPI_COMM_WORLD_SIZE = 2", *words)
     assert [p.name for p in tmp_path.iterdir()] == ["sweep.toml"]
+
+
+def test_work_of_one_process_is_not_advised_to_start_several(environment, tmp_path, capsys):
+    """A worker of a sweep, and the preparation of data: under mpirun as under torchrun."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("one\n")
+    sweep = elm.Sweep(elm.StudyConfig(), "out", None, {}, {})
+    for variables, said in (
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE = 2: "),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE = 2: "),
+    ):
+        environment(variables)
+        for words in (["embed", texts, tmp_path / "x.safetensors"],
+                      ["synthesize", texts, tmp_path / "x"], ["filter", tmp_path, tmp_path / "x"]):
+            assert prepare.main([str(word) for word in words]) == 2
+            err = capsys.readouterr().err
+            assert err.startswith(f"elm: {said}") and "start one by python" in err
+        with pytest.raises(elm.UserError, match=f"^{said}.*start one for each GPU by hand") as e:
+            elm.run_sweep(sweep)
+        assert "torchrun" not in str(e.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["texts.txt"]
 
 
 def test_a_process_alone_needs_no_network(run, settings, llm_dir, tmp_path):
