@@ -1155,6 +1155,16 @@ class Prompt:
         self._check_ids(self.suffix_ids, self.template_parts["suffix"])
         self._check_ids(self.end_ids, self.template_parts["end"])
 
+    def can_exceed_ids(self) -> bool:
+        """Whether plain text can have an id that the LLM has no embedding for: one of another token
+        than a control token."""
+        added_tokens = self.tokenizer.added_tokens_decoder
+        for token_id in self.tokenizer.get_vocab().values():
+            is_control_token = token_id in added_tokens and added_tokens[token_id].special
+            if token_id >= self.num_ids and not is_control_token:
+                return True
+        return False
+
     def ids_hash(self) -> str:
         """A hash of the ids of the template's parts and of PROBE_TEXT: of what the tokenizer does,
         in whatever form its files are."""
@@ -3813,6 +3823,16 @@ def check_tasks(splits: dict[str, Split]) -> None:
                             f"{did_you_mean(task, TASKS)}")
 
 
+def check_ids_of_rows(splits: dict[str, Split]) -> None:
+    """Raises: UserError at a text of which the tokenizer makes an id that the LLM has no embedding
+    for. All rows are read, but only where the tokenizer has such ids."""
+    for split in splits.values():
+        if not split.encoder.prompt.can_exceed_ids():
+            continue
+        for row_ids in in_blocks(range(len(split)), 1024):
+            split.examples(row_ids, "text")  # encodes queries, responses and texts
+
+
 def check_report_packages(cfg: EvalConfig) -> None:
     """Raises: UserError if the report will lack a package or the scorer's config. Loads no
     model."""
@@ -4029,6 +4049,7 @@ class Trainer:
             tokens=model.tokens, dropout=model.dropout, residual_scale=model.residual_scale)
         elm = ELM(llm, adapter.to(self.device), train_split.encoder.prompt)
         check_llm(elm, self.cfg.data.max_seq_length)
+        check_ids_of_rows(self.splits)
 
         num_trained = sum(p.numel() for p in adapter.parameters())
         num_frozen = sum(getattr(p, "ds_numel", p.numel()) for p in llm.parameters())  # of ZeRO 3
@@ -5740,6 +5761,7 @@ def report_on_adapter(options: EvalOptions) -> Json:
         adapter, metadata, path, options.model.llm, options.model.bf16, options.deepspeed)
     split.encoder.prompt.check_fits(elm.llm)
     check_llm(elm, options.data.max_seq_length)
+    check_ids_of_rows(splits)
 
     folder.mkdir(parents=True, exist_ok=True)
     measured = measure(elm, split, options.eval)
