@@ -252,14 +252,15 @@ def test_resumes_of_a_finished_run(copied, capsys):
     assert go(settings, *longer)[0] == result
 
 
-@pytest.mark.parametrize("change", ["order", "removed", "another vector"])
+@pytest.mark.parametrize("change", [
+    "order", "removed", "another vector", "as long", "embedded again"])  # fmt: skip
 def test_changed_rows_are_warned_of_at_a_resume(brief, data_dir, capsys, change):
     """Not where they are the same. A finished run says so, too, and its report stands; where the
     rows that it is about are others, it is made again."""
     _, folder = go(brief, "train.max_steps=3")
     resumed = [*brief, "train.resume=auto"]
     go(resumed, "train.max_steps=4")
-    assert "rows have changed" not in capsys.readouterr().err
+    assert "have changed" not in capsys.readouterr().err
     changed = {}
     for split in ("train", "test"):
         rows = read_jsonl(rows_path(data_dir, split))
@@ -267,28 +268,40 @@ def test_changed_rows_are_warned_of_at_a_resume(brief, data_dir, capsys, change)
             rows = rows[::-1]
         elif change == "removed":
             del rows[17]
-        else:
+        elif change == "as long":
+            rows[5]["response"] = rows[5]["response"][::-1]
+        elif change == "another vector":
             rows[5]["embedding_file_idx"] = (rows[5]["embedding_file_idx"] + 1) % 10
         changed[split] = rows
     write_rows(data_dir, "train", changed["train"])
+    if change == "embedded again":
+        reverse_table(data_dir, "train")
     result, _ = go(resumed, "train.max_steps=4")
     out, err = capsys.readouterr()
-    warning = f"train.resume: {rows_path(data_dir)}: its rows have changed since the checkpoint"
-    assert err.count(warning) == 1 and "in another order than a run without the stop" in err
+    warning = f"train.resume: {rows_path(data_dir)}: its rows or their vectors have changed"
+    assert err.count(warning) == 1 and "in another order, than it would without the stop" in err
     assert "nothing to do" in out
     go(resumed, "train.max_steps=5")
     out, err = capsys.readouterr()
     assert err.count(warning) == 1 and steps_of(folder) == [1, 2, 3, 4, 5]
 
     write_rows(data_dir, "test", changed["test"])
+    if change == "embedded again":
+        reverse_table(data_dir, "test")
     other, _ = go(resumed, "train.max_steps=5")
     out, err = capsys.readouterr()
-    assert "nothing to do" not in out and "rows have changed" not in err
+    assert "nothing to do" not in out and "have changed" not in err
     assert other["loss"] != result["loss"] or change == "order"
 
 
+def reverse_table(data_dir, split):
+    table = read_table(data_dir, split).flip(0).contiguous()
+    save_file({"embeddings": table}, vectors_path(data_dir, split))
+
+
 def test_the_hash_of_rows_is_of_those_that_are_trained(data_dir):
-    """Other orders of data.tasks, and task types without rows, make no difference."""
+    """Other orders of data.tasks, task types without rows, rows of other task types, line ends,
+    vectors that no row uses, and the format of the table make no difference."""
 
     def hash_of(*tasks):
         return elm.rows_hash(open_train(data_dir, PROMPT, tasks=tasks))
@@ -296,6 +309,15 @@ def test_the_hash_of_rows_is_of_those_that_are_trained(data_dir):
     wanted = hash_of("summary", "keywords")
     assert hash_of("keywords", "mine", "summary") == wanted
     assert hash_of("keywords") != wanted != hash_of("summary", "keywords", "describe")
+
+    path = rows_path(data_dir)
+    other_row = json.dumps(read_jsonl(path)[0] | {"task_type": "describe"})
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n") + f"\n{other_row}\n".encode())
+    assert hash_of("summary", "keywords") == wanted
+    table = torch.cat([read_table(data_dir), torch.ones(1, 12)]).double()
+    vectors_path(data_dir).unlink()
+    np.save(vectors_path(data_dir).with_suffix(".npy"), table.numpy())
+    assert hash_of("summary", "keywords") == wanted
 
 
 def test_a_damaged_line_of_metrics_is_named(copied):
