@@ -382,6 +382,8 @@ def correct_value(key: str, error: Json) -> str:
         meant = correct_list(value)
     elif error["type"] == "string_type" and isinstance(value, int | float):
         meant = str(value)
+    elif error["type"] in ("float_type", "int_type"):
+        meant = read_number(value, is_whole=error["type"] == "int_type")
     elif error["type"] == "bool_type" or "True" in error.get("ctx", {}).get("expected", ""):
         meant = BOOLEANS.get(str(value).lower())
     else:
@@ -403,6 +405,19 @@ def correct_list(value: object) -> list[Any] | None:
     if all(are_numbers):
         return [int(entry) for entry in entries]
     return None if any(are_numbers) else entries
+
+
+def read_number(value: object, is_whole: bool) -> float | int | None:
+    """The number that TOML writes in another way, such as .5 or, where it is to be whole, 1e3."""
+    number = None
+    if isinstance(value, str | float):
+        with contextlib.suppress(ValueError):
+            number = float(value)
+    if number is None or not math.isfinite(number):
+        return None
+    if not is_whole:
+        return number
+    return int(number) if number.is_integer() else None
 
 
 def parse_config(
