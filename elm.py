@@ -1120,8 +1120,8 @@ class Prompt:
             for key in STRIPPED_BY_TEMPLATE:
                 stored_parts.setdefault(key, "")  # of an early version of elm
             if stored_parts != parts:
-                log.warning(f"{tokenizer.name_or_path}: its chat template differs from training; "
-                            "the adapter's prompt is used")
+                warn_once(f"{tokenizer.name_or_path}: its chat template differs from training; "
+                          "the adapter's prompt is used")
             parts = stored_parts
         elif not tokenizer.chat_template:
             warn_once(f"{tokenizer.name_or_path}: has no chat template; a prompt is the query and "
@@ -4133,11 +4133,11 @@ class Trainer:
             log.info(f"{self.total_steps} steps of {self.rows_per_step} rows, {warmup} of warm-up")
         num_rows = len(self.splits["train"])
         if self.rows_per_step > num_rows:
-            log.warning(f"train.batch_size: a step of {self.rows_per_step} rows takes more than "
-                        f"all {num_rows} rows of train; lower train.batch_size or train.grad_accum")
+            warn_once(f"train.batch_size: a step of {self.rows_per_step} rows takes more than all "
+                      f"{num_rows} rows of train; lower train.batch_size or train.grad_accum")
         if 0 < self.total_steps <= warmup:
-            log.warning(f"train.warmup_steps = {warmup}: no shorter than the run of "
-                        f"{self.total_steps} steps; lower it")
+            warn_once(f"train.warmup_steps = {warmup}: no shorter than the run of "
+                      f"{self.total_steps} steps; lower it")
 
     # Training
 

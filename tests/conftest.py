@@ -291,6 +291,11 @@ def own_linear():
 
 
 @pytest.fixture(autouse=True)
+def no_warning_was_given_before():
+    elm.warn_once.cache_clear()
+
+
+@pytest.fixture(autouse=True)
 def one_thread():
     """Sums in one order, so that equal means equal."""
     torch.set_num_threads(1)

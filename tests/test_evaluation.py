@@ -850,6 +850,17 @@ def test_bad_input_of_eval(trained, tmp_path):
     assert not new.exists()
 
 
+def test_eval_tells_of_another_template_once(trained, llm_dir, tmp_path, capsys):
+    _, folder, settings = trained
+    other = shutil.copytree(llm_dir, tmp_path / "llm")
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>assistant", "<|im_start|>bot"))
+    evaluate(settings, f"model.llm={other}", f"adapter={folder}", "eval.samples=0",
+             f"report_dir={tmp_path / 'report'}")
+    err = capsys.readouterr().err
+    assert err.count("its chat template differs from training") == 1
+
+
 def test_eval_writes_the_log_file(trained, tmp_path):
     """As training does, also where it is called from Python."""
     _, folder, settings = trained

@@ -356,6 +356,9 @@ def test_a_sweep_says_it_once(settings, data_dir, tmp_path, capsys):
               "output.dir": str(tmp_path / "sweep")}
     path = tmp_path / "sweep.toml"
     path.write_text("".join(f"{key} = {elm.toml_value(v)}\n" for key, v in tables.items()))
-    assert elm.main(["sweep", str(path)]) == 0
-    assert len(told_of_trained_texts(capsys.readouterr().err)) == 1
+    assert elm.main(["sweep", str(path), "base.train.batch_size=100"]) == 0
+    err = capsys.readouterr().err
+    assert len(told_of_trained_texts(err)) == 1
+    assert err.count("a step of 100 rows takes more than all 40") == 1
+    assert err.count("train.warmup_steps = 2: no shorter than the run of 1") == 1
     assert len(read_jsonl(tmp_path / "sweep" / "trials.jsonl")) == 2
