@@ -5162,7 +5162,7 @@ def print_next_command(adapter: Path, table: Path, prediction: Json) -> None:
 SERVER_RETRIES = 5  # of a request, after waits that grow to eight seconds
 LONGEST_RETRY_AFTER = 3600  # seconds that a server may let a request wait, all in all
 # Statuses of a request that are about its text: it is too long, or a content filter stops it.
-REFUSAL_STATUSES = (400, 413, 422)
+REFUSAL_STATUSES = (400, 403, 413, 422, 451)
 
 
 @dataclass(frozen=True)
@@ -5250,6 +5250,9 @@ class ServerEngine:
                 if e.status_code not in REFUSAL_STATUSES:
                     raise
                 return Answer("", finished=False, refusal=clip(str(e)))
+        refusal = refusal_in(reply)
+        if refusal:
+            return Answer("", finished=False, refusal=refusal)
         try:
             choice = reply.choices[0]
             text = choice.message.content or ""
@@ -5282,8 +5285,21 @@ class ServerEngine:
             is_news = now >= self._waits_until
             self._waits_until = max(self._waits_until, now + seconds)
         if is_news:
-            log.info(f"endpoint: {self.endpoint} is busy and asks to wait {seconds:.0f} s")
+            log.info(f"endpoint: {self.endpoint} is busy and asks to wait "
+                     f"{math.ceil(seconds)} s")
         time.sleep(seconds)
+
+
+def refusal_in(reply: Any) -> str:
+    """Why a reply of status 200 has no answer, as some servers and routers tell it of a text that a
+    filter stops, or ""."""
+    error = getattr(reply, "error", None)
+    if isinstance(error, dict) and error.get("code") in REFUSAL_STATUSES:
+        return clip(f"{error['code']} - {error.get('message')}")
+    choices = getattr(reply, "choices", None)
+    if choices and getattr(choices[0], "finish_reason", None) == "content_filter":
+        return "finish_reason content_filter"
+    return ""
 
 
 def retry_after_seconds(header: str | None) -> float:

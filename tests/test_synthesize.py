@@ -383,6 +383,12 @@ class TinyServer(ThreadingHTTPServer):
         return json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
 
 
+REPLIES_WITHOUT_ANSWER = {  # with status 200: of a router, of a server
+    "moderated": {"error": {"code": 403, "message": "your input was flagged"}},
+    "filtered": {"choices": [{"index": 0, "finish_reason": "content_filter", "message": None}]},
+    "overloaded": {"error": {"code": 502, "message": "no instance is free"}}}
+
+
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
@@ -399,6 +405,8 @@ class Handler(BaseHTTPRequestHandler):
             reply = self.server.answer(message, body["max_tokens"])
         elif failure == "400":
             reply = json.dumps({"message": "maximum context length exceeded"}).encode()
+        elif failure in REPLIES_WITHOUT_ANSWER:
+            reply = json.dumps(REPLIES_WITHOUT_ANSWER[failure]).encode()
         else:
             reply = b"<garbage\xff"
         status = int(failure) if failure.isdecimal() else 200
@@ -515,6 +523,24 @@ def test_a_refused_text_is_left_out_and_not_asked_again(texts, tmp_path, start_s
     rows = read_all_rows(out)
     assert len(rows) == 46
     assert {row["text"] for row in rows} == set(FEW_TEXTS) - {server.refused_text}
+
+
+@pytest.mark.parametrize(("failure", "refusal"), [
+    ("moderated", "403 - your input was flagged"), ("filtered", "finish_reason content_filter"),
+    ("403", "Error code: 403"), ("451", "Error code: 451")])
+def test_a_text_is_refused_by_other_words_of_servers(start_server, failure, refusal):
+    server = start_server(failure)
+    engine = elm.ServerEngine(server.endpoint.partition("=")[2], "tiny", {}, 64, 1)
+    refused, answer = [engine.answer([elm.Question("Summarize it.", TEXTS[0])], 0, 0.0)[0]
+                       for _ in range(2)]
+    assert refused.refusal.startswith(refusal) and not refused.finished and not refused.text
+    assert not answer.refusal and answer.text
+
+
+def test_an_error_of_a_router_is_about_no_text(start_server):
+    engine = elm.ServerEngine(start_server("overloaded").endpoint.partition("=")[2], "", {}, 64, 1)
+    with pytest.raises(elm.UserError, match="no chat completion: .*no instance is free"):
+        engine.answer([elm.Question("Summarize it.", TEXTS[0])], 0, 0.0)
 
 
 def test_refusals_are_not_written(tmp_path):
