@@ -2312,6 +2312,8 @@ def weights_hash(model: nn.Module) -> str:
         with gathered:
             stride = max(1, parameter.numel() // 16)
             samples.append(parameter.flatten()[::stride].bfloat16().float())  # a copy, no view
+    if not samples:  # an embedder may have no weights, as a bag of words
+        return ""
     return sha256_short(torch.cat(samples).cpu().numpy().tobytes())
 
 
@@ -4639,7 +4641,7 @@ def compare_embedder(name: str, bf16: bool, device: torch.device,
         if full_width < width:
             raise UserError(f"eval.embedder: {name} makes vectors of width {full_width}, data.dir "
                             f"has {width}")
-        if origin.model and Path(origin.model).name != Path(name).name:
+        if origin.model and last_part(origin.model) != last_part(name):
             log.warning(f"eval.embedder = {name}: {split.table_path} says that {origin.model} made "
                         "its vectors")
         row_ids = np.flatnonzero(split.index["has_text"])

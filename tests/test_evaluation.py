@@ -765,12 +765,13 @@ def test_texts_are_cut_as_the_table_says(data_dir, tmp_path, capsys):
 
 
 def test_a_table_of_another_model_is_told(data_dir, tmp_path, capsys):
-    """A folder of the same name elsewhere is the same model; other programs' metadata says nothing,
-    nor does a .npy file."""
+    """A folder of the hub's cache, of the same name, is the same model; other programs' metadata
+    says nothing, nor does a .npy file."""
     embedder = make_embedder(tmp_path / "embedder", 12)
     embed_rows(data_dir, embedder, 12)
     change_table(data_dir, "train", lambda table: table, metadata_of("Qwen/Qwen3-Embedding-4B"))
-    change_table(data_dir, "val", lambda table: table, metadata_of("/elsewhere/embedder/"))
+    cached = "/cache/models--mine--embedder/snapshots/1f2e"
+    change_table(data_dir, "val", lambda table: table, metadata_of(cached))
     change_table(data_dir, "test", lambda table: table, {"embed": "{", "model": "other"})
     elm.compare_embedder(str(embedder), False, CPU, open_splits(data_dir, *elm.SPLITS))
     err = capsys.readouterr().err

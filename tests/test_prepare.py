@@ -32,7 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import BoW, Pooling, StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import elm
@@ -246,6 +246,15 @@ def test_a_static_embedder_reads_whole_texts(texts, tmp_path, max_tokens):
     for row, vector in zip(read_jsonl(texts), elm.open_vectors(out), strict=True):
         expected = table[[words.index(word) for word in row["text"].split()]].mean(0)
         assert torch.nn.functional.cosine_similarity(vector, expected, dim=0) > 0.99999
+
+
+def test_an_embedder_without_weights(texts, tmp_path):
+    words = sorted({word for row in read_jsonl(texts) for word in row["text"].lower().split()})
+    model = tmp_path / "bow"
+    SentenceTransformer(modules=[BoW(words, {}, 1.0)], device="cpu").save(str(model))
+    code, printed = run_prepare("embed", texts, tmp_path / "x.safetensors", f"model={model}")
+    assert code == 0, printed
+    assert f"200 vectors of width {len(words)}; no text is cut" in printed
 
 
 def test_code_beside_an_embedder_is_not_run(texts, tmp_path):
