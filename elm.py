@@ -2248,7 +2248,9 @@ def load_llm_zero3(name: str, device: torch.device, bf16: bool, key: str,
     # and a lock that hangs every later run if the build is killed. gloo is enough.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():  # one process alone, by a store without a TCP port
-        init_process_group(device, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        message = "deepspeed.zero_stage = 3: needs a network interface (loopback); 0 needs none"
+        with user_error(message, RuntimeError):
+            init_process_group(device, store=torch.distributed.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     config = {
         **cfg.model_extra,
@@ -5518,7 +5520,8 @@ def create_study(sweep: Sweep) -> optuna.Study:
     retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
     exception_types = (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError,
                        RuntimeError)
-    with user_error(f"study.storage: cannot open {address}", *exception_types):
+    message = f"study.storage: cannot open {address} (study.storage=URL names another database)"
+    with user_error(message, *exception_types):
         storage = optuna.storages.RDBStorage(
             url, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
             heartbeat_stale_trial_callback=retry)

@@ -377,6 +377,10 @@ def test_a_process_alone_needs_no_network(run, settings, llm_dir, tmp_path):
     done = run(NO_TABLES, *settings, "eval.samples=0", launcher=isolated)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "eval.json").exists()
+    more = ["deepspeed.zero_stage=3", f"output.dir={tmp_path / 'zero3'}"]
+    done = run(NO_TABLES, *settings, *more, launcher=isolated)
+    assert done.returncode == 2
+    assert "elm: deepspeed.zero_stage = 3: needs a network interface" in done.stderr
 
 
 # -----------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_bad_input_of_sweep(sweep_file, out, monkeypatch):
         ("^elm: base.config: there is no file nowhere.toml here", "base.config=nowhere.toml"),
         ("data.dir: there is no file .*train_embeddings.safetensors", "base.data.dir=/nowhere"),
         ("eval.bertscore_layers = 9", "base.eval.bertscore_layers=9"),
-        ("open 127.0.0.1:1/x", "study.storage=postgresql+psycopg://u:secret@127.0.0.1:1/x"),
+        ("open 127.0.0.1:1/x .study.storage=URL names another", "study.storage=postgresql+psycopg://u:secret@127.0.0.1:1/x"),
         ("cannot open .*h:1/x", "study.storage=postgresql://h:1/x?password=secret"),
         ("study.storage: cannot open h/x", "study.storage=mysql://u:sec/secret@h/x"),
         ("cannot open /nowhere/study.log", "study.storage=/nowhere/study.log"),
