@@ -2113,9 +2113,15 @@ def check_model_name(name: str, key: str) -> None:
                         f"config.json{way_on}")
 
 
+# transformers replaces functions of its own and of torch while it loads a model: two threads that
+# load at a time would leave them replaced for good, and weights untied.
+LOADING = threading.RLock()
+
+
 @contextlib.contextmanager
 def report_load_errors(name: str, key: str) -> Iterator[None]:
-    """Raises: UserError that names the config key, if loading `name` fails."""
+    """For what loads `name`, in one thread at a time. Raises: UserError that names the config key,
+    if that fails."""
     check_model_name(name, key)
     from transformers import logging as transformers_logging
 
@@ -2131,7 +2137,7 @@ def report_load_errors(name: str, key: str) -> Iterator[None]:
         message += " (python -OO drops the docstrings that transformers reads: use -O)"
     # At a broken folder libraries raise exceptions of any type, tokenizers even Exception itself.
     # Only their code runs in here.
-    with user_error(message, Exception):
+    with LOADING, user_error(message, Exception):
         yield
 
 

@@ -7,6 +7,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -185,6 +186,27 @@ def state_of(model) -> tuple:
     return (model.llm.generation_config.to_json_string(), id(model.llm.generation_config),
             model.llm.config._attn_implementation, model.adapter.training,
             vars(model.llm.base_model).get("forward"))  # fmt: skip
+
+
+def test_threads_load_models_one_after_the_other(llm_dir):
+    """transformers leaves its own functions replaced where two threads load at a time: from then on
+    it finds tied weights missing."""
+    loading = []
+    most = 0
+
+    class Slow:
+        @staticmethod
+        def from_pretrained(name, **options):
+            nonlocal most
+            loading.append(name)
+            most = max(most, len(loading))
+            time.sleep(0.05)
+            loading.pop()
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            pool.submit(elm.load_pretrained, Slow, str(llm_dir), "llm")
+    assert most == 1
 
 
 def test_no_backward_pass_runs_under_the_lock(plain):
