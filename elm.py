@@ -174,11 +174,21 @@ def drop_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def check_template_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Raises: ValueError at Python's True and False as a text, which a template takes for true."""
+    for name, value in arguments.items():
+        if value in ("True", "False"):
+            raise ValueError(f"{name} = {value!r}: TOML writes {value.lower()}")
+    return arguments
+
+
 PathStr = Annotated[str, pydantic.AfterValidator(expand_path)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 ZeroStage = Annotated[int, Field(ge=0, le=3)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
+TemplateArguments = Annotated[
+    dict[str, Any], pydantic.AfterValidator(check_template_arguments)]
 RowIds = Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
 TaskNames = Annotated[
     tuple[str, ...], Field(strict=False, min_length=1), pydantic.AfterValidator(drop_repeats)]
@@ -218,7 +228,7 @@ class ModelConfig(Table):
     bf16: bool = True  # of the LLM; the adapter and its optimizer are always fp32
     grad_checkpoint: Literal[True, False, "auto"] = "auto"  # recompute the LLM's layers in the
     #   backward pass to save memory: all, none, or as many as the GPU's memory makes necessary
-    template: dict[str, Any] = {}  # arguments of the chat template: { enable_thinking = false }
+    template: TemplateArguments = {}  # arguments of the chat template: { enable_thinking = false }
 
 
 class DataConfig(Table):
@@ -380,6 +390,8 @@ def correct_value(key: str, error: Json) -> str:
         return ""
     if error["type"] == "tuple_type":
         meant = correct_list(value)
+        if key == "rows" and any(isinstance(entry, str) for entry in meant or [""]):
+            meant = [0, 7]  # for example
     elif error["type"] == "string_type" and isinstance(value, int | float):
         meant = str(value)
     elif error["type"] in ("float_type", "int_type"):
@@ -517,6 +529,8 @@ def load_config(
 ) -> ConfigClass:
     """A TOML file (None: the defaults) under overrides of the form `section.key=value`.
     Raises: OSError; UserError with one line per mistake."""
+    if isinstance(overrides, str):
+        raise UserError(f"load_config: takes a list of overrides, as [{overrides!r}]")
     tables = read_toml(path) if path else {}
     if "space" in tables and "space" not in config_class.model_fields:
         raise UserError(f"{path}: is the file of a sweep: python elm.py sweep {path}")
@@ -5767,6 +5781,9 @@ class GenerateOptions(Table):
 def evaluate(options: EvalOptions) -> Json:
     """The report of a training's end on any adapter: returns the dict of eval.json, of other
     processes than 0 {}. Raises: UserError."""
+    if not isinstance(options, EvalOptions):
+        raise UserError(f"evaluate: takes EvalOptions, not a {type(options).__name__}; "
+                        "load_config(path, ['adapter=…'], EvalOptions) makes them of a TOML file")
     with log_to_file(options.output.log_file):
         return report_on_adapter(options)
 
@@ -5937,6 +5954,7 @@ PLAIN_WORDS = {
     "Share": "number from 0 to 1", "Shares": "three numbers", "NumTasks": "integer above 0",
     "Seed": "integer from 0", "ZeroStage": "0 to 3", "RowIds": "list of integers",
     "TaskNames": "list of texts", "ServerURL": "URL", "dict[str, Any]": "table",
+    "TemplateArguments": "table", "elm.TemplateArguments": "table",
     "TASKS": "all 13", "elm.TASKS": "all 13", "None": "none", "True": "true", "False": "false"}
 
 
@@ -6041,6 +6059,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str],
 def undashed(argument: str, args: argparse.Namespace) -> str:
     """A hint at the setting that --name=value stands for, or ""."""
     name, _, value = argument.lstrip("-").partition("=")
+    name = name.replace("-", "_")
     last_part = name.rpartition(".")[2]
     for key in dotted_keys(args.command.config_class):
         if key == name or key.rpartition(".")[2] == last_part:

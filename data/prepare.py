@@ -364,7 +364,10 @@ REFUSED = "refused by the server"
 
 
 def count_or_all(value: Any) -> Any:
-    """`all` as a number that no number of tasks exceeds."""
+    """`all` as a number that no number of tasks exceeds. Raises: ValueError at another text."""
+    if isinstance(value, str) and value != "all":
+        raise ValueError(f"{value}: the number of task types of each text, or all; queries=FILE "
+                         "adds or drops some")
     return sys.maxsize if value == "all" else value
 
 
@@ -413,7 +416,7 @@ class SynthesizeOptions(Table):
     max_new_tokens: PositiveInt = 256  # of an answer; a longer one is rejected
     temperature: NonNegativeFloat = 0.0  # of sampling; 0: greedy
     seed: Seed = 42  # of tasks, queries and sampling
-    template: dict[str, Any] = {}  # arguments of the chat template: { enable_thinking = false }
+    template: elm.TemplateArguments = {}  # of the chat template: { enable_thinking = false }
     bf16: bool = True  # of the LLM and the embedder
 
 

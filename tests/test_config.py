@@ -45,6 +45,8 @@ def test_a_file_without_tables_means_the_defaults():
         ("wandb.enabled=yes", "must be true or false, as wandb.enabled=true"),
         ("train.lr=.1", "train.lr = '.1': Input should be a valid number, as train.lr=0.1"),
         ("train.max_steps=1e3", "1000.0: Input should be a valid integer, as train.max_steps=1000"),
+        ("model.template.enable_thinking=False",
+         "model.template: enable_thinking = 'False': TOML writes false"),
         ("model.grad_checkpoint=True", "true, false or 'auto', as model.grad_checkpoint=true"),
         # values out of range
         ("train.lr=0", "train.lr = 0: Input should be greater than 0"),

@@ -667,7 +667,7 @@ def test_bad_options(texts, tmp_path):
     assert_refused("taken: exists already", "synthesize", texts, tmp_path / "taken",
                    "model=nonsense/x")
     cases = [
-        ("tasks=some", "tasks = 'some': .*valid integer"),
+        ("tasks=some", "tasks: some: the number of task types of each text, or all; queries=FILE"),
         ("split=[1, 0, 0]", "split.1 = 0: .*greater than 0"),
         ("split=0.8", r"^elm: split: 0.8 are not the shares of train, val and test, as "
                       r"'split=\[0.8, 0.1, 0.1\]'$"),

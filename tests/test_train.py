@@ -665,6 +665,13 @@ def test_train_takes_a_config(given):
                             "load_config(path) makes one of a TOML file")
 
 
+def test_settings_in_python_that_are_none():
+    with pytest.raises(elm.UserError, match=r"takes a list of overrides, as \['train.lr=0.1'\]"):
+        elm.load_config(None, "train.lr=0.1")
+    with pytest.raises(elm.UserError, match="evaluate: takes EvalOptions, not a Config"):
+        elm.evaluate(elm.Config())
+
+
 def test_models_of_the_report_that_cannot_be_loaded(settings, tmp_path):
     """The line says how to do without."""
     for key, way_on in (("bertscore_model", "eval.samples=0"), ("embedder", "eval.embedder=none")):
