@@ -1006,7 +1006,7 @@ def open_template(tokenizer: PreTrainedTokenizerBase, arguments: Json) -> ChatTe
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, arguments: Json) -> dict[str, str]:
     """What the chat template does to a user's turn and its answer: the texts TEXTS_OF_TEMPLATE and
-    the characters STRIPPED_BY_TEMPLATE.
+    the characters STRIPPED_BY_TEMPLATE, by the template or by the tokenizer.
 
     `end` ends an assistant's turn, up to its first control token. Without a chat template: what the
     tokenizer puts before any text (a BOS token, say), a line break, the EOS token; nothing is
@@ -1043,10 +1043,10 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, arguments: Json) -> dict[s
         "prefix": prefix,
         "suffix": suffix,
         "end": end,
-        "user_lstrip": of_user.left,
-        "user_rstrip": of_user.right,
-        "assistant_lstrip": of_assistant.left,
-        "assistant_rstrip": of_assistant.right}
+        "user_lstrip": stripped_after(prefix, tokenizer) or of_user.left,
+        "user_rstrip": stripped_before(suffix, tokenizer) or of_user.right,
+        "assistant_lstrip": stripped_after(suffix, tokenizer) or of_assistant.left,
+        "assistant_rstrip": stripped_before(end, tokenizer) or of_assistant.right}
 
 
 class Stripped(NamedTuple):
@@ -1068,6 +1068,24 @@ def find_stripped(render: Callable[[str], str], text: str) -> Stripped:
         if len(shown_after) == len(after):
             right += character
     return Stripped(left, right)
+
+
+def stripped_after(part: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The characters that the tokenizer strips from what follows a part of a template: all of
+    WHITE_SPACE where the part ends, but for white space, with a token such as Phi's <|assistant|>,
+    which swallows white space after it."""
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.rstrip and part.rstrip().endswith(token.content):
+            return WHITE_SPACE
+    return ""
+
+
+def stripped_before(part: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    """As stripped_after, from what a part follows."""
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.lstrip and part and part.lstrip().startswith(token.content):
+            return WHITE_SPACE
+    return ""
 
 
 def prompt_without_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -26,6 +26,7 @@ from conftest import (
 )
 from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
+from transformers import AddedToken
 
 import elm
 
@@ -244,6 +245,35 @@ def test_a_row_is_the_conversation_as_its_tokenizer_renders_it(data_dir, kind, q
     assert not tokenizer.decode(wanted[length:]).strip()  # what follows an end
     for example in (by_text, by_vector, alone):
         assert example.ids[-example.num_labels :].tolist() == alone.ids.tolist()
+
+
+PHI = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("lstrip, rstrip", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("query", ["<EMB> What?", "Say <EMB>", "What is it?"])
+def test_white_space_that_control_tokens_swallow(data_dir, lstrip, rstrip, query):
+    """As Phi's do, by their tokenizer: a row has the ids of the conversation."""
+    tokenizer = byte_tokenizer(PHI)
+    for content in ("<|user|>", "<|assistant|>", "<|end|>"):
+        token = AddedToken(content, lstrip=lstrip, rstrip=rstrip, normalized=False)
+        tokenizer.add_tokens([token], special_tokens=True)
+    text = "\u3000\n a text\n \n"
+    response = "\n\n \t A study.\n "
+    turn = query.replace("<EMB>", text) if "<EMB>" in query else f"{text}\n{query}"
+    wanted = tokenizer.apply_chat_template(
+        conversation("phi", turn, response), return_dict=False)
+
+    row = read_jsonl(rows_path(data_dir))[0] | dict(query=query, text=text, response=response)
+    write_rows(data_dir, "train", [row])
+    split = open_train(data_dir, elm.Prompt(tokenizer))
+    (by_text,), (by_vector,) = (split.examples([0], layout) for layout in ("text", "embedding"))
+    assert by_text.ids.tolist() == wanted[: len(by_text.ids)]
+    num_labels = by_vector.num_labels
+    assert by_vector.ids[-num_labels:].tolist() == by_text.ids[-num_labels:].tolist()
 
 
 def test_what_a_template_strips():
