@@ -1124,6 +1124,7 @@ PROBE_TEXT = """The quick brown FOX jumped over 13 lazy dogs; naïve café, Stra
   In 1984,  3.14159 of 1,000,000 (42%)...\t"Don't!" it's_x = f(y) + 0x1F;    // https://a.b/c?d=e
 
 Antidisestablishmentarianism, floccinaucinihilipilification, Myocardial infarction, zygotes.
+B E G H J K L N P Q R U W Y Z 6 7 # $ & * - < > @ [ \\ ] ^ ` { | } ~
 Привет, мир! Ελληνικά. 这是一个句子。日本語のテキスト 한국어 ภาษาไทย العربية עברית हिन्दी Việt 🙂
 """
 

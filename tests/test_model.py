@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import string
 import subprocess
 import sys
 import weakref
@@ -669,6 +670,10 @@ def test_an_adapter_belongs_to_a_tokenizer(trained, llm_dir, tmp_path, change):
     refused(f"train.resume: {message}", toml, f"model.llm={other}", "train.max_steps=7",
             f"train.resume={folder / 'checkpoint_step_2.pt'}",
             f"output.dir={tmp_path / 'resumed'}")  # fmt: skip
+
+
+def test_the_probe_of_tokenizers_has_every_printable_character():
+    assert set(string.digits + string.ascii_letters + string.punctuation) <= set(elm.PROBE_TEXT)
 
 
 def test_a_tokenizer_that_is_saved_again_is_the_same(trained, llm_dir, tmp_path, capsys):
