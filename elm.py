@@ -5227,7 +5227,8 @@ class LLMEngine:
         self.prompt = Prompt(tokenizer, template)
         self.prompt.check_fits(self.llm)
         self.batch_size = GENERATION_BATCH[self.llm.device.type]  # questions of a call
-        self.name = f"{weights_hash(self.llm)} {'bf16' if bf16 else 'fp32'}"
+        dtype = "bf16" if bf16 else "fp32"
+        self.name = f"{weights_hash(self.llm)} {self.prompt.ids_hash()} {dtype}"
 
     @torch.no_grad()
     def answer(self, questions: list[Question], seed: int, temperature: float) -> list[Answer]:

@@ -4,6 +4,7 @@ import email.utils
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -330,6 +331,25 @@ def test_killed_and_started_again_and_shuffled_ends_with_the_same_bytes(tmp_path
     assert num_kills >= 2
     assert contents(out) == whole
     assert names_in(tmp_path) == ["mine", "texts.jsonl", "whole"]
+
+
+def test_answers_by_another_tokenizer_or_template_are_not_taken(llm_dir, tmp_path):
+    """By an LLM of the same weights in the same place, where a command goes on."""
+    folders = [llm_dir]
+    for file, old, new in (
+        ("tokenizer.json", '"Ġ": ', '"Ġ":'),  # other bytes alone
+        ("tokenizer.json", '"normalizer": null', '"normalizer": {"type": "NFC"}'),
+        ("chat_template.jinja", "assistant", "model"),
+    ):
+        folder = tmp_path / str(len(folders))
+        shutil.copytree(llm_dir, folder)
+        text = (folder / file).read_text()
+        assert old in text
+        (folder / file).write_text(text.replace(old, new))
+        folders.append(folder)
+    names = [elm.LLMEngine(str(folder), False, {}, max_new_tokens=8).name for folder in folders]
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
 
 
 # -----------------------------------------------------------------------------
