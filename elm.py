@@ -4797,15 +4797,18 @@ NO_SPACES = (
     "\u0e00-\u0fff\u1000-\u109f\uaa60-\uaa7f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff"
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U000323af")  # fmt: skip
 WORDS = re.compile(f"(?P<no_spaces>[{NO_SPACES}]+)|[^\\s{NO_SPACES}]+")
+LONGEST_WORD = 30  # characters; what is longer is taken as without spaces, such as "!!!!…"
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, as spaces divide them; in scripts without spaces the pairs of adjacent
-    characters instead. Single characters would not do: two Thai texts have nearly the same."""
+    """The words of a text, as spaces divide them; in scripts without spaces, and in what is longer
+    than a word, the pairs of adjacent characters instead. Single characters would not do: two Thai
+    texts have nearly the same."""
     words = []
     for match in WORDS.finditer(text):
         run = match[0]
-        if match["no_spaces"] and len(run) > 1:
+        has_no_words = match["no_spaces"] or len(run) > LONGEST_WORD
+        if has_no_words and len(run) > 1:
             words += map("".join, itertools.pairwise(run))
         else:
             words.append(run)

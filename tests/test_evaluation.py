@@ -402,9 +402,14 @@ def test_scores_are_taken_by_name_and_row():
     ("使用 BERT 模型。使用 BERT 模型。使用 BERT 模型。", 1 - 4 / 10),
     ("すごいすごいすごい", 1 - 3 / 6),
     ("ดีมากดีมากดีมาก", 1 - 5 / 12),
-    ("아주 좋아 아주 좋아 아주", 1 - 2 / 3)])
+    ("아주 좋아 아주 좋아 아주", 1 - 2 / 3),
+    ("!" * 30, 0),  # one word
+    ("!" * 31, 1 - 1 / 28),
+    ("😀" * 64, 1 - 1 / 61),
+    ("감사합니다" * 8, 1 - 5 / 37),
+    ("Rechtsschutzversicherungsgesellschaften", 0)])
 def test_repetition_is_the_share_of_trigrams_that_came_before(text, expected):
-    """Of words or, in scripts without spaces, of pairs of characters."""
+    """Of words or, in scripts without spaces and in endless words, of pairs of characters."""
     assert elm.repetition(text) == pytest.approx(expected)
 
 
