@@ -3859,8 +3859,9 @@ def warn_of_trained_texts(splits: dict[str, Split], device: torch.device) -> Non
             log.warning(
                 f"{name}: {num_vectors} of {len(vector_ids)} compared vectors have one of train at "
                 f"a cosine above {NEAR_EQUAL}, {num_texts} of {len(hashes)} texts are in train: "
-                "its figures are about texts that the adapter is trained on; split by text, not by "
-                "row, as data/prepare.py does, which also keeps the texts of a `group` together")
+                "its figures on these are about texts that the adapter is trained on; split by "
+                "text, not by row, as data/prepare.py does, which also keeps the texts of a `group` "
+                "together")
 
 
 def check_data(cfg: Config, splits: dict[str, Split], device: torch.device) -> None:
@@ -4720,8 +4721,8 @@ def check_stored_vectors(name: str, vectors: Tensor, split_name: str, split: Spl
             f"eval.embedder = {name} did not make it ({told}); mend the data, or set eval.embedder "
             "to the model that made it, or none")
     if cosine < 0.95 or share_nearest < 0.9:
-        log.warning(f"eval.embedder = {name} does not make the vectors of {split.path}; its "
-                    "consistency and MRR mean little")
+        log.warning(f"eval.embedder = {name} does not make the vectors of {split.path}, or some "
+                    "stand in other rows' places; its consistency and MRR mean little")
 
 
 def check_embedder(cfg: EvalConfig, bf16: bool, device: torch.device,

@@ -681,7 +681,18 @@ def test_the_embedder_is_compared_with_the_vectors_of_each_split(data_dir, tmp_p
     elm.compare_embedder(str(by_mean), False, CPU, open_splits(data_dir, *elm.SPLITS))
     err = capsys.readouterr().err
     assert err.count("does not make the vectors of") == 1
-    assert f"does not make the vectors of {rows_path(data_dir, 'test')};" in err
+    assert f"does not make the vectors of {rows_path(data_dir, 'test')}, or some stand" in err
+
+    embed_rows(data_dir, by_mean, 12)
+
+    def exchange_some(table):
+        return torch.cat([table[:12].roll(1, dims=0), table[12:]])
+
+    change_table(data_dir, "val", exchange_some)
+    elm.compare_embedder(str(by_mean), False, CPU, open_splits(data_dir, *elm.SPLITS))
+    err = capsys.readouterr().err
+    assert f"{rows_path(data_dir, 'val')}, or some stand in other rows' places" in err
+    assert err.count("warning") == 1
 
     normal = torch.nn.functional.normalize(read_table(data_dir, "train"), dim=1)
     assert (normal @ normal.T).mean() > 0.5
