@@ -2933,9 +2933,11 @@ def check_llm(elm: ELM, max_tokens: int = 0) -> None:
     name = type(elm.llm).__name__
     message = f"model.llm: {name} cannot be used, as rows are packed and prompts are embeddings"
     # ValueError is of our checks. The others are what an LLM's code raises that cannot take packed
-    # rows or embeddings (MPT and Llama 4 AttributeError, Gemma 4 RuntimeError).
+    # rows or embeddings (MPT AttributeError, Gemma 4 RuntimeError).
     foreign = (TypeError, AttributeError, RuntimeError, NotImplementedError)
     try:
+        if elm.llm.base_model is elm.llm:
+            raise ValueError("it has no backbone that gives hidden states (Llama 4)")
         # Ids that rows have, each once.
         ids = torch.tensor(elm.prompt.encode([PROBE_TEXT])[0]).unique()
         check_attention(elm, ids)

@@ -483,6 +483,7 @@ def test_the_prompt_is_part_of_the_adapter(settings, tmp_path, capsys):
     ("nemotron", {}),  # its layers do not pass the bounds of rows on: a TypeError
     ("mpt", {}),  # its attention needs a mask: an AttributeError
     ("doge", {}),  # its attention makes a mask
+    ("llama4_text", {}),  # its whole is its backbone: logits, no hidden states
     # it needs the ids of all tokens: a RuntimeError
     ("gemma4_text", dict(vocab_size_per_layer_input=300, hidden_size_per_layer_input=8)),
 ])
