@@ -390,8 +390,6 @@ def correct_value(key: str, error: Json) -> str:
         return ""
     if error["type"] == "tuple_type":
         meant = correct_list(value)
-        if key == "rows" and any(isinstance(entry, str) for entry in meant or [""]):
-            meant = [0, 7]  # for example
     elif error["type"] == "string_type" and isinstance(value, int | float):
         meant = str(value)
     elif error["type"] in ("float_type", "int_type"):
@@ -487,8 +485,6 @@ def parse_override(text: str) -> tuple[str, Any]:
 def parse_overrides(texts: Iterable[str]) -> Json:
     """Values by dotted name; of equal names the last counts. Raises: UserError with one line per
     mistake."""
-    if isinstance(texts, str):
-        raise UserError(f"{texts}: give overrides as a list of texts, [{texts!r}]")
     values = {}
     errors = []
     for text in texts:

@@ -180,8 +180,3 @@ def test_keys_by_their_dotted_names():
     assert {"model", "model.llm", "data.tasks", "output.log_file"} <= set(keys)
     assert keys.index("train.lr") < keys.index("loss.drift_weight")
     assert len(set(keys)) == len(keys)
-
-
-def test_overrides_are_a_list():
-    with pytest.raises(elm.UserError, match="give overrides as a list of texts"):
-        elm.load_config(None, "train.max_steps=0")

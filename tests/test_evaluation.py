@@ -310,6 +310,12 @@ def test_a_task_whose_text_is_not_read_does_not_hide_the_others():
     assert elm.summarize(losses)["gap_closed"] == pytest.approx(1 / 2)
 
 
+def test_a_report_without_texts_says_that_there_are_none(data_dir, tmp_path, capsys):
+    result = write_report(tmp_path / "report", data_dir, losses_of([*range(30)]))
+    assert "gap_closed" not in result
+    assert "gap_closed: none: no row has a text, or one that fits" in capsys.readouterr().out
+
+
 def test_a_task_of_few_rows_with_text_has_no_share():
     """Nine, ten, and ten of which one has no text."""
     losses = losses_of(
