@@ -354,7 +354,11 @@ def format_error(error: Json, config_class: type[Table]) -> str:
     if error["type"] == "value_error":  # of a validator of this file
         return f"{key}: {message}" if key else message
     value = error["input"]
-    return f"{key} = {value!r}: {describe_type(error) or message}{correct_value(key, error)}"
+    meant = correct_value(key, error)
+    hint = ""
+    if meant is not None and is_accepted(key, meant, config_class):
+        hint = f", as {shlex.quote(f'{key}={toml_value(meant)}')}"
+    return f"{key} = {value!r}: {describe_type(error) or message}{hint}"
 
 
 def dotted_key(error: Json) -> str:
@@ -382,25 +386,30 @@ def describe_type(error: Json) -> str:
 BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
 
-def correct_value(key: str, error: Json) -> str:
-    """A hint at the argument that was meant, or ""."""
+def correct_value(key: str, error: Json) -> Any:
+    """The value that was meant, or None."""
     value = error["input"]
     is_entry_of_list = key.rpartition(".")[2].isdecimal()
     if is_entry_of_list or isinstance(value, bool | dict):
-        return ""
+        return None
     if error["type"] == "tuple_type":
-        meant = correct_list(value)
-    elif error["type"] == "string_type" and isinstance(value, int | float):
-        meant = str(value)
-    elif error["type"] in ("float_type", "int_type"):
-        meant = read_number(value, is_whole=error["type"] == "int_type")
-    elif error["type"] == "bool_type" or "True" in error.get("ctx", {}).get("expected", ""):
-        meant = BOOLEANS.get(str(value).lower())
-    else:
-        meant = None
-    if meant is None:
-        return ""
-    return f", as {shlex.quote(f'{key}={toml_value(meant)}')}"
+        return correct_list(value)
+    if error["type"] == "string_type" and isinstance(value, int | float):
+        return str(value)
+    if error["type"] in ("float_type", "int_type"):
+        return read_number(value, is_whole=error["type"] == "int_type")
+    if error["type"] == "bool_type" or "True" in error.get("ctx", {}).get("expected", ""):
+        return BOOLEANS.get(str(value).lower())
+    return None
+
+
+def is_accepted(key: str, value: Any, config_class: type[Table]) -> bool:
+    """Whether a value of the dotted key has no error of its own."""
+    try:
+        config_class.model_validate(apply_overrides({}, {key: value}))
+    except pydantic.ValidationError as e:
+        return not is_set_by([dotted_key(error) for error in e.errors()], key)
+    return True
 
 
 def correct_list(value: object) -> list[Any] | None:
@@ -2185,6 +2194,7 @@ def announce_download(name: str, key: str) -> None:
 
 def load_pretrained(auto_class: Any, name: str, key: str, **options: Any) -> Any:
     """auto_class.from_pretrained(name), of a hub name or a folder. Raises: UserError."""
+    refuse_unmerged(name, key)
     with report_load_errors(name, key):
         return auto_class.from_pretrained(name, trust_remote_code=False, **options)
 
@@ -2193,7 +2203,6 @@ def load_tokenizer(name: str, key: str = "model.llm") -> PreTrainedTokenizerBase
     """The tokenizer of an LLM, with its chat template. Raises: UserError."""
     from transformers import AutoTokenizer
 
-    refuse_unmerged(name, key)
     tokenizer = load_pretrained(AutoTokenizer, name, key)
     if not tokenizer.chat_template:
         tokenizer.chat_template = read_processor_template(name, key)
@@ -2224,12 +2233,13 @@ def read_processor_template(name: str, key: str) -> str | None:
 
 
 def refuse_unmerged(name: str, key: str) -> None:
-    """Raises: UserError at a LoRA adapter. transformers ignores it beside an LLM's weights, or
+    """Raises: UserError at a LoRA adapter. transformers ignores it beside a model's weights, or
     applies it if peft is installed."""
     if find_model_file(name, key, "adapter_config.json") is not None:
         raise UserError(f"{key}: {name} has an adapter_config.json, of LoRA or another method of "
-                        "peft, which would not be used; merge it into the LLM (merge_and_unload), "
-                        "save both LLM and tokenizer in a new folder, and name that")
+                        "peft, which would not be used; merge it into the model "
+                        "(merge_and_unload), save both model and tokenizer in a new folder, and "
+                        "name that")
 
 
 def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm",
@@ -3858,8 +3868,8 @@ def warn_of_trained_texts(splits: dict[str, Split], device: torch.device) -> Non
                 f"{name}: {num_vectors} of {len(vector_ids)} compared vectors have one of train at "
                 f"a cosine above {NEAR_EQUAL}, {num_texts} of {len(hashes)} texts are in train: "
                 "its figures on these are about texts that the adapter is trained on; split by "
-                "text, not by row, as data/prepare.py does, which also keeps the texts of a `group` "
-                "together")
+                "text, not by row, as data/prepare.py does, which also keeps the texts of a "
+                "`group` together")
 
 
 def check_data(cfg: Config, splits: dict[str, Split], device: torch.device) -> None:
@@ -4862,7 +4872,7 @@ class Ratio(NamedTuple):
     name: str
     numerator: str  # columns of summands()
     denominator: str
-    needs_text: bool = False  # is left out unless reads_text()
+    needs_text: bool = False  # is left out unless reads_texts()
 
 
 RATIOS = (
@@ -4904,20 +4914,6 @@ def summands(losses: pd.DataFrame, scores: pd.DataFrame | None) -> pd.DataFrame:
     return columns
 
 
-def reads_text(losses: pd.DataFrame, num_resamples: int) -> bool:
-    """Whether there is a task type of which the LLM surely reads the text better than another row's
-    vector: the bootstrap interval of that sum lies above 0. The level is 95 % for all types
-    together (Bonferroni's correction), as of enough types some would look so by chance."""
-    losses = losses[losses["nll_text"].notna()]
-    if losses.empty:
-        return False
-    gap = losses["nll_shuffled"] - losses["nll_text"]
-    by_task = gap.groupby([losses["source"], losses["task"]], observed=True).sum().unstack()
-    totals = resampled_sums(by_task.fillna(0.0).to_numpy(), num_resamples)
-    lowest = np.percentile(totals, 2.5 / by_task.shape[1], axis=0)
-    return bool((lowest > 0).any())
-
-
 def resampled_sums(sums: np.ndarray, num_resamples: int) -> np.ndarray:
     """Bootstrap (Efron, 1979): sums [n, columns] of n sources, drawn with replacement -> the total
     of each resample [num_resamples, columns]."""
@@ -4932,11 +4928,25 @@ def resampled_sums(sums: np.ndarray, num_resamples: int) -> np.ndarray:
     return np.concatenate(totals)
 
 
+def reads_texts(losses: pd.DataFrame, num_resamples: int) -> bool:
+    """Whether the LLM reads the texts of some task types better than other rows' vectors. By a
+    bootstrap test at 2.5 %, of the sum over the task types whose own sum is positive: as they are
+    chosen by their sums, it is compared with what the same choice makes of resamples that are
+    centred at 0 (Hall & Wilson, 1991)."""
+    gap = losses["nll_shuffled"] - losses["nll_text"]
+    by_source = gap.groupby([losses["source"], losses["task"]], observed=True).sum()
+    sums = by_source.unstack(fill_value=0.0).to_numpy()  # [sources, task types]
+    totals = sums.sum(0)
+    centred = resampled_sums(sums, num_resamples) - totals
+    by_chance = centred.clip(min=0).sum(1)
+    return bool(totals.clip(min=0).sum() > np.percentile(by_chance, 97.5))
+
+
 def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
               num_resamples: int = 1000) -> Json:
     """RATIOS and mean scores over rows (see Measured and score), with bootstrap 95 % intervals:
     sources are drawn with replacement, with all their rows. gap_closed is over the rows with text
-    whose task is not among unread_tasks, and left out unless reads_text(). `sources` counts the
+    whose task is not among unread_tasks, and left out unless reads_texts(). `sources` counts the
     sources, `sources_text` those of the rows with text."""
     has_text = losses["nll_text"].notna()
     result: Json = {
@@ -4960,7 +4970,7 @@ def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
         denominator = measure.denominator
         if totals[denominator] <= 0:
             continue
-        if measure.needs_text and not reads_text(losses, num_resamples):
+        if measure.needs_text and not reads_texts(losses, num_resamples):
             continue
         result[measure.name] = float(totals[numerator] / totals[denominator])
         if len(by_source) > 1 and (resampled[denominator] > 0).all():
@@ -5207,7 +5217,7 @@ def print_next_command(adapter: Path, table: Path, prediction: Json) -> None:
 SERVER_RETRIES = 5  # of a request, after waits that grow to eight seconds
 LONGEST_RETRY_AFTER = 3600  # seconds that a server may let a request wait, all in all
 # Statuses of a request that are about its text: it is too long, or a content filter stops it.
-REFUSAL_STATUSES = (400, 403, 413, 422, 451)
+REFUSAL_STATUSES = (400, 413, 422, 451)
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def test_bad_input_of_generate(start, tmp_path):
         ("temperature = -1: Input should be", "temperature=-1"),
         ("file.toml: a setting is one word, name=value; quote a value with spaces", "file.toml"),
         (r"rows = 0: must be a list, as 'rows=\[0\]'", "rows=0"),
-        (r"rows = '3:5': must be a list, as 'rows=\[0, 7\]'", "rows=3:5"),
+        (r"rows = '3:5': must be a list$", "rows=3:5"),
         (r"rows = '0, 7': must be a list, as 'rows=\[0, 7\]'", "rows=0, 7"),
         ("zero_stage = 1: must be 0 or 3$", "zero_stage=1"),
         ("query: no value after the =", "query="),

@@ -316,6 +316,13 @@ def test_a_report_without_texts_says_that_there_are_none(data_dir, tmp_path, cap
     assert "gap_closed: none: no row has a text, or one that fits" in capsys.readouterr().out
 
 
+def test_texts_are_read_although_no_task_has_many():
+    """A text, a row and a task type each: no type alone can show that its text is read."""
+    losses = losses_of([*range(13)], task=[*elm.TASKS], nll=2.0, nll_shuffled=3.0,
+                       nll_text=[1.1, 0.9, *[1.0] * 11])  # fmt: skip
+    assert elm.summarize(losses)["gap_closed"] == pytest.approx(0.5)
+
+
 def test_a_task_of_few_rows_with_text_has_no_share():
     """Nine, ten, and ten of which one has no text."""
     losses = losses_of(

@@ -462,11 +462,13 @@ def test_the_prompt_is_part_of_the_adapter(settings, tmp_path, capsys):
     assert path.read_bytes() == (resumed_folder / path.name).read_bytes()
     assert resumed == whole
 
+    elm.warn_once.cache_clear()
     report_dir = tmp_path / "again"
     words = [f"adapter={path}", f"report_dir={report_dir}"]
     code, said = command("eval", out / "config.toml", *words)
     assert code == 0 and differs in said
     assert json.loads((report_dir / "eval.json").read_bytes())["loss"] == whole["loss"]
+    elm.warn_once.cache_clear()
     model = elm.ELM.load(path)
     assert differs in capsys.readouterr().err
     _, metadata = elm.Adapter.load(path)
@@ -739,7 +741,7 @@ def test_an_adapter_of_peft_is_refused(llm_dir, tmp_path, settings, with_weights
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     if not with_weights:
         (folder / "model.safetensors").unlink()
-    message = "lora has an adapter_config.json, of LoRA .*; merge it into the LLM"
+    message = "lora has an adapter_config.json, of LoRA .*; merge it into the model"
     refused(f"model.llm: {folder.parent}/{message}", NO_TABLES, *settings, f"model.llm={folder}")
     with pytest.raises(elm.UserError, match=message):
         elm.load_llm(str(folder), CPU, bf16=False)

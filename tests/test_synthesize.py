@@ -404,7 +404,7 @@ class TinyServer(ThreadingHTTPServer):
 
 
 REPLIES_WITHOUT_ANSWER = {  # with status 200: of a router, of a server
-    "moderated": {"error": {"code": 403, "message": "your input was flagged"}},
+    "moderated": {"error": {"code": 400, "message": "your input was flagged"}},
     "filtered": {"choices": [{"index": 0, "finish_reason": "content_filter", "message": None}]},
     "overloaded": {"error": {"code": 502, "message": "no instance is free"}}}
 
@@ -517,9 +517,9 @@ def test_a_refused_request_loses_no_answer(texts, tmp_path, start_server, monkey
     assert not set(answered) & set(again.num_asked)
 
 
-def test_a_refused_text_is_left_out_and_not_asked_again(texts, tmp_path, start_server):
-    """Nor after the command was ended by another text, which has the server's status 404. The
-    server's reason is told."""
+def test_a_refused_text_is_left_out(texts, tmp_path, start_server):
+    """And asked about once more by the same command after another text, which has the server's
+    status 404, has ended it. The server's reason is told."""
     out = tmp_path / "mine"
     server = start_server("404")
     by_length = sorted(FEW_TEXTS, key=len, reverse=True)  # the order in which they are asked about
@@ -536,7 +536,7 @@ def test_a_refused_text_is_left_out_and_not_asked_again(texts, tmp_path, start_s
 
     server.answers_about = FEW_TEXTS
     code, printed = run_prepare(*words, server.endpoint)
-    assert {server.num_asked[message] for message in asked} == {1}
+    assert {server.num_asked[message] for message in asked} == {2}
     assert code == 0
     assert re.search(f"warning: endpoint: the server refused 2 of 48 rows, .*{reason}", printed)
     assert "refused by the server  test  train  val\n" in printed
@@ -546,8 +546,8 @@ def test_a_refused_text_is_left_out_and_not_asked_again(texts, tmp_path, start_s
 
 
 @pytest.mark.parametrize(("failure", "refusal"), [
-    ("moderated", "403 - your input was flagged"), ("filtered", "finish_reason content_filter"),
-    ("403", "Error code: 403"), ("451", "Error code: 451")])
+    ("moderated", "400 - your input was flagged"), ("filtered", "finish_reason content_filter"),
+    ("451", "Error code: 451")])
 def test_a_text_is_refused_by_other_words_of_servers(start_server, failure, refusal):
     server = start_server(failure)
     engine = elm.ServerEngine(server.endpoint.partition("=")[2], "tiny", {}, 64, 1)

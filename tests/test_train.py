@@ -632,7 +632,7 @@ def test_a_step_that_takes_all_rows_is_told(settings, capsys):
     go(settings, "train.batch_size=1000000", "train.max_steps=1", "eval.samples=0",
        "train.warmup_steps=0")
     warning = ("elm: warning: train.batch_size: a step of 1000000 rows takes more than all 40 rows "
-               "of train")
+               "of train; lower train.batch_size or train.grad_accum")
     assert capsys.readouterr().err.splitlines()[-1] == warning
 
 
