@@ -6080,7 +6080,8 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str],
         if "=" in words[0]:
             parser.error(f"{words[0]} is a setting; the command or the file comes first")
         hint = did_you_mean(words[0], commands)
-        hint = hint or f"; the commands are {', '.join(commands)}"
+        if not hint:
+            hint = f"; the commands are {', '.join(commands)}"
         parser.error(f"{words[0]} is not a command{hint}")
     args, unknown = parser.parse_known_args(arguments)
     if unknown:

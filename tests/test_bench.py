@@ -19,7 +19,7 @@ def script(name, *arguments):
 
 def test_benchmark_compares_the_same_losses(tmp_path):
     said = script(
-        "bench.py", "--rows=8", "--layers=1", "--vocab=512", "--rounds=1",
+        "bench.py", "--rows=8", "--layers=1", "--vocab=2048", "--rounds=1",
         f"--json={tmp_path / 'bench.json'}")  # fmt: skip
     result = json.loads((tmp_path / "bench.json").read_text())
     assert result["loss_error"] < 1e-6
