@@ -158,7 +158,9 @@ class ElmLoop:
     name = "elm"
 
     def __init__(self, llm, adapter, split, budget: int, share_recomputed: float):
-        self.model = elm.ELM(llm, copy.deepcopy(adapter), None).train()
+        # Of another tokenizer, whose ids the LLM has, too: rows are made of ids.
+        prompt = elm.Prompt(elm.load_tokenizer(str(ROOT / "data/tiny/llm")))
+        self.model = elm.ELM(llm, copy.deepcopy(adapter), prompt).train()
         self.split = split
         self.budget = budget
         self.share_recomputed = share_recomputed
@@ -275,7 +277,7 @@ def parse_arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.add_argument("--shape", choices=SHAPES, default="cpu")
     p.add_argument("--layers", type=int, help="in place of the shape's")
-    p.add_argument("--vocab", type=int, help="in place of the shape's")
+    p.add_argument("--vocab", type=int, help="in place of the shape's; 1500 at least")
     p.add_argument("--rows", type=int, default=32, help="of an optimizer step")
     p.add_argument("--batch", type=int, default=8, help="rows of a padded batch")
     p.add_argument("--budget", type=int, help="tokens of one of elm's micro-batches")
@@ -285,8 +287,10 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--peak-tflops", type=float, help="of the GPU; measured if not given")
     p.add_argument("--json", type=Path, help="write the results there")
     a = p.parse_args()
-    if min(a.rows, a.batch, a.rounds, a.layers or 1, a.vocab or 1000) < 1:
-        p.error("rows, batch, rounds, layers and vocab must be at least 1")
+    if min(a.rows, a.batch, a.rounds, a.layers or 1) < 1:
+        p.error("rows, batch, rounds and layers must be at least 1")
+    if a.vocab is not None and a.vocab < 1500:
+        p.error("vocab must be at least 1500")
     if a.shape == "qwen3-4b" and not torch.cuda.is_available():
         p.error("--shape qwen3-4b needs a GPU")
     return a
