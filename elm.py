@@ -850,14 +850,14 @@ NOT_SUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, err
                  errno.ENOLCK)
 
 
-def sync_to_disk(path: Path) -> None:
-    """Wait until a file is on disk, where the file system can say so. Raises: OSError."""
-    with open(path, "rb+") as f:
-        try:
-            os.fsync(f.fileno())
-        except OSError as e:
-            if e.errno not in NOT_SUPPORTED:
-                raise
+@contextlib.contextmanager
+def where_supported() -> Iterator[None]:
+    """For a call that the file system may lack: then it does nothing. Raises: OSError."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in NOT_SUPPORTED:
+            raise
 
 
 @contextlib.contextmanager
@@ -869,7 +869,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            sync_to_disk(temporary)
+            with open(temporary, "rb+") as f, where_supported():
+                os.fsync(f.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

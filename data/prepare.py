@@ -190,11 +190,8 @@ def write_table(path: Path, chunks: Iterable[Tensor],
         temporary.touch()
         mode = temporary.stat().st_mode  # by the user's umask; safetensors makes files private
         save_file({"embeddings": table}, temporary, metadata)
-        try:
+        with elm.where_supported():
             temporary.chmod(mode)
-        except OSError as e:
-            if e.errno not in elm.NOT_SUPPORTED:
-                raise
 
 
 def write_split(data_dir: Path, split_name: str, old_table: Path, vector_ids: np.ndarray,
