@@ -86,7 +86,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from textwrap import shorten
 from types import FrameType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -648,6 +647,12 @@ def warn_once(message: str) -> None:
     log.warning(message)
 
 
+def clip(text: str, length: int = 300) -> str:
+    """The beginning of a text, in one line of at most `length` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length - 1]}…"
+
+
 @contextlib.contextmanager
 def user_error(message: str, *exception_types: type[Exception]) -> Iterator[None]:
     """Raise UserError, `message` and the reason in one line, in place of `exception_types`: what a
@@ -662,7 +667,7 @@ def user_error(message: str, *exception_types: type[Exception]) -> Iterator[None
             reason = f"{e} is missing"
         if isinstance(e, OSError) and e.filename is not None:  # the message names the file
             reason = e.strerror
-        raise UserError(f"{message}: {shorten(reason, 300)}") from e
+        raise UserError(f"{message}: {clip(reason, 300)}") from e
 
 
 def import_optional(package: str) -> ModuleType:
@@ -1121,7 +1126,7 @@ def check_template_parts(parts: object, path: str | Path) -> None:
     early = set(TEXTS_OF_TEMPLATE)
     is_whole = keys in (early, early | set(STRIPPED_BY_TEMPLATE))
     if not is_whole or not all(isinstance(text, str) for text in parts.values()):
-        raise UserError(f"{path}: its prompt cannot be used: {shorten(repr(parts), 100)}")
+        raise UserError(f"{path}: its prompt cannot be used: {clip(repr(parts), 100)}")
 
 
 # Text on which tokenizers differ: by their vocabularies, and by how they treat capitals, accents,
@@ -2628,7 +2633,7 @@ def generate_batch(llm: PreTrainedModel, prompt: Prompt, prompt_embeds: list[Ten
     inputs = {"inputs_embeds": pad_left(prompt_embeds), "attention_mask": pad_left(masks)}
     given = ", ".join(f"{name}={value!r}" for name, value in options.items())
     refusals = (TypeError, ValueError) if options else ()
-    with llm_lock(llm), user_error(f"generate: {shorten(given, 200)}", *refusals):
+    with llm_lock(llm), user_error(f"generate: {clip(given, 200)}", *refusals):
         ends = end_tokens(llm, prompt)
         chosen = {
             "eos_token_id": sorted(ends),
@@ -2910,7 +2915,7 @@ def repeat_per_vector(texts: str | list[str], n: int) -> list[str]:
         return [texts] * n
     are_texts = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
     if not are_texts:
-        raise UserError(f"{shorten(repr(texts), 60)}: not a text, nor a list of {n} texts")
+        raise UserError(f"{clip(repr(texts), 60)}: not a text, nor a list of {n} texts")
     if len(texts) != n:
         raise UserError(f"{len(texts)} queries or responses for {n} vectors")
     return texts
@@ -2962,7 +2967,7 @@ def check_llm(elm: ELM, max_tokens: int = 0) -> None:
     except foreign as e:
         if isinstance(e, torch.OutOfMemoryError) or is_raised_here(e):
             raise
-        raise UserError(f"{message}: {shorten(str(e) or repr(e), 300)}") from e
+        raise UserError(f"{message}: {clip(str(e) or repr(e), 300)}") from e
 
 
 def lengths_of_change(llm: PreTrainedModel) -> list[int]:
@@ -5178,12 +5183,6 @@ def print_report(result: Json, predictions: list[Json],
     log.info("\n".join(lines))
 
 
-def clip(text: str, length: int = 300) -> str:
-    """The beginning of a text, in one line of at most `length` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else f"{line[: length - 1]}…"
-
-
 def report_table(result: Json) -> str:
     """All rows, half the width of their intervals, and each task, the best gap first."""
     pd = import_optional("pandas")
@@ -5777,7 +5776,6 @@ def plot_sweep(path: Path, study: optuna.Study) -> None:
 def run_sweep(sweep: Sweep) -> None:
     """One worker. Raises: UserError; SystemExit after a signal."""
     check_launched_alone("a worker is one process, so start one for each GPU by hand")
-    check_launcher()
     import_optional("matplotlib").use("Agg")
     level = log.level
     log.setLevel(logging.WARNING)  # of a trial its warnings alone

@@ -538,6 +538,13 @@ def test_what_exists_already_is_refused(tmp_path):
         elm.check_new(tmp_path / "a", tmp_path / "b")
 
 
+def test_a_long_reason_without_spaces_is_clipped():
+    """As a Chinese one."""
+    with pytest.raises(elm.UserError) as e, elm.user_error("x", ValueError):
+        raise ValueError("很" * 1000)
+    assert str(e.value) == f"x: {'很' * 299}…"
+
+
 def test_a_lock_is_held_once(tmp_path):
     path = tmp_path / ".lock"
     is_held = pytest.raises(elm.UserError, match=".lock: another process holds it")
