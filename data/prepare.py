@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 # A file of texts, and how they are divided into splits.
 
 
-class SourceText(BaseModel, frozen=True, strict=True):
-    """A line of a file of texts."""
+class SourceText(BaseModel, frozen=True, strict=True, extra="allow"):
+    """A line of a file of texts. Fields of the user's own go into the rows about the text."""
 
     text: Annotated[str, Field(pattern=r"\S")]  # not empty
     group: Any = None  # such as an article: all its texts are in one split
@@ -104,31 +104,36 @@ def hash_to_unit_interval(text: str) -> float:
     return int(digits, 16) / 2**52
 
 
-def assign_splits(sources: Iterable[SourceText], shares: Sequence[float]) -> dict[str, str]:
-    """{text: name of its split}, sorted by text.
-
-    Texts that differ in case and whitespace alone are one: the first of them, before others one
-    that has a group. The split is the one given to the text or to any of its group, else drawn by
-    a hash of the group, or of the text without one, so that it stays when other texts come.
-    """
+def drop_copies(sources: Iterable[SourceText]) -> list[SourceText]:
+    """One of the texts that differ in case and whitespace alone: the first, before others one that
+    has a group. Sorted by text, whatever the order of `sources`."""
     unique: dict[str, SourceText] = {}
-    given: dict[str, str] = {}
-    # Sorted by all that matters here, so that the order of the file does not.
     for source in sorted(sources, key=sort_key):
         unique.setdefault(normalize(source.text), source)
+    return sorted(unique.values(), key=lambda source: source.text)
+
+
+def sort_key(source: SourceText) -> tuple[bool, str, str, str, str]:
+    own_fields = repr(sorted(source.model_extra.items()))
+    return not source.has_group, source.text, source.split_key, str(source.split or ""), own_fields
+
+
+def assign_splits(sources: Iterable[SourceText], shares: Sequence[float]) -> dict[str, str]:
+    """{text: name of its split}, of the texts of drop_copies(sources), in their order. The split is
+    the one given to the text or to any of its group, else drawn by a hash of the group, or of the
+    text without one, so that it stays when other texts come."""
+    sources = sorted(sources, key=sort_key)
+    given: dict[str, str] = {}
+    for source in sources:
         if source.split:
             given[source.split_key] = str(source.split)
 
     splits = {}
-    for source in sorted(unique.values(), key=lambda source: source.text):
+    for source in drop_copies(sources):
         key = source.split_key
         drawn = pick_split(hash_to_unit_interval(key), shares)
         splits[source.text] = given.get(key, drawn)
     return splits
-
-
-def sort_key(source: SourceText) -> tuple[bool, str, str, str]:
-    return not source.has_group, source.text, source.split_key, str(source.split or "")
 
 
 def pick_split(position: float, shares: Sequence[float]) -> str:
@@ -221,7 +226,8 @@ class EmbedOptions(Table):
     instruction: str | None = None  # what the texts are for, as Qwen3-Embedding takes it
     max_tokens: PositiveInt | None = None  # longer texts are cut; none: what the model reads
     batch_size: PositiveInt = 32  # texts
-    bf16: bool = True  # of the model; vectors are always fp32
+    bf16: bool = True  # of the model
+    fp16: bool = False  # of the vectors, which are fp32 else
 
 
 def embed(options: EmbedOptions, texts_path: Path, out: Path) -> None:
@@ -249,8 +255,8 @@ def embed(options: EmbedOptions, texts_path: Path, out: Path) -> None:
 
 def write_embeddings(model: SentenceTransformer, texts: Iterable[str], num_texts: int,
                      options: EmbedOptions, work: Path, out: Path) -> None:
-    """Write the vectors of texts as a table [num_texts, width] of unit vectors in fp32. Each block
-    of texts is saved in the folder `work`, by a hash of all it depends on, and taken from there by
+    """Write the vectors of texts as a table [num_texts, width] of unit vectors. Each block of texts
+    is saved in the folder `work`, by a hash of all it depends on, and taken from there by
     a later call. Raises: UserError."""
     prompt = elm.instruction_prompt(options.instruction)
     model_hash = elm.weights_hash(model)
@@ -266,6 +272,8 @@ def write_embeddings(model: SentenceTransformer, texts: Iterable[str], num_texts
         has_unit_norm = vectors.norm(dim=1) > 0.5  # also False of a NaN
         if not has_unit_norm.all():
             raise UserError(f"{options.model}: makes zero or infinite vectors; bf16=false?")
+        if options.fp16:
+            vectors = vectors.half()
         write_table(path, [vectors])
     metadata = {"embed": options.model_dump_json()}  # see elm.TableOrigin
     write_table(out, (elm.open_vectors(path) for path in paths), metadata)
@@ -415,6 +423,7 @@ class SynthesizeOptions(Table):
     seed: Seed = 42  # of tasks, queries and sampling
     template: elm.TemplateArguments = {}  # of the chat template: { enable_thinking = false }
     bf16: bool = True  # of the LLM and the embedder
+    fp16: bool = False  # of the vectors, which are fp32 else
 
 
 @dataclass
@@ -424,18 +433,25 @@ class DraftRow:
     task_type: str
     vector_id: int
     query: str
-    text: str
+    source: SourceText
     response: str = ""
     rejected: str = ""
 
+    @property
+    def text(self) -> str:
+        return self.source.text
+
     def to_dict(self) -> elm.Json:
-        """The row as a data set has it."""
-        return {
+        """The row as a data set has it: its own fields, then those of its text that it lacks."""
+        row = {
             "task_type": self.task_type,
             "embedding_file_idx": self.vector_id,
             "query": self.query,
             "text": self.text,
             "response": self.response}
+        for key, value in self.source.model_extra.items():
+            row.setdefault(key, value)
+        return row
 
 
 def read_queries(path: str | None) -> dict[str, list[str]]:
@@ -455,9 +471,10 @@ def read_queries(path: str | None) -> dict[str, list[str]]:
     return queries
 
 
-def draw_rows(text: str, vector_id: int, queries: dict[str, list[str]],
+def draw_rows(source: SourceText, vector_id: int, queries: dict[str, list[str]],
               options: SynthesizeOptions) -> list[DraftRow]:
     """The rows of a text, sorted by task. All but that of RECONSTRUCT lack a response."""
+    text = source.text
     rng = random.Random(f"{options.seed} {text}")
     is_reconstructed = rng.random() < options.reconstruct
     tasks = sorted(set(queries) - {RECONSTRUCT})
@@ -470,7 +487,7 @@ def draw_rows(text: str, vector_id: int, queries: dict[str, list[str]],
         # The same query, however many other tasks are drawn: its answer need not be asked again.
         query = random.Random(f"{options.seed} {task} {text}").choice(queries[task])
         response = first_two_sentences(text) if task == RECONSTRUCT else ""
-        rows.append(DraftRow(task, vector_id, query, text, response))
+        rows.append(DraftRow(task, vector_id, query, source, response))
     return rows
 
 
@@ -617,11 +634,12 @@ def synthesize(options: SynthesizeOptions, texts_path: Path, out: Path) -> None:
     if options.endpoint is None:
         elm.check_model_name(options.model, "model")
     queries = read_queries(options.queries)
-    splits = assign_splits(read_texts(texts_path), options.split)
+    sources = list(read_texts(texts_path))
+    splits = assign_splits(sources, options.split)
     check_shares(splits, texts_path)
     rows = []
-    for vector_id, text in enumerate(splits):
-        rows += draw_rows(text, vector_id, queries, options)
+    for vector_id, source in enumerate(drop_copies(sources)):
+        rows += draw_rows(source, vector_id, queries, options)
 
     with resumable_work_folder(out) as work:
         # Before the answers: it takes minutes, not hours, and frees the memory for the LLM.
@@ -646,7 +664,8 @@ def synthesize(options: SynthesizeOptions, texts_path: Path, out: Path) -> None:
 
 def embed_all(texts: list[str], options: SynthesizeOptions, work: Path, out: Path) -> None:
     """Write the vectors of texts. The embedder is freed again. Raises: UserError."""
-    embed_options = EmbedOptions(model=options.embedder, bf16=options.bf16)
+    embed_options = EmbedOptions(
+        model=options.embedder, bf16=options.bf16, fp16=options.fp16)
     model = elm.load_embedder(options.embedder, options.bf16, elm.find_device(), "embedder")
     write_embeddings(model, texts, len(texts), embed_options, work, out)
     del model

@@ -138,8 +138,9 @@ def test_queries_are_there_for_every_task():
 def test_own_tasks_and_all_tasks(tmp_path):
     (tmp_path / "q.toml").write_text('rhyme = ["Rhyme on <EMB>."]\nkeywords = []\n')
     queries = prepare.read_queries(str(tmp_path / "q.toml"))
+    source = prepare.SourceText(text="One. Two. Three.")
     options = elm.load_config(None, ["tasks=all", "reconstruct=1"], prepare.SynthesizeOptions)
-    rows = prepare.draw_rows("One. Two. Three.", 7, queries, options)
+    rows = prepare.draw_rows(source, 7, queries, options)
     tasks = [row.task_type for row in rows]
     assert tasks == sorted({"reconstruct", "rhyme", *elm.TASKS} - {"keywords"})
     responses = {row.task_type: row.response for row in rows}
@@ -147,7 +148,7 @@ def test_own_tasks_and_all_tasks(tmp_path):
     assert set(responses.values()) == {""}
 
     few = elm.load_config(None, ["tasks=3", "reconstruct=0"], prepare.SynthesizeOptions)
-    few_rows = prepare.draw_rows("One. Two. Three.", 7, queries, few)
+    few_rows = prepare.draw_rows(source, 7, queries, few)
     assert len(few_rows) == 3
     for row in few_rows:
         assert row in rows
@@ -246,7 +247,7 @@ def test_copies_are_found_in_scripts_without_spaces(text, answer, is_copied):
     "Claro, aquí tienes", "Aqui está o resumo:", "Ecco il riassunto:", "Конечно! Вот",
     "Вот краткое изложение:", "إليك الملخص", "Tentu! Berikut"])
 def test_preambles_in_other_languages(answer):
-    row = prepare.DraftRow("summary", 0, "?", "a text")
+    row = prepare.DraftRow("summary", 0, "?", prepare.SourceText(text="a text"))
     assert prepare.rejection_reason(row, elm.Answer(answer, True)) == "preamble"
 
 
@@ -256,7 +257,7 @@ def test_preambles_in_other_languages(answer):
     "Clarós", "Certosa", "Хорошо известно", "Вотчина", "Tabii kaynaklar", "นี่คือการศึกษา",
     "C'est une étude."])
 def test_good_answers_in_other_languages(answer):
-    row = prepare.DraftRow("summary", 0, "?", "a text")
+    row = prepare.DraftRow("summary", 0, "?", prepare.SourceText(text="a text"))
     assert prepare.rejection_reason(row, elm.Answer(answer, True)) == ""
 
 
@@ -278,11 +279,34 @@ def test_preambles_are_written_as_texts_are_normalized():
     ("我们研究聚合物。" * 5, True, "repetitive")])
 def test_reasons_of_rejection(text, finished, reason):
     answer = elm.Answer(text, finished)
-    row = prepare.DraftRow("summary", 0, "Summarize it.", TEXTS[0])
+    row = prepare.DraftRow("summary", 0, "Summarize it.", prepare.SourceText(text=TEXTS[0]))
     assert prepare.rejection_reason(row, answer) == reason
     row.task_type = "style_casual"  # may have the words of the text
     expected = "" if reason == "copied" else reason
     assert prepare.rejection_reason(row, answer) == expected
+
+
+def test_rows_keep_the_own_fields_of_their_text(tmp_path):
+    """But not those of rows that serve as texts; and vectors are half as large with fp16."""
+    texts = []
+    for i, text in enumerate(FEW_TEXTS):
+        texts.append({"package": f"p{i}", "text": text, "response": "of an older row"})
+    source = write_texts(tmp_path / "texts.jsonl", texts)
+    plain = synthesize(source, tmp_path / "plain")
+    rows = read_all_rows(tmp_path / "plain")
+    for row in rows:
+        assert row["package"] == f"p{FEW_TEXTS.index(row['text'])}"
+        assert row["response"] != "of an older row"
+
+    halves = synthesize(source, tmp_path / "halves", "fp16=true")
+    for name, content in halves.items():
+        if name.endswith(".jsonl"):
+            assert content == plain[name]
+            continue
+        table = elm.open_vectors(tmp_path / "halves" / "embeddings" / name)
+        assert table.dtype == torch.float16
+        whole = elm.open_vectors(tmp_path / "plain" / "embeddings" / name)
+        assert torch.equal(table, whole.half())
 
 
 def test_rejected_answers_are_left_out_and_counted(texts, tmp_path):
