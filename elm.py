@@ -243,7 +243,7 @@ class TrainConfig(Table):
     epochs: PositiveInt = 3  # passes over the training rows, unless max_steps is set
     max_steps: NonNegativeInt | None = None  # none: by epochs; 0: the closed-form adapter alone
     lr: PositiveFloat = 1e-4  # the peak, after warm-up; from there linear decay to 0
-    warmup_steps: NonNegativeInt = 1000  # steps in which the rate rises linearly
+    warmup_steps: NonNegativeInt = 1000  # in which the rate rises; a tenth of the run at most
     weight_decay: NonNegativeFloat = 0.01  # AdamW's decay of the adapter's weights
     max_grad_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
     eval_steps: PositiveInt = 500  # steps from one validation to the next; each saves before it
@@ -3595,9 +3595,15 @@ def keep_metrics(folder: Path, state: TrainState) -> None:
 
 def lr_at(step: int, total_steps: int, cfg: TrainConfig) -> float:
     """The rate of update `step`, from 0: linear warm-up to cfg.lr, then linear decay to 0."""
-    if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
-    return cfg.lr * max(0, total_steps - step) / max(1, total_steps - cfg.warmup_steps)
+    warmup = warmup_steps(total_steps, cfg)
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    return cfg.lr * max(0, total_steps - step) / max(1, total_steps - warmup)
+
+
+def warmup_steps(total_steps: int, cfg: TrainConfig) -> int:
+    """The warm-up of a run: that of the settings, but at most a tenth of the run."""
+    return min(cfg.warmup_steps, total_steps // 10)
 
 
 def mean_cosine(x: Tensor) -> float:
@@ -4184,7 +4190,7 @@ class Trainer:
                             f"have changed since the checkpoint: {consequence}")
 
     def announce(self) -> None:
-        warmup = self.cfg.train.warmup_steps
+        warmup = warmup_steps(self.total_steps, self.cfg.train)
         if self.is_resumed:
             log.info(f"resumed after step {self.state.step}")
         else:
@@ -4193,9 +4199,6 @@ class Trainer:
         if self.rows_per_step > num_rows:
             warn_once(f"train.batch_size: a step of {self.rows_per_step} rows takes more than all "
                       f"{num_rows} rows of train; lower train.batch_size or train.grad_accum")
-        if 0 < self.total_steps <= warmup:
-            warn_once(f"train.warmup_steps = {warmup}: no shorter than the run of "
-                      f"{self.total_steps} steps; lower it")
 
     # Training
 

@@ -146,11 +146,12 @@ def test_of_two_processes_the_first_alone_writes(run, settings, tmp_path):
     path = tmp_path / "log.txt"
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
                 f"--master-port={free_port()}")  # fmt: skip
-    words = [NO_TABLES, *settings, "train.batch_size=8", "train.max_steps=2", "eval.samples=0"]
+    words = [NO_TABLES, *settings, "train.batch_size=24", "train.max_steps=2", "eval.samples=0"]
     done = run(*words, f"output.log_file={path}", launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
     console = [line for line in done.stdout.splitlines() if not line.startswith("[")]  # DeepSpeed's
-    warning = "train.warmup_steps = 2: no shorter than the run of 2 steps; lower it"
+    warning = "train.batch_size: a step of 48 rows takes more than all 40 rows of train; lower "\
+              "train.batch_size or train.grad_accum"
     assert done.stderr.count(f"elm: warning: {warning}") == 1
     lines = lines_without_times(path)
     lines.remove(warning)

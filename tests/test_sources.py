@@ -360,5 +360,4 @@ def test_a_sweep_says_it_once(settings, data_dir, tmp_path, capsys):
     err = capsys.readouterr().err
     assert len(told_of_trained_texts(err)) == 1
     assert err.count("a step of 100 rows takes more than all 40") == 1
-    assert err.count("train.warmup_steps = 2: no shorter than the run of 1") == 1
     assert len(read_jsonl(tmp_path / "sweep" / "trials.jsonl")) == 2
