@@ -703,7 +703,6 @@ def train_toml(rows: list[DraftRow], options: SynthesizeOptions, out: Path) -> s
         "data.dir": str(out),
         "data.tasks": sorted({row.task_type for row in rows}),
         "train.lr": 1e-3,
-        "train.warmup_steps": min(100, len(rows) // 100),
         "eval.embedder": options.embedder,
         "output.dir": str(run_folder)}
     return "".join(f"{key} = {elm.toml_value(value)}\n" for key, value in settings.items())
