@@ -1714,9 +1714,15 @@ class Split:
                 rows.append(parse_row(f.readline(), self.tasks, len(self.vectors)))
         return rows
 
-    def examples(self, row_ids: Sequence[int], layout: Layout = "embedding") -> list[Example]:
+    def examples(self, row_ids: Sequence[int], layout: Layout = "embedding",
+                 texts: Sequence[str] | None = None) -> list[Example]:
+        """Of rows [n], with `texts` [n] in the place of their own."""
         names = [f"{self.path}:{self.index['line'][i]}" for i in row_ids]
-        return self.encoder.encode(self.read(row_ids), names, layout)
+        rows = self.read(row_ids)
+        if texts is not None:
+            rows = [row.model_copy(update={"text": text})
+                    for row, text in zip(rows, texts, strict=True)]
+        return self.encoder.encode(rows, names, layout)
 
     def embeddings(self, vector_ids: np.ndarray) -> Tensor:
         """[n] indices into the table -> [n, E] fp32."""
@@ -4431,42 +4437,78 @@ def free_memory() -> None:
 
 class RowLosses(NamedTuple):
     nll: np.ndarray  # [N] fp64, the summed cross-entropy of each response
-    num_tokens: np.ndarray  # [N], of the response; 0: the row has no text, or one that does not fit
+    num_tokens: np.ndarray  # [N], of the response; 0: the row got no text, or one that does not fit
 
 
 class EvalBatch(NamedTuple):
+    """n rows as the LLM reads them."""
+
     row_ids: np.ndarray
     batch: Batch
     is_counted: np.ndarray  # [n] bool
 
 
-@torch.no_grad()
-def evaluate_nll(elm: ELM, split: Split, vector_ids: np.ndarray | None) -> RowLosses:
-    """The loss of each row by `vector_ids` [N] or, if None, by its text. All processes take part;
-    the result is the same for any number of them."""
-    by_text = vector_ids is None
-    row_ids = np.flatnonzero(split.index["has_text"]) if by_text else np.arange(len(split))
-    size = max(1, min(EVAL_BATCH_ROWS, EVAL_BATCH_TOKENS // split.encoder.max_tokens))
-    blocks = list(in_blocks(row_ids, size))
+class Texts(NamedTuple):
+    """A text for each row of a split: its own, or that of another split's row."""
 
-    def load(first: int) -> EvalBatch:
+    split: Split  # of the rows that have the texts
+    row_ids: np.ndarray  # [N] int64, of these; NO_ROW: the row gets none
+
+    def read(self, row_ids: np.ndarray) -> list[str]:
+        """The texts of rows that get one."""
+        return [row.text for row in self.split.read(self.row_ids[row_ids])]
+
+
+NO_ROW = -1
+
+
+def own_texts(split: Split) -> Texts:
+    return Texts(split, np.where(split.index["has_text"], np.arange(len(split)), NO_ROW))
+
+
+def losses_by_vectors(elm: ELM, split: Split, vector_ids: np.ndarray) -> RowLosses:
+    """Of rows whose answers are read after the vectors at `vector_ids` [N]. All processes take
+    part."""
+
+    def load(row_ids: np.ndarray) -> EvalBatch:
+        batch = collate(split.examples(row_ids), split.embeddings(vector_ids[row_ids]))
+        return EvalBatch(row_ids, batch, np.full(len(row_ids), True))
+
+    return evaluate_nll(elm, split, np.arange(len(split)), load)
+
+
+def losses_by_texts(elm: ELM, split: Split, texts: Texts) -> RowLosses:
+    """Of rows whose answers are read after texts. All processes take part."""
+
+    def load(row_ids: np.ndarray) -> EvalBatch:
+        examples = split.examples(row_ids, "text", texts.read(row_ids))
+        is_whole = np.array([not example.truncated for example in examples])
+        return EvalBatch(row_ids, collate(examples), is_whole)
+
+    return evaluate_nll(elm, split, np.flatnonzero(texts.row_ids != NO_ROW), load)
+
+
+@torch.no_grad()
+def evaluate_nll(elm: ELM, split: Split, row_ids: np.ndarray,
+                 load: Callable[[np.ndarray], EvalBatch]) -> RowLosses:
+    """The losses of these rows of a split, of which `load` makes batches. All processes take part;
+    the result is the same for any number of them."""
+    size = max(1, min(EVAL_BATCH_ROWS, EVAL_BATCH_TOKENS // split.encoder.max_tokens))
+    blocks = [np.array(block) for block in in_blocks(row_ids, size)]
+
+    def load_own(first: int) -> EvalBatch:
         """This process's batch of the blocks from `first` on. Beyond the end it repeats the last,
         uncounted, so that all processes run equally many."""
         number = first + rank()
         is_repeated = number >= len(blocks)
-        ids = np.array(blocks[-1] if is_repeated else blocks[number])
-        examples = split.examples(ids, "text" if by_text else "embedding")
-        embeddings = None if by_text else split.embeddings(vector_ids[ids])
-        is_counted = np.full(len(ids), not is_repeated)
-        if by_text:
-            is_counted &= np.array([not example.truncated for example in examples])
-        return EvalBatch(ids, collate(examples, embeddings), is_counted)
+        loaded = load(blocks[-1] if is_repeated else blocks[number])
+        return loaded._replace(is_counted=loaded.is_counted & (not is_repeated))
 
     nll = np.zeros(len(split))
     num_tokens = np.zeros(len(split))
     firsts = progress(range(0, len(blocks), world_size()), "losses")
     # Zeros of a repeated block do no harm: it is counted on another process.
-    for ids, batch, is_counted in prefetch(load, firsts, num_threads=1):
+    for ids, batch, is_counted in prefetch(load_own, firsts, num_threads=1):
         nll[ids] = np.array(elm.nll(batch).tolist()) * is_counted
         num_tokens[ids] = np.array(batch.num_labels) * is_counted
     both = all_reduce_sum(torch.tensor(np.stack([nll, num_tokens]), device=elm.device))
@@ -4481,12 +4523,12 @@ def validation_losses(elm: ELM, split: Split, with_text: bool) -> dict[str, floa
     was_training = elm.training
     elm.eval()  # the adapter does not drop out
     losses = {}
-    own = evaluate_nll(elm, split, split.index["vector_id"])
+    own = losses_by_vectors(elm, split, split.index["vector_id"])
     losses["val_loss"] = float(own.nll.sum() / own.num_tokens.sum())
-    shuffled = evaluate_nll(elm, split, shuffled_vectors(split))
+    shuffled = losses_by_vectors(elm, split, shuffled_vectors(split))
     losses["val_loss_shuffled"] = float(shuffled.nll.sum() / shuffled.num_tokens.sum())
     if with_text and split.index["has_text"].all():
-        text = evaluate_nll(elm, split, None)
+        text = losses_by_texts(elm, split, own_texts(split))
         if text.num_tokens.all():
             losses["val_loss_text"] = float(text.nll.sum() / text.num_tokens.sum())
     elm.train(was_training)
@@ -4513,9 +4555,9 @@ def measure(elm: ELM, split: Split, cfg: EvalConfig) -> Measured:
     pd = import_optional("pandas")
     vector_ids = split.index["vector_id"]
     other_ids = shuffled_vectors(split)
-    own = evaluate_nll(elm, split, vector_ids)
-    shuffled = evaluate_nll(elm, split, other_ids)
-    text = evaluate_nll(elm, split, None)
+    own = losses_by_vectors(elm, split, vector_ids)
+    shuffled = losses_by_vectors(elm, split, other_ids)
+    text = losses_by_texts(elm, split, own_texts(split))
     has_text_loss = text.num_tokens > 0
     num_cut = int((split.index["has_text"] & ~has_text_loss).sum())
     if num_cut:

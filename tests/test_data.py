@@ -365,7 +365,7 @@ def test_rows_without_text(data_dir, llm_dir, text):
     rows = read_jsonl(rows_path(data_dir))[:20]
     split = open_train(data_dir, PROMPT)
     model = build_elm(llm_dir, split)
-    wanted = elm.evaluate_nll(model, split, None)
+    wanted = elm.losses_by_texts(model, split, elm.own_texts(split))
     for row in rows[::2]:
         row["text"] = text
         if text is ...:
@@ -374,7 +374,7 @@ def test_rows_without_text(data_dir, llm_dir, text):
     split = open_train(data_dir, PROMPT)
     assert split.index["has_text"].tolist() == [False, True] * 10
 
-    found = elm.evaluate_nll(model, split, None)
+    found = elm.losses_by_texts(model, split, elm.own_texts(split))
     assert not found.nll[::2].any()
     assert not found.num_tokens[::2].any()
     np.testing.assert_allclose(found.nll[1::2], wanted.nll[1:20:2], rtol=1e-5)
