@@ -38,7 +38,7 @@ Contents
     Closed-form fits      ridge regression: the drift loss's probe, the adapter's warm start
     Checkpoint            one file with the whole state of a run
     Training              metrics, the plan of memory, the Trainer
-    Evaluation            losses by vector, shuffled vector and text; scores; the report
+    Evaluation            losses by vector, shuffled vector and texts; scores; the report
     Answers               engines that answer queries about texts, and a log of their answers
     Sweep                 Optuna over the settings of a training
     Commands              eval and generate
@@ -3801,6 +3801,21 @@ def choose_report_split(split_name: str | None, data_dir: str) -> str:
     return "test" if any(path.exists() for path in paths) else "val"
 
 
+def has_known_texts(cfg: DataConfig) -> bool:
+    """Whether data.dir has a training split, and in it a row of data.tasks with a text. Raises:
+    UserError at a bad row before that one."""
+    table_path = vectors_path(cfg.dir, "train")
+    path = rows_path(cfg.dir, "train")
+    if not table_path.exists() or not path.exists():
+        return False
+    num_vectors = len(open_vectors(table_path, "data.dir"))
+    for line in read_lines(path, cfg.tasks, num_vectors):
+        row = line.row
+        if row is not None and row.task_type in cfg.tasks and (row.text or "").strip():
+            return True
+    return False
+
+
 # What is counted of a split, in the words of the log.
 KINDS = {
     "rows": "rows",
@@ -4395,7 +4410,7 @@ class Trainer:
         header = {"split": self.report_split, "step": self.state.step,
                   "adapter_step": self.state.best_step}
         self.elm.eval().adapter.load_state_dict(self.state.best_adapter)
-        measured = measure(self.elm, split, self.cfg.eval)
+        measured = measure(self.elm, split, self.splits["train"], self.cfg.eval)
         del self.elm, self.optimizer
         free_memory()
         if rank() > 0:
@@ -4417,13 +4432,15 @@ def train(cfg: Config) -> Json:
 # -----------------------------------------------------------------------------
 # Evaluation
 #
-# Losses by the right vector, by another row's (shuffled) and by the text; answers by the first two,
-# and their scores. measure() needs the LLM, score() the answers alone, write_report() the scores.
+# Losses by the right vector, by another row's (shuffled), by the nearest text of train and by the
+# row's own text; answers by the first two, the nearest answer of train, and their scores. measure()
+# needs the LLM, score() the answers alone, write_report() the scores.
 
 # A batch has this many rows, fewer if they could have more than EVAL_BATCH_TOKENS.
 EVAL_BATCH_ROWS = 16
 EVAL_BATCH_TOKENS = 32768
 EMBEDDER_CHECK_TEXTS = 32  # texts of each split whose vectors are compared with the stored ones
+QUERIES_AT_ONCE = 8192  # vectors whose nearest ones are found in one reading of the table of train
 
 
 def free_memory() -> None:
@@ -4467,7 +4484,7 @@ def own_texts(split: Split) -> Texts:
 
 
 def losses_by_vectors(elm: ELM, split: Split, vector_ids: np.ndarray) -> RowLosses:
-    """Of rows whose answers are read after the vectors at `vector_ids` [N]. All processes take
+    """Of all rows, each read by the vector of the split's at `vector_ids` [N]. All processes take
     part."""
 
     def load(row_ids: np.ndarray) -> EvalBatch:
@@ -4478,7 +4495,7 @@ def losses_by_vectors(elm: ELM, split: Split, vector_ids: np.ndarray) -> RowLoss
 
 
 def losses_by_texts(elm: ELM, split: Split, texts: Texts) -> RowLosses:
-    """Of rows whose answers are read after texts. All processes take part."""
+    """Of the rows that get a text, each read by it. All processes take part."""
 
     def load(row_ids: np.ndarray) -> EvalBatch:
         examples = split.examples(row_ids, "text", texts.read(row_ids))
@@ -4516,6 +4533,17 @@ def evaluate_nll(elm: ELM, split: Split, row_ids: np.ndarray,
     return RowLosses(nll, num_tokens)
 
 
+def nll_by_texts(elm: ELM, split: Split, texts: Texts, measures: str) -> np.ndarray:
+    """[N], NaN for rows without a text or with one that does not fit. Warns of the latter, which
+    are left out of these measures."""
+    by_text = losses_by_texts(elm, split, texts)
+    has_loss = by_text.num_tokens > 0
+    num_cut = int(((texts.row_ids != NO_ROW) & ~has_loss).sum())
+    if num_cut:
+        log.warning(f"{num_cut} texts exceed data.max_seq_length: left out of {measures}")
+    return np.where(has_loss, by_text.nll, np.nan)
+
+
 def validation_losses(elm: ELM, split: Split, with_text: bool) -> dict[str, float]:
     """Losses per response token by the right and by shuffled vectors and, if asked for, by the
     texts: the ceiling, which does not change during training. It is left out unless every row's
@@ -4535,47 +4563,121 @@ def validation_losses(elm: ELM, split: Split, with_text: bool) -> dict[str, floa
     return losses
 
 
+# Retrieval: the nearest of the texts that training knew, the baseline that an adapter has to beat
+
+
+def nearest_rows(split: Split, row_ids: np.ndarray, train: Split, train_ids: np.ndarray,
+                 device: torch.device) -> np.ndarray:
+    """For each of `row_ids` [n] of a split the one of `train_ids` [m], ascending rows of train,
+    whose vector is nearest to its own by cosine, [n] int64: the first row of the vector, and of
+    equally near vectors the one that comes first. NO_ROW where m is 0."""
+    if not len(train_ids):
+        return np.full(len(row_ids), NO_ROW)
+    vector_ids, first_places = np.unique(train.index["vector_id"][train_ids], return_index=True)
+    in_order_of_rows = vector_ids[np.argsort(first_places)]
+    query_ids, query_of_row = np.unique(split.index["vector_id"][row_ids], return_inverse=True)
+    nearest_ids = []
+    for start in range(0, len(query_ids), QUERIES_AT_ONCE):
+        queries = split.embeddings(query_ids[start : start + QUERIES_AT_ONCE])
+        nearest = nearest_vectors(queries, train.vectors, in_order_of_rows, device)
+        nearest_ids.append(nearest.vector_ids)
+    places = np.searchsorted(vector_ids, np.concatenate(nearest_ids))
+    row_of_query = train_ids[first_places[places]]
+    return row_of_query[query_of_row]
+
+
+class KnownRows(NamedTuple):
+    """The rows of train that are nearest to those of a split, NO_ROW where there is none."""
+
+    with_text: np.ndarray  # [N]
+    with_answer: np.ndarray  # [samples]: with a text, and of the sample's task type
+
+
+def find_known_rows(split: Split, train: Split, sample_ids: np.ndarray,
+                    device: torch.device) -> KnownRows:
+    """Of two splits of one config, whose index["task_id"] counts the same task types."""
+    has_text = train.index["has_text"]
+    all_ids = np.arange(len(split))
+    with_text = nearest_rows(split, all_ids, train, np.flatnonzero(has_text), device)
+    with_answer = np.full(len(sample_ids), NO_ROW)
+    task_of_sample = split.index["task_id"][sample_ids]
+    for task_id in np.unique(task_of_sample):
+        is_of_task = task_of_sample == task_id
+        train_ids = np.flatnonzero(has_text & (train.index["task_id"] == task_id))
+        with_answer[is_of_task] = nearest_rows(
+            split, sample_ids[is_of_task], train, train_ids, device)
+    return KnownRows(with_text, with_answer)
+
+
+class Retrieved(NamedTuple):
+    nll: np.ndarray  # [N] by the nearest text, NaN where there is none or it does not fit
+    texts: dict[int, str]  # the nearest text, by sampled row
+    answers: dict[int, str]  # the nearest answer to the same task type, by sampled row
+
+
+def retrieve(elm: ELM, split: Split, train: Split | None, sample_ids: np.ndarray) -> Retrieved:
+    """What the rows of train with text give. Nothing where train is not there, or is the split
+    itself. All processes take part; process 0 searches."""
+    if train is None or train is split:
+        return Retrieved(np.full(len(split), np.nan), {}, {})
+    known = run_on_rank0(lambda: find_known_rows(split, train, sample_ids, elm.device))
+    nll = nll_by_texts(elm, split, Texts(train, known.with_text), "loss_nearest")
+    texts = {}
+    for i, row in read_known(train, sample_ids, known.with_text[sample_ids]):
+        texts[i] = row.text
+    answers = {}
+    for i, row in read_known(train, sample_ids, known.with_answer):
+        answers[i] = row.response
+    return Retrieved(nll, texts, answers)
+
+
+def read_known(train: Split, row_ids: np.ndarray,
+               train_ids: np.ndarray) -> Iterator[tuple[int, Row]]:
+    """The row of train [n] that belongs to each of `row_ids` [n], but for NO_ROW."""
+    is_known = train_ids != NO_ROW
+    return zip(row_ids[is_known].tolist(), train.read(train_ids[is_known]), strict=True)
+
+
 # What the LLM has to do for a report
 
 
 @dataclass
 class Measured:
-    """The LLM's part of a report."""
+    """The LLM's part of a report, and what retrieval gives in its place."""
 
     losses: pd.DataFrame  # a row for each of the split's: source, task, tokens, nll, nll_shuffled,
-    #   nll_text, the last NaN where there is none
+    #   nll_nearest, nll_text, the last two NaN where there is none
     sample_ids: np.ndarray  # [samples], the rows that were answered
     answers: list[str]
     shuffled_answers: list[str]  # about other rows' vectors
+    nearest_texts: dict[int, str]  # of train, by sampled row
+    nearest_answers: dict[int, str]  # of train, to the same task type, by sampled row
 
 
-def measure(elm: ELM, split: Split, cfg: EvalConfig) -> Measured:
+def measure(elm: ELM, split: Split, train: Split | None, cfg: EvalConfig) -> Measured:
     """The losses of all rows, and the answers about some, by an ELM in eval mode. All processes
     take part, and get the same. Raises: UserError."""
     pd = import_optional("pandas")
     vector_ids = split.index["vector_id"]
     other_ids = shuffled_vectors(split)
+    sample_ids = pick_samples(split, cfg.samples)
     own = losses_by_vectors(elm, split, vector_ids)
     shuffled = losses_by_vectors(elm, split, other_ids)
-    text = losses_by_texts(elm, split, own_texts(split))
-    has_text_loss = text.num_tokens > 0
-    num_cut = int((split.index["has_text"] & ~has_text_loss).sum())
-    if num_cut:
-        log.warning(f"{num_cut} texts exceed data.max_seq_length: left out of loss_text and "
-                    "gap_closed")
+    retrieved = retrieve(elm, split, train, sample_ids)
     losses = pd.DataFrame({
         "source": split.index["source_id"],
         "task": pd.Categorical.from_codes(split.index["task_id"], split.tasks),
         "tokens": own.num_tokens,
         "nll": own.nll,
         "nll_shuffled": shuffled.nll,
-        "nll_text": np.where(has_text_loss, text.nll, np.nan)})
+        "nll_nearest": retrieved.nll,
+        "nll_text": nll_by_texts(elm, split, own_texts(split), "loss_text and gap_closed")})
 
-    sample_ids = pick_samples(split, cfg.samples)
     answers = generate_answers(elm, split, sample_ids, vector_ids[sample_ids], cfg.max_new_tokens)
     shuffled_answers = generate_answers(
         elm, split, sample_ids, other_ids[sample_ids], cfg.max_new_tokens)
-    return Measured(losses, sample_ids, answers, shuffled_answers)
+    return Measured(
+        losses, sample_ids, answers, shuffled_answers, retrieved.texts, retrieved.answers)
 
 
 def pick_samples(split: Split, n: int) -> np.ndarray:
@@ -4885,16 +4987,27 @@ def repetition(text: str) -> float:
 def score(measured: Measured, references: list[str], split: Split, cfg: EvalConfig, bf16: bool,
           device: torch.device) -> pd.DataFrame:
     """The scores of the answers, a row for each of measured.sample_ids: BertScores, empty_rate and
-    repetition of the answers and, as NAME_shuffled, of those about shuffled vectors; with
-    eval.embedder ConsistencyScores of both and, as NAME_reference, of the references. The embedder
-    runs in bf16, if asked for. Each model is freed after its use."""
-    scores = import_optional("pandas").DataFrame(index=measured.sample_ids)
+    repetition of the answers and, as NAME_shuffled, of those about shuffled vectors, as
+    NAME_nearest, of the nearest ones of train, NaN where there is none; with eval.embedder
+    ConsistencyScores of these and, as NAME_reference, of the references. The embedder runs in bf16,
+    if asked for. Each model is freed after its use."""
+    pd = import_optional("pandas")
+    sample_ids = measured.sample_ids.tolist()
+    reference_of = dict(zip(sample_ids, references, strict=True))
+    answers = {  # by suffix, by row
+        "": dict(zip(sample_ids, measured.answers, strict=True)),
+        "_shuffled": dict(zip(sample_ids, measured.shuffled_answers, strict=True))}
+    if measured.nearest_answers:
+        answers["_nearest"] = measured.nearest_answers
+    scores = pd.DataFrame(index=sample_ids)
     scorer = load_scorer(cfg, device)
-    for suffix, texts in (("", measured.answers), ("_shuffled", measured.shuffled_answers)):
-        for name, values in bert_scores(scorer, texts, references)._asdict().items():
-            scores[name + suffix] = values
-        scores[f"empty_rate{suffix}"] = [float(not text.strip()) for text in texts]
-        scores[f"repetition{suffix}"] = [repetition(text) for text in texts]
+    for suffix, answer_of in answers.items():
+        row_ids = list(answer_of)
+        texts = list(answer_of.values())
+        values_of = bert_scores(scorer, texts, [reference_of[i] for i in row_ids])._asdict()
+        values_of["empty_rate"] = [float(not text.strip()) for text in texts]
+        values_of["repetition"] = [repetition(text) for text in texts]
+        scores = scores.join(pd.DataFrame(values_of, row_ids).add_suffix(suffix))
     del scorer
     free_memory()
     if cfg.embedder is None:
@@ -4904,11 +5017,12 @@ def score(measured: Measured, references: list[str], split: Split, cfg: EvalConf
     embed = functools.partial(
         embed_texts, model, truncate_dim=split.vectors.shape[1],
         prompt=instruction_prompt(split.origin.instruction))
-    for suffix, texts in (("", measured.answers), ("_shuffled", measured.shuffled_answers),
-                          ("_reference", references)):
-        values_of = consistency_scores(texts, embed, split, measured.sample_ids)._asdict()
-        for name, values in values_of.items():
-            scores[name + suffix] = values
+    answers["_reference"] = reference_of
+    for suffix, answer_of in answers.items():
+        row_ids = np.array(list(answer_of))
+        texts = list(answer_of.values())
+        values_of = consistency_scores(texts, embed, split, row_ids)._asdict()
+        scores = scores.join(pd.DataFrame(values_of, row_ids).add_suffix(suffix))
     del model, embed
     free_memory()
     return scores
@@ -4930,6 +5044,8 @@ RATIOS = (
     Ratio("loss", "nll", "tokens"),
     Ratio("loss_shuffled", "nll_shuffled", "tokens"),
     Ratio("gap", "gap", "tokens"),
+    Ratio("loss_nearest", "nll_nearest", "tokens_nearest"),
+    Ratio("gain_over_nearest", "gain_over_nearest", "tokens_nearest"),
     Ratio("loss_text", "nll_text", "tokens_text"),
     Ratio("gap_closed", "gap_with_text", "gap_text", needs_text=True))
 FEWEST_SOURCES = 30  # gap_closed of fewer is called unreliable
@@ -4948,8 +5064,9 @@ def unread_tasks(losses: pd.DataFrame) -> list[str]:
 
 
 def summands(losses: pd.DataFrame, scores: pd.DataFrame | None) -> pd.DataFrame:
-    """The summands of RATIOS and scores, by row; scores of rows that were not answered are NaN,
-    which a sum leaves out. Those of gap_closed are 0 in rows of unread_tasks or without text."""
+    """The summands of RATIOS and scores, by row; losses and scores that a row does not have are
+    NaN, which a sum leaves out. Those of gap_closed are 0 in rows of unread_tasks or without text.
+    num_NAME is 1 in rows that have the score NAME."""
     columns = losses.drop(columns="task")
     has_text = losses["nll_text"].notna()
     is_read = has_text & ~losses["task"].isin(unread_tasks(losses))
@@ -4957,11 +5074,14 @@ def summands(losses: pd.DataFrame, scores: pd.DataFrame | None) -> pd.DataFrame:
     gap_text = losses["nll_shuffled"] - losses["nll_text"]
     columns = columns.assign(
         tokens_text=losses["tokens"] * has_text,
+        tokens_nearest=losses["tokens"] * losses["nll_nearest"].notna(),
         gap=gap,
+        gain_over_nearest=losses["nll_nearest"] - losses["nll"],
         gap_with_text=gap.where(is_read, 0.0),
         gap_text=gap_text.where(is_read, 0.0))
     if scores is not None:
-        columns = columns.join(scores.assign(samples=1.0))
+        is_scored = scores.notna().astype(float)
+        columns = columns.join(scores).join(is_scored.add_prefix("num_"))
     return columns
 
 
@@ -4997,18 +5117,20 @@ def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
               num_resamples: int = 1000) -> Json:
     """RATIOS and mean scores over rows (see Measured and score), with bootstrap 95 % intervals:
     sources are drawn with replacement, with all their rows. gap_closed is over the rows with text
-    whose task is not among unread_tasks, and left out unless reads_texts(). `sources` counts the
-    sources, `sources_text` those of the rows with text."""
+    whose task is not among unread_tasks, and left out unless reads_texts(). gain_over_nearest, the
+    loss by the nearest text less that by the vector, is over the rows that have both. `sources`
+    counts the sources, `sources_text` those of the rows with text."""
     has_text = losses["nll_text"].notna()
     result: Json = {
         "rows": len(losses),
         "rows_text": int(has_text.sum()),
+        "rows_nearest": int(losses["nll_nearest"].notna().sum()),
         "sources": losses["source"].nunique(),
         "sources_text": losses["source"][has_text].nunique()}
     measures = list(RATIOS)
     if scores is not None:
         result["samples"] = int(losses.index.isin(scores.index).sum())
-        measures += [Ratio(name, name, "samples") for name in scores.columns]
+        measures += [Ratio(name, name, f"num_{name}") for name in scores.columns]
 
     by_source = summands(losses, scores).groupby("source").sum()
     totals = by_source.sum()
@@ -5068,8 +5190,9 @@ def write_report(measured: Measured, split: Split, cfg: Config, device: torch.de
 def list_predictions(rows: list[Row], measured: Measured) -> list[Json]:
     """The lines of predictions.jsonl, of the rows that were answered."""
     predictions = []
-    answers = zip(rows, measured.answers, measured.shuffled_answers, strict=True)
-    for row, answer, shuffled_answer in answers:
+    answers = zip(measured.sample_ids.tolist(), rows, measured.answers, measured.shuffled_answers,
+                  strict=True)
+    for row_id, row, answer, shuffled_answer in answers:
         prediction = {
             "task_type": row.task_type,
             "embedding_file_idx": row.embedding_file_idx,
@@ -5077,8 +5200,12 @@ def list_predictions(rows: list[Row], measured: Measured) -> list[Json]:
             "response": row.response,
             "prediction": answer,
             "prediction_shuffled": shuffled_answer}
+        if row_id in measured.nearest_answers:
+            prediction["prediction_nearest"] = measured.nearest_answers[row_id]
         if row.text:
             prediction["text"] = row.text
+        if row_id in measured.nearest_texts:
+            prediction["text_nearest"] = measured.nearest_texts[row_id]
         predictions.append(prediction)
     return predictions
 
@@ -5132,10 +5259,28 @@ def describe_gap(result: Json, metrics: list[Json]) -> str:
     return text
 
 
+def describe_nearest(result: Json) -> str:
+    """That the adapter does not beat the nearest text of train; nothing where it surely does, or
+    where there is no such text."""
+    if "gain_over_nearest" not in result:
+        return ""
+    gain = result["gain_over_nearest"]
+    low, high = result["intervals"].get("gain_over_nearest", (-math.inf, math.inf))
+    if low > 0:
+        return ""
+    surely = "surely " if gain > 0 else ""
+    loss_nearest = result["loss_nearest"]
+    return (f"the adapter does not {surely}beat retrieval: the loss by the text of the nearest "
+            f"training vector is {loss_nearest:.4f}, by the row's vector {loss_nearest - gain:.4f} "
+            f"(95 % of the difference: {low:.4f} to {high:.4f})")
+
+
 LOSS_COLORS = {
     "loss": "0.6", "val_loss_shuffled": "tab:red", "val_loss": "tab:blue",
     "val_loss_text": "tab:green"}
-TASK_LOSS_COLORS = {"loss_shuffled": "tab:red", "loss": "tab:blue", "loss_text": "tab:green"}
+TASK_LOSS_COLORS = {
+    "loss_shuffled": "tab:red", "loss_nearest": "tab:orange", "loss": "tab:blue",
+    "loss_text": "tab:green"}
 
 
 @contextlib.contextmanager
@@ -5194,8 +5339,9 @@ def plot_report(path: Path, metrics: list[Json], name: str,
 
 
 REPORT_COLUMNS = {
-    "rows": "rows", "loss_shuffled": "shuffled", "loss": "vectors", "loss_text": "text",
-    "gap_closed": "gap closed", "bertscore_composite": "BERTScore", "mrr": "MRR"}
+    "rows": "rows", "loss_shuffled": "shuffled", "loss_nearest": "nearest", "loss": "vectors",
+    "loss_text": "text", "gap_closed": "gap closed", "bertscore_composite": "BERTScore",
+    "mrr": "MRR"}
 FEWEST_SAMPLES = 20  # a mean of fewer answers says little
 
 
@@ -5211,7 +5357,9 @@ def print_report(result: Json, predictions: list[Json],
         lines.append(f"    reference   {clip(p['response'])}")
         lines.append(f"    prediction  {clip(p['prediction'])}")
     lines.append("")
-    lines.append("losses per response token by other rows' vectors, the right ones and the text")
+    nearest = ", the nearest training text" if "loss_nearest" in result else ""
+    lines.append(f"losses per response token by another row's vector{nearest}, the row's vector "
+                 "and its text")
     lines.append(report_table(result))
     lines.append("")
     lines.append(f"gap_closed: {describe_gap(result, metrics)}")
@@ -5220,6 +5368,9 @@ def print_report(result: Json, predictions: list[Json],
         lines.append(
             f"left out of it: {len(left_out)} of {len(result['tasks'])} task types, whose text the "
             f"LLM reads no better than another row's vector: {', '.join(left_out)}")
+    told_of_nearest = describe_nearest(result)
+    if told_of_nearest:
+        lines.append(told_of_nearest)
     for key in REPORT_COLUMNS:
         if key in result and key not in ("rows", "gap_closed"):
             lines.append(f"{key}: {result[key]:.4f}")
@@ -5886,12 +6037,13 @@ def report_on_adapter(options: EvalOptions) -> Json:
 
     if "prompt" in metadata:
         check_template_parts(metadata["prompt"], path)
-    splits = open_inputs(options, (split_name,), adapter.tokens, metadata.get("prompt"))
+    names = (split_name, "train") if has_known_texts(options.data) else (split_name,)
+    splits = open_inputs(options, names, adapter.tokens, metadata.get("prompt"))
     split = splits[split_name]
     where = f"data.dir: {split_name}"
     check_width(split.vectors, adapter, where)
     check_norm(adapter.norms, split.statistics["norms"][1].item(), where)
-    check_embedder(options.eval, options.model.bf16, device, splits)
+    check_embedder(options.eval, options.model.bf16, device, {split_name: split})
     elm = ELM.from_adapter(
         adapter, metadata, path, options.model.llm, options.model.bf16, options.deepspeed)
     split.encoder.prompt.check_fits(elm.llm)
@@ -5899,7 +6051,7 @@ def report_on_adapter(options: EvalOptions) -> Json:
     check_ids_of_rows(splits)
 
     folder.mkdir(parents=True, exist_ok=True)
-    measured = measure(elm, split, options.eval)
+    measured = measure(elm, split, splits.get("train"), options.eval)
     del elm, adapter
     free_memory()
     if rank() > 0:

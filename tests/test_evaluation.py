@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -17,6 +18,7 @@ from conftest import (
     NO_TABLES,
     PROMPT,
     ROOT,
+    build_elm,
     byte_tokenizer,
     command,
     deepspeed_launcher,
@@ -224,7 +226,8 @@ def test_a_folder_of_a_known_scorer_has_the_layer_that_the_library_chose(tmp_pat
 
 def losses_of(vector, **columns) -> pd.DataFrame:
     """As `measure` makes them, with tokens of 1, losses of 1 and no texts unless given."""
-    columns = dict(task="summary", tokens=1, nll=1.0, nll_shuffled=1.0, nll_text=np.nan) | columns
+    columns = dict(task="summary", tokens=1, nll=1.0, nll_shuffled=1.0, nll_nearest=np.nan,
+                   nll_text=np.nan) | columns
     return pd.DataFrame({"source": vector, **columns})
 
 
@@ -253,7 +256,7 @@ def test_measures_are_ratios_of_sums_and_vectors_are_drawn_whole():
     assert result["loss"] == pytest.approx(nll.sum() / tokens.sum())
     assert result["rows"] == 9000
     assert result["rows_text"] == 0
-    counts = {"rows", "rows_text", "sources", "sources_text"}
+    counts = {"rows", "rows_text", "rows_nearest", "sources", "sources_text"}
     assert set(result) - counts - {"intervals"} == {"loss", "loss_shuffled", "gap"}
     used, which = np.unique(vector, return_inverse=True)
     draws = np.random.default_rng(0).multinomial(len(used), np.full(len(used), 1 / len(used)), 500)
@@ -341,7 +344,7 @@ def write_report(folder: Path, data_dir: Path, losses: pd.DataFrame) -> dict:
     """The report of these losses, without answers."""
     folder.mkdir()
     split = elm.open_split(str(data_dir), "test", elm.TASKS, elm.Encoder(PROMPT, 1, 256))
-    measured = elm.Measured(losses, np.arange(0), [], [])
+    measured = elm.Measured(losses, np.arange(0), [], [], {}, {})
     cfg = elm.load_config(None, ["eval.samples=0", f"data.dir={data_dir}"])
     header = {"split": "test", "step": 3, "adapter_step": 3}
     return elm.write_report(measured, split, cfg, CPU, folder, folder, header)
@@ -482,8 +485,8 @@ def test_each_number_has_its_interval_and_is_what_it_says(trained, data_dir, tmp
                       f"data.dir={data_dir}", f"adapter={folder}", f"report_dir={new}")
     scores = ["empty_rate", "repetition", "consistency", "mrr", "top1"]
     scores += ["bertscore_precision", "bertscore_recall", "bertscore_f1", "bertscore_composite"]
-    keys = {"loss", "loss_shuffled", "loss_text", "gap", *scores}
-    keys |= {f"{name}_shuffled" for name in scores}
+    keys = {"loss", "loss_shuffled", "loss_text", "gap", "loss_nearest", "gain_over_nearest"}
+    keys |= {f"{name}{suffix}" for name in scores for suffix in ("", "_shuffled", "_nearest")}
     keys |= {"consistency_reference", "mrr_reference", "top1_reference"}
     assert keys <= set(result)
     assert keys <= set(result["intervals"])
@@ -502,7 +505,8 @@ def test_each_number_has_its_interval_and_is_what_it_says(trained, data_dir, tmp
     predictions = read_jsonl(new / "predictions.jsonl")
     assert len(predictions) == 20
     source = read_table(data_dir, "test")[[p["embedding_file_idx"] for p in predictions]]
-    for key, suffix in (("prediction", ""), ("response", "_reference")):
+    for key, suffix in (("prediction", ""), ("prediction_nearest", "_nearest"),
+                        ("response", "_reference")):
         texts = [p[key] for p in predictions]
         is_filled = torch.tensor([bool(text.strip()) for text in texts])
         vectors = by_hand.encode([text or "x" for text in texts], convert_to_tensor=True).float()
@@ -523,6 +527,7 @@ def test_eval_by_two_processes_is_that_of_one(run, tmp_path):
              'data.tasks=["keywords", "summary", "category"]']
     assert command(*words, "train.max_steps=1", f"output.dir={one}")[0] == 0
     expected = numbers_of_report(one)
+    assert {"loss_nearest", "gain_over_nearest", "bertscore_f1_nearest"} <= set(expected)
     answers = (one / "predictions.jsonl").read_bytes()
     assert len({len(p["prediction"].split()) for p in read_jsonl(one / "predictions.jsonl")}) > 2
     gathers = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
@@ -607,6 +612,211 @@ def test_answers_are_kept_where_the_scores_fail(settings, tmp_path, monkeypatch)
     with pytest.raises(TypeError):
         go(settings, "train.max_steps=0")
     assert len(read_jsonl(tmp_path / "out" / "predictions.jsonl")) == 6
+
+
+# -----------------------------------------------------------------------------
+# Retrieval: the nearest training text, and its answer
+
+
+def brute_force(data_dir: Path, vector: torch.Tensor, task: str | None = None) -> dict | None:
+    """Of the rows of train with text, and of the task, the first whose vector has the greatest
+    cosine with `vector`; by a loop over the lines of the file."""
+    table = read_table(data_dir)
+    best = None
+    greatest = -2.0
+    for row in read_jsonl(rows_path(data_dir)):
+        if not row.get("text") or task not in (None, row["task_type"]):
+            continue
+        cosine = torch.nn.functional.cosine_similarity(
+            vector.double(), table[row["embedding_file_idx"]].double(), dim=0).item()
+        if cosine > greatest:
+            best = row
+            greatest = cosine
+    return best
+
+
+def check_nearest(data_dir: Path, llm: Path, limit: int = 256) -> pd.DataFrame:
+    """Compare `measure` with brute force on the test split: each row's loss by the nearest text is
+    elm's own loss of the row where that text is written in place of its own. The losses."""
+    encoder = elm.Encoder(elm.Prompt(elm.load_tokenizer(str(llm))), 1, limit)
+    splits = {name: elm.open_split(str(data_dir), name, elm.TASKS, encoder)
+              for name in ("train", "test")}
+    model = build_elm(llm, splits["test"])
+    cfg = elm.EvalConfig(samples=30, max_new_tokens=1)
+    measured = elm.measure(model, splits["test"], splits["train"], cfg)
+
+    rows = read_jsonl(rows_path(data_dir, "test"))
+    table = read_table(data_dir, "test")
+    vectors = [table[row["embedding_file_idx"]] for row in rows]
+    texts = [brute_force(data_dir, vector)["text"] for vector in vectors]
+    replaced = [row | {"text": text} for row, text in zip(rows, texts, strict=True)]
+    copy = shutil.copytree(data_dir, data_dir.with_name("replaced"))
+    write_rows(copy, "test", replaced)
+    split = elm.open_split(str(copy), "test", elm.TASKS, encoder)
+    expected = elm.losses_by_texts(model, split, elm.own_texts(split))
+    assert expected.num_tokens.any()
+    np.testing.assert_allclose(
+        measured.losses["nll_nearest"],
+        np.where(expected.num_tokens > 0, expected.nll, np.nan), rtol=1e-5)
+
+    assert len(measured.sample_ids) == 30
+    assert measured.nearest_texts == {i: texts[i] for i in measured.sample_ids}
+    answers = {}
+    for i in measured.sample_ids:
+        nearest = brute_force(data_dir, vectors[i], rows[i]["task_type"])
+        if nearest is not None:
+            answers[i] = nearest["response"]
+    assert measured.nearest_answers == answers
+    return measured.losses
+
+
+def test_the_nearest_texts_are_those_of_brute_force_in_the_tiny_world(tmp_path):
+    data = tmp_path / "data"
+    for folder in ("embeddings", "synthesis"):
+        shutil.copytree(ROOT / "data" / "tiny" / folder, data / folder)
+    write_rows(data, "train", read_jsonl(rows_path(data))[::3])
+    write_rows(data, "test", read_jsonl(rows_path(data, "test"))[:60])
+    losses = check_nearest(data, ROOT / "data" / "tiny" / "llm")
+    by_nearest = losses["nll_nearest"].sum()
+    assert 5 * losses["nll_text"].sum() < by_nearest < losses["nll_shuffled"].sum()
+
+
+def test_only_training_rows_with_text_are_retrieved(data_dir, llm_dir):
+    """Not rows whose text is null, empty or missing, nor unused vectors, though theirs are the
+    test's own; of equal vectors the one whose row comes first, and of its rows the first. A task
+    type that train lacks has no answer; a nearest text that does not fit gives no loss."""
+    rows = read_jsonl(rows_path(data_dir))
+    without = [rows.pop(), rows.pop(), rows.pop()]
+    test_table = read_table(data_dir, "test")
+    table = torch.cat([read_table(data_dir), test_table])  # 10 to 19 are the test's
+    for i, (row, text) in enumerate(zip(without, (None, "", ...), strict=True)):
+        row["embedding_file_idx"] = 10 + i
+        row["text"] = text
+        if text is ...:
+            del row["text"]
+    table[19] = table[18]  # both of the test's vector 8: the second comes first, by two rows
+    first = rows[0] | {"embedding_file_idx": 19, "text": "the first"}
+    second = rows[0] | {"embedding_file_idx": 18, "text": "the second", "response": "later"}
+    long = rows[0] | {"embedding_file_idx": 17, "text": "too long " * 40}
+    rows = [row for row in rows if row["task_type"] != elm.TASKS[3]]
+    write_rows(data_dir, "train", [*without, first, first | {"text": "no"}, second, long, *rows])
+    save_file({"x": table}, vectors_path(data_dir))
+    test_rows = read_jsonl(rows_path(data_dir, "test"))
+    for i, row in enumerate(test_rows):
+        row["embedding_file_idx"] = i % 10
+    write_rows(data_dir, "test", test_rows)
+
+    losses = check_nearest(data_dir, llm_dir)
+    is_far = torch.arange(40) % 10 == 7
+    assert losses["nll_nearest"].isna().tolist() == is_far.tolist()
+    assert brute_force(data_dir, test_table[8])["text"] == "the first"
+
+
+def test_eval_retrieves_from_the_training_split_of_its_own_data(trained, data_dir, tmp_path):
+    """Not from that of the adapter's training. The predictions have the nearest text and, where
+    train has the task type, its answer; the scores are over these."""
+    _, folder, settings = trained
+    tasks = elm.TASKS[:2]
+    for split, chosen in (("train", tasks[:1]), ("test", tasks)):
+        rows = read_jsonl(rows_path(data_dir, split))
+        for i, row in enumerate(rows):
+            row["task_type"] = chosen[i % len(chosen)]
+            row["text"] += f" {split} {i}"
+        write_rows(data_dir, split, rows)
+    report = tmp_path / "report"
+    result = evaluate(settings, f"data.dir={data_dir}", "eval.samples=40", f"adapter={folder}",
+                      f"report_dir={report}")
+    predictions = read_jsonl(report / "predictions.jsonl")
+    table = read_table(data_dir, "test")
+    nearest = []
+    for p in predictions:
+        vector = table[p["embedding_file_idx"]]
+        assert p["text_nearest"] == brute_force(data_dir, vector)["text"]
+        if p["task_type"] == tasks[0]:
+            nearest.append((p["prediction_nearest"], p["response"]))
+            assert p["prediction_nearest"] == brute_force(data_dir, vector, tasks[0])["response"]
+        else:
+            assert "prediction_nearest" not in p
+    assert len(nearest) == 20
+    precision, recall, f1, _ = score_pairs(load_scorer(), nearest).mean(0)
+    assert result["bertscore_precision_nearest"] == pytest.approx(precision)
+    assert result["bertscore_recall_nearest"] == pytest.approx(recall)
+    assert result["bertscore_f1_nearest"] == pytest.approx(f1)
+    assert result["tasks"][tasks[0]]["bertscore_f1_nearest"] == pytest.approx(f1)
+    assert "bertscore_f1_nearest" not in result["tasks"][tasks[1]]
+    assert result["rows_nearest"] == 40
+
+
+@pytest.mark.parametrize(
+    "missing", ["table", "rows", "both", "texts", "rows of the task", "train itself"])
+def test_where_no_training_text_is_known_the_nearest_are_left_out(
+        trained, data_dir, tmp_path, capsys, missing):
+    """Without a word."""
+    _, folder, settings = trained
+    if missing in ("table", "both"):
+        vectors_path(data_dir).unlink()
+    if missing in ("rows", "both"):
+        rows_path(data_dir).unlink()
+    if missing == "texts":
+        rows = read_jsonl(rows_path(data_dir))
+        write_rows(data_dir, "train", [row | {"text": " "} for row in rows])
+    more = []
+    if missing == "rows of the task":
+        rows = read_jsonl(rows_path(data_dir))
+        write_rows(data_dir, "train", [row | {"task_type": "summary"} for row in rows])
+        more = ['data.tasks=["keywords", "category", "describe"]']
+    if missing == "train itself":
+        more = ["eval.split=train"]
+    capsys.readouterr()
+    report = tmp_path / "report"
+    result = evaluate(settings, f"data.dir={data_dir}", f"adapter={folder}", *more,
+                      f"report_dir={report}", "eval.bertscore_layers=3")
+    out, err = capsys.readouterr()
+    assert [key for key in result if "nearest" in key] == ["rows_nearest"]
+    assert result["rows_nearest"] == 0
+    for p in read_jsonl(report / "predictions.jsonl"):
+        assert {"prediction_nearest", "text_nearest"}.isdisjoint(p)
+    assert not re.search(r"\bnearest |retrieval", out)
+    assert "warning" not in err
+    if missing != "train itself":
+        assert "train: " not in out
+
+
+def test_measures_of_the_nearest_are_of_the_rows_that_have_it():
+    losses = losses_of([0, 0, 1, 2], nll=[1.0, 9.0, 2.0, 0.5], tokens=[1, 5, 2, 1],
+                       nll_nearest=[3.0, np.nan, 5.0, 0.25])  # fmt: skip
+    result = elm.summarize(losses)
+    assert result["rows_nearest"] == 3
+    assert result["loss_nearest"] == pytest.approx(8.25 / 4)
+    assert result["gain_over_nearest"] == pytest.approx((8.25 - 3.5) / 4)
+    low, high = result["intervals"]["gain_over_nearest"]  # by source: 2 / 1, 3 / 2, -.25 / 1
+    assert low == pytest.approx(-0.25)
+    assert high == pytest.approx(2)
+
+
+@pytest.mark.parametrize("nll_nearest, surely", [
+    ([2.0, 2.5] * 20, None), ([2.0, 0.1] * 20, "surely "), ([1.0] * 40, ""),
+    ([0.5] * 39 + [np.nan], ""), (np.nan, None)])  # fmt: skip
+def test_an_adapter_that_does_not_beat_retrieval_is_told_so(
+        data_dir, tmp_path, capsys, nll_nearest, surely):
+    """Over the rows that have both losses: the last one's of 100 has no part in it."""
+    losses = losses_of([*range(40)], nll=[1.0] * 39 + [100.0], nll_nearest=nll_nearest)
+    if np.isfinite(losses["nll_nearest"]).all():
+        losses["nll"] = 1.0
+    result = write_report(tmp_path / "report", data_dir, losses)
+    out = capsys.readouterr().out
+    told = [line for line in out.splitlines() if "beat retrieval" in line]
+    if surely is None:
+        assert told == []
+        return
+    nearest = result["loss_nearest"]
+    low, high = result["intervals"]["gain_over_nearest"]
+    assert low <= 0
+    assert told == [
+        f"the adapter does not {surely}beat retrieval: the loss by the text of the nearest "
+        f"training vector is {nearest:.4f}, by the row's vector 1.0000 (95 % of the difference: "
+        f"{low:.4f} to {high:.4f})"]
+    assert f"\nloss_nearest: {nearest:.4f}\n" in out
 
 
 # -----------------------------------------------------------------------------

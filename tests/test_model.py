@@ -785,14 +785,15 @@ def test_an_elm_is_whole_after_its_report(trained, tmp_path):
     report, folder, settings = trained
     cfg = elm.load_config(None, settings)
     model = elm.ELM.load(folder)
-    split = elm.open_inputs(cfg, ("test",), 1, None)["test"]
+    splits = elm.open_inputs(cfg, ("test", "train"), 1, None)
+    split = splits["test"]
 
     def use():
         loss = model.loss(split.vectors, "What?", ["yes"] * len(split.vectors)).item()
         return loss, model.generate(split.vectors[:3], "What?", max_new_tokens=5)
 
     before = use()
-    measured = elm.measure(model, split, cfg.eval)
+    measured = elm.measure(model, split, splits["train"], cfg.eval)
     header = {key: report[key] for key in ("split", "step", "adapter_step")}
     assert elm.write_report(measured, split, cfg, CPU, tmp_path, folder, header) == report
     assert use() == before and math.isfinite(before[0])

@@ -143,7 +143,8 @@ def test_readme_names_every_key():
 METRICS = [
     "step", "epoch", "loss", "lm_loss", "drift_loss", "lr", "grad_norm", "similarity",
     "tokens_per_second", "memory_gib", "val_loss", "val_loss_shuffled", "val_loss_text",
-    "loss_shuffled", "loss_text", "gap_closed", "bertscore_precision", "empty_rate", "repetition",
+    "loss_shuffled", "loss_text", "loss_nearest", "gain_over_nearest", "rows_nearest",
+    "gap_closed", "bertscore_precision", "empty_rate", "repetition",
     "consistency", "mrr", "top1", "intervals", "samples"]  # fmt: skip
 
 

@@ -98,7 +98,8 @@ def test_what_a_run_leaves(trained):
     predictions = read_jsonl(folder / "predictions.jsonl")
     assert len(predictions) == 6
     assert set(predictions[0]) == {"embedding_file_idx", "task_type", "query", "response",
-                                   "prediction", "prediction_shuffled", "text"}  # fmt: skip
+                                   "prediction", "prediction_shuffled", "prediction_nearest",
+                                   "text", "text_nearest"}  # fmt: skip
     assert elm.load_config(str(folder / "config.toml")) == cfg
     assert "# torch " in (folder / "config.toml").read_text()
 
