@@ -42,6 +42,7 @@ from conftest import (
 from naive import elm_step, naive_loss, naive_step, token_rows
 from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoTokenizer
 
 import elm
@@ -149,6 +150,67 @@ def test_loss_and_gradient_agree_with_the_naive_reference(parts, monkeypatch):
             for max_logits in (2**24, 7 * vocab_size):
                 check(num_recomputed, budget, max_logits)
     assert all(p.grad is None for p in model.llm.parameters())
+
+
+@pytest.fixture(params=["qwen3", "gpt2", "gemma2"])
+def in_bf16(request, tmp_path, data_dir):
+    """(ELM whose LLM is in bf16, its train split): plain, with a table of positions, with windows
+    and soft-caps."""
+    make_llm(tmp_path / "llm", request.param)
+    prompt = elm.Prompt(AutoTokenizer.from_pretrained(tmp_path / "llm"))
+    split = open_train(data_dir, prompt, 2)
+    model = build_elm(tmp_path / "llm", split, bf16=True)
+    elm.check_llm(model)
+    return model, split
+
+
+def test_padding_on_a_cpu_in_bf16_changes_no_loss_or_gradient(in_bf16, monkeypatch):
+    model, split = in_bf16
+
+    def steps():
+        for budget in (100_000, 150):
+            loss, gradient, _ = elm_step(model, split, np.arange(11), budget)
+            yield loss, gradient
+
+    padded = list(steps())
+    monkeypatch.setattr(elm, "ROWS_MULTIPLE", 1)
+    for (loss, gradient), (loss_alone, gradient_alone) in zip(padded, steps(), strict=True):
+        assert abs(loss - loss_alone) / loss_alone < 1e-4
+        assert (gradient - gradient_alone).norm() / gradient_alone.norm() < 1e-2
+
+
+class ProductsInBf16(TorchDispatchMode):
+    """Notes the rows of each product of matrices in bf16, and the shapes of attention in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+        self.attention = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        tensors = [x for x in args if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16]
+        if tensors and name in ("aten::mm", "aten::addmm"):
+            self.rows.append(len(tensors[-2]))
+        if tensors and ("attention" in name or name == "aten::bmm"):
+            self.attention.append(tensors[0].shape)
+        return function(*args, **(kwargs or {}))
+
+
+def test_few_shapes_occur_on_a_cpu_in_bf16(in_bf16):
+    """oneDNN keeps kernels for each: the process would grow with each micro-batch."""
+    model, split = in_bf16
+    rng = np.random.default_rng(0)
+    lengths = set()
+    with ProductsInBf16() as products:
+        for _ in range(10):
+            row_ids = rng.permutation(len(split))[: rng.integers(2, 12)]
+            examples = split.examples(row_ids)
+            lengths.add(sum(len(example.ids) for example in examples))
+            elm_step(model, split, row_ids, 100_000)
+    assert len(lengths) > 8
+    assert {rows % 32 for rows in products.rows} == {0}
+    assert products.attention == []
 
 
 def scale_logits(kind: str, logits: torch.Tensor) -> torch.Tensor:
