@@ -2382,6 +2382,8 @@ def weights_hash(model: nn.Module) -> str:
 # last 1,024. So that few shapes occur, numbers of rows are rounded up to a multiple of this.
 ROWS_MULTIPLE = 32
 
+SMALL_LLM = 50_000_000  # parameters; a smaller one is fast in any dtype
+
 
 def compiles_shapes(x: Tensor) -> bool:
     """Whether products of x are oneDNN's: half precision on a CPU."""
@@ -2397,6 +2399,21 @@ def count_padding(x: Tensor) -> int:
 def pad_rows(x: Tensor, num_padded: int) -> Tensor:
     """[n, D] -> [n + num_padded, D], with zeros."""
     return F.pad(x, (0, 0, 0, num_padded))
+
+
+def warn_of_slow_dtype(dtype: torch.dtype, num_parameters: int) -> None:
+    """Warn of an LLM on a CPU that would train faster in the other dtype. What is no x86, and an
+    LLM that is small, were not measured."""
+    capabilities = torch.cpu.get_capabilities()
+    if num_parameters < SMALL_LLM or capabilities["architecture"] != "x86_64":
+        return
+    has_bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    if has_bf16 and dtype == torch.float32:
+        warn_once("model.bf16 = false: this CPU multiplies in bf16, about twice as fast; set "
+                  "model.bf16=true")
+    if dtype == torch.bfloat16 and not has_bf16:
+        warn_once("model.bf16 = true: this CPU has no instructions for bf16; fp32 is faster, in "
+                  "twice the memory: model.bf16=false")
 
 
 # Packed attention
@@ -4205,6 +4222,8 @@ class Trainer:
                  f"{self.cfg.deepspeed.zero_stage}, LLM in {dtype}")
         log.info(f"{num_trained:,} parameters trained, {num_frozen:,} frozen; token embeddings of "
                  f"root mean square {adapter.scale:.4f}")
+        if self.device.type == "cpu":
+            warn_of_slow_dtype(llm.dtype, num_frozen)
         return elm
 
     def restore(self, checkpoint: Checkpoint) -> None:

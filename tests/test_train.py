@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -452,6 +453,44 @@ def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     with pytest.raises(elm.UserError, match="model.llm: Tesla T4 has no bf16"):
         elm.load_llm("llm", torch.device("cuda"), bf16=True)
+
+
+WITH_BF16 = {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}
+WITH_AMX = {"architecture": "x86_64", "amx_bf16": True}
+WITHOUT_BF16 = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
+ARM = {"architecture": "aarch64", "bf16": True}
+SET_BF16 = "this CPU multiplies in bf16, about twice as fast; set model.bf16=true"
+SET_FP32 = "this CPU has no instructions for bf16; fp32 is faster, in twice the memory: "
+
+
+@pytest.mark.parametrize(("capabilities", "bf16", "small_llm", "said"), [
+    (WITH_BF16, "false", 100, f"model.bf16 = false: {SET_BF16}"),
+    (WITH_AMX, "false", 100, f"model.bf16 = false: {SET_BF16}"),
+    (WITHOUT_BF16, "true", 100, f"model.bf16 = true: {SET_FP32}model.bf16=false"),
+    (WITH_BF16, "true", 100, ""), (WITHOUT_BF16, "false", 100, ""), (ARM, "false", 100, ""),
+    (ARM, "true", 100, ""), (WITH_BF16, "false", None, ""),
+    (WITHOUT_BF16, "true", None, "")])  # fmt: skip
+def test_the_dtype_in_which_a_cpu_is_faster_is_named(
+    brief, monkeypatch, capsys, capabilities, bf16, small_llm, said
+):
+    """Of an LLM that is not small."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    if small_llm:
+        monkeypatch.setattr(elm, "SMALL_LLM", small_llm)
+    go(brief, f"model.bf16={bf16}", "train.max_steps=0", "eval.samples=0")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "bf16" in line]
+    assert warnings == ([f"elm: warning: {said}"] if said else [])
+
+
+def test_torch_knows_what_this_cpu_has():
+    """By the names that lscpu has, too."""
+    if platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists():
+        pytest.skip("not a PC with Linux")
+    flags = Path("/proc/cpuinfo").read_text("utf-8").split()
+    capabilities = torch.cpu.get_capabilities()
+    assert capabilities["architecture"] == "x86_64"
+    for name in ("avx512_bf16", "amx_bf16"):
+        assert capabilities[name] == (name in flags)
 
 
 def test_bf16_llm_and_fp32_adapter(brief):
