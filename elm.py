@@ -32,7 +32,7 @@ Contents
     Prompts and batches   chat template, token ids, packing without padding
     Data set              vectors, rows, splits, the rows of each step
     Adapter               the MLP and its file
-    LLM                   loading, ZeRO 3, packed attention, recomputation
+    LLM                   loading, ZeRO 3, bf16 on a CPU, packed attention, recomputation
     ELM                   the LLM with soft tokens: losses, generation, load and save
     Losses                chunked cross-entropy, drift, the gradient at the soft tokens
     Closed-form fits      ridge regression: the drift loss's probe, the adapter's warm start
@@ -2376,7 +2376,7 @@ def weights_hash(model: nn.Module) -> str:
     return sha256_short(torch.cat(samples).cpu().numpy().tobytes())
 
 
-# Half precision on a CPU
+# bf16 on a CPU
 
 # There oneDNN compiles kernels for each shape of matrices, up to a megabyte of code, and keeps the
 # last 1,024. So that few shapes occur, numbers of rows are rounded up to a multiple of this.
