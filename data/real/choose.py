@@ -3,8 +3,9 @@
     python data/real/choose.py data/real/made data/real
 
 Writes the rows that no rule drops, and all vectors, and prints how many each rule drops. The rules
-leave out what a person who read a hundred of the answers called rubbish:
-marks.jsonl has these answers, the mark, and the rule.
+leave out what a person who read a hundred of the answers called rubbish. marks.jsonl has these, and
+fifty that were drawn after the first rules were written, each with its mark and the rule that drops
+it. (The rule of the books is of the second draw.)
 """
 
 import re
@@ -29,6 +30,8 @@ KINDS_OF_ANYTHING = {"package", "software", "library", "program", "utility", "to
 MOST_WORDS_OF_A_CATEGORY = 10
 FRAME_OF_A_CATEGORY = re.compile(r"^(the|this) (field|category|text|package)\b.*\b(is|from)\b")
 
+BOOK = re.compile(r'" by [A-Z]')
+
 
 def words_of(text: str) -> list[str]:
     return elm.split_words(prepare.strip_marks(text))
@@ -51,6 +54,8 @@ def dropped_by(row: elm.Row) -> str:
         return dropped_category(answer, synopsis_words)
     if task == "counterfactual":
         return dropped_counterfactual(answer, row)
+    if task == "related_topics" and BOOK.search(row.response):
+        return "related topics: books, which it invents"
     if task.startswith("style") and is_unchanged(words, words_of(row.text)):
         return "style: the text unchanged"
     return ""
