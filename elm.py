@@ -243,7 +243,8 @@ class TrainConfig(Table):
     epochs: PositiveInt = 3  # passes over the training rows, unless max_steps is set
     max_steps: NonNegativeInt | None = None  # none: by epochs; 0: the closed-form adapter alone
     lr: PositiveFloat = 1e-4  # the peak, after warm-up; from there linear decay to 0
-    warmup_steps: NonNegativeInt = 1000  # in which the rate rises; a tenth of the run at most
+    warmup_steps: NonNegativeInt | None = None  # steps in which the rate rises linearly; none:
+    #   1000, but at most a tenth of the run
     weight_decay: NonNegativeFloat = 0.01  # AdamW's decay of the adapter's weights
     max_grad_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
     eval_steps: PositiveInt = 500  # steps from one validation to the next; each saves before it
@@ -3672,8 +3673,10 @@ def lr_at(step: int, total_steps: int, cfg: TrainConfig) -> float:
 
 
 def warmup_steps(total_steps: int, cfg: TrainConfig) -> int:
-    """The warm-up of a run: that of the settings, but at most a tenth of the run."""
-    return min(cfg.warmup_steps, total_steps // 10)
+    """The warm-up of a run: that of the settings, else 1000 steps, but at most a tenth of it."""
+    if cfg.warmup_steps is not None:
+        return cfg.warmup_steps
+    return min(1000, total_steps // 10)
 
 
 def mean_cosine(x: Tensor) -> float:

@@ -384,14 +384,19 @@ def test_the_llm_never_drops_out(parts):
 
 def test_learning_rate_is_a_function_of_the_step():
     cfg = elm.TrainConfig(lr=1.0, warmup_steps=4)
-    rates = [elm.lr_at(step, 44, cfg) for step in range(45)]
+    rates = [elm.lr_at(step, 12, cfg) for step in range(13)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rates[24] == 0.5 and rates[43] == 0.025 and rates[44] == 0.0
+    assert rates[8] == 0.5 and rates[11] == 0.125 and rates[12] == 0.0
     assert elm.lr_at(0, 5, elm.TrainConfig(lr=2.0, warmup_steps=0)) == 2.0
     assert elm.lr_at(99, 5, elm.TrainConfig(lr=2.0, warmup_steps=0)) == 0.0
-    # At most a tenth of the run.
+    assert elm.lr_at(2, 3, cfg) == 0.75  # warm-up longer than the run
+
+
+def test_the_warm_up_is_a_tenth_of_a_short_run():
+    cfg = elm.TrainConfig(lr=1.0)
     assert [elm.lr_at(step, 20, cfg) for step in range(4)] == [0.5, 1.0, 1.0, 17 / 18]
     assert elm.lr_at(0, 9, cfg) == 1.0
+    assert elm.warmup_steps(10_000, cfg) == elm.warmup_steps(10**6, cfg) == 1000
 
 
 # ------------------------------------------------------------------ answers
