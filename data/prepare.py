@@ -119,9 +119,9 @@ def sort_key(source: SourceText) -> tuple[bool, str, str, str, str]:
 
 
 def assign_splits(sources: Iterable[SourceText], shares: Sequence[float]) -> dict[str, str]:
-    """{text: name of its split}, of the texts of drop_copies(sources), in their order. The split is
-    the one given to the text or to any of its group, else drawn by a hash of the group, or of the
-    text without one, so that it stays when other texts come."""
+    """{text: name of its split}, of the texts of drop_copies(sources). The split is the one given
+    to the text or to any of its group, else drawn by a hash of the group, or of the text without
+    one, so that it stays when other texts come."""
     sources = sorted(sources, key=sort_key)
     given: dict[str, str] = {}
     for source in sources:
@@ -637,14 +637,16 @@ def synthesize(options: SynthesizeOptions, texts_path: Path, out: Path) -> None:
     sources = list(read_texts(texts_path))
     splits = assign_splits(sources, options.split)
     check_shares(splits, texts_path)
+    texts = []  # in the order of their vectors
     rows = []
     for vector_id, source in enumerate(drop_copies(sources)):
+        texts.append(source.text)
         rows += draw_rows(source, vector_id, queries, options)
 
     with resumable_work_folder(out) as work:
         # Before the answers: it takes minutes, not hours, and frees the memory for the LLM.
         table_path = work / "vectors.safetensors"
-        embed_all(list(splits), options, work, table_path)
+        embed_all(texts, options, work, table_path)
         answer_rows(make_engine(options), rows, elm.AnswerLog(work / "answers.jsonl"), options)
         elm.log.info(count_table(rows, splits))
         check_answers(rows, splits)
@@ -652,7 +654,7 @@ def synthesize(options: SynthesizeOptions, texts_path: Path, out: Path) -> None:
 
         new = work / "data"
         shutil.rmtree(new, ignore_errors=True)  # of a command that was killed
-        write_splits(rows, splits, table_path, new)
+        write_splits(rows, texts, splits, table_path, new)
         toml = train_toml(rows, options, out)
         elm.write_text(new / "train.toml", toml)
         os.replace(new, out)
@@ -680,11 +682,11 @@ def count_table(rows: list[DraftRow], splits: dict[str, str]) -> str:
     return pd.crosstab(tasks, outcomes).to_string()
 
 
-def write_splits(rows: list[DraftRow], splits: dict[str, str], table_path: Path,
+def write_splits(rows: list[DraftRow], texts: list[str], splits: dict[str, str], table_path: Path,
                  out: Path) -> None:
     """Write each split with the vectors of all its texts, of a table [number of texts, E]. Raises:
     UserError."""
-    split_names = np.array(list(splits.values()))
+    split_names = np.array([splits[text] for text in texts])
     for name in np.unique(split_names).tolist():
         rows_of_split = [row.to_dict() for row in rows if splits[row.text] == name]
         write_split(out, name, table_path, np.flatnonzero(split_names == name), rows_of_split)

@@ -3,7 +3,7 @@
     python data/real/choose.py data/real/made data/real
 
 Writes the rows that no rule drops, and all vectors, and prints how many each rule drops. The rules
-leave out what a person who read a hundred of the answers called rubbish. marks.jsonl has these, and
+leave out what a reading of a hundred answers called rubbish. marks.jsonl has these, and
 fifty that were drawn after the first rules were written, each with its mark and the rule that drops
 it. (The rule of the books is of the second draw.)
 """
@@ -42,8 +42,8 @@ def synopsis_of(text: str) -> str:
     return text.partition(". ")[0]
 
 
-def dropped_by(row: elm.Row) -> str:
-    """The name of the rule that drops a row, or ""."""
+def dropped_by(row: elm.Row) -> str | None:
+    """The name of the rule that drops a row; None if it is kept."""
     task = row.task_type
     answer = row.response.casefold()
     words = words_of(answer)
@@ -58,10 +58,10 @@ def dropped_by(row: elm.Row) -> str:
         return "related topics: books, which it invents"
     if task.startswith("style") and is_unchanged(words, words_of(row.text)):
         return "style: the text unchanged"
-    return ""
+    return None
 
 
-def dropped_category(answer: str, synopsis_words: set[str]) -> str:
+def dropped_category(answer: str, synopsis_words: set[str]) -> str | None:
     words = words_of(answer)
     if len(words) > MOST_WORDS_OF_A_CATEGORY:
         return "category: a sentence"
@@ -70,17 +70,17 @@ def dropped_category(answer: str, synopsis_words: set[str]) -> str:
     frame = FRAME_OF_A_CATEGORY.match(answer)
     if frame and set(words_of(answer[frame.end() :])) <= synopsis_words:
         return "category: the title for a field"
-    return ""
+    return None
 
 
-def dropped_counterfactual(answer: str, row: elm.Row) -> str:
+def dropped_counterfactual(answer: str, row: elm.Row) -> str | None:
     for topic, pattern in TOPICS.items():
         if topic in row.query and not pattern.search(answer):
             return "counterfactual: not about what was asked"
     long_words = {word for word in words_of(answer) if len(word) > 4}
     if not long_words & set(words_of(row.text)):
         return "counterfactual: not about the text"
-    return ""
+    return None
 
 
 def is_unchanged(words: list[str], text_words: list[str]) -> bool:
@@ -104,16 +104,19 @@ def main(made: Path, out: Path) -> None:
         rows = []
         for line in elm.read_lines(elm.rows_path(str(made), split), elm.TASKS, num_vectors):
             rule = dropped_by(line.row)
-            counts[rule or "kept"] += 1
-            if not rule:
+            if rule is None:
                 rows.append(line.row.model_dump(exclude_unset=True))
+                rule = "kept"
+            counts[rule] += 1
         elm.write_text(elm.rows_path(str(out), split), elm.jsonl(rows))
         new_table_path = elm.vectors_path(str(out), split)
-        new_table_path.parent.mkdir(exist_ok=True)
+        new_table_path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(table_path, new_table_path)
     for rule, count in counts.most_common():
         print(f"{count:5}  {rule}")
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     main(Path(sys.argv[1]), Path(sys.argv[2]))

