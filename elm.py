@@ -3868,21 +3868,6 @@ def choose_report_split(split_name: str | None, data_dir: str) -> str:
     return "test" if any(path.exists() for path in paths) else "val"
 
 
-def has_known_texts(cfg: DataConfig) -> bool:
-    """Whether data.dir has a training split, and in it a row of data.tasks with a text. Raises:
-    UserError at a bad row before that one."""
-    table_path = vectors_path(cfg.dir, "train")
-    path = rows_path(cfg.dir, "train")
-    if not table_path.exists() or not path.exists():
-        return False
-    num_vectors = len(open_vectors(table_path, "data.dir"))
-    for line in read_lines(path, cfg.tasks, num_vectors):
-        row = line.row
-        if row is not None and row.task_type in cfg.tasks and (row.text or "").strip():
-            return True
-    return False
-
-
 # What is counted of a split, in the words of the log.
 KINDS = {
     "rows": "rows",
@@ -3924,6 +3909,36 @@ def check_splits(splits: dict[str, Split], data_dir: str) -> None:
             raise UserError(f"{split.path}: all rows are about one source (one vector, vectors of "
                             f"cosines above {NEAR_EQUAL}, or one text): none is left to compare it "
                             "with; add rows about other texts")
+
+
+def open_known_texts(cfg: DataConfig, split: Split) -> Split | None:
+    """The training split, of which retrieval takes texts for the rows of `split`. None where it has
+    no row of data.tasks with a text, where one of its two files is missing, where it is `split`
+    itself, and, with a warning, where its vectors are of another width. It is not compared with
+    `split` in anything else. Raises: UserError, OSError at a broken line or vector, as of any
+    split."""
+    table_path = vectors_path(cfg.dir, "train")
+    path = rows_path(cfg.dir, "train")
+    if path == split.path or not table_path.exists() or not path.exists():
+        return None
+    num_vectors, width = open_vectors(table_path, "data.dir").shape
+    if not has_texts(path, cfg.tasks, num_vectors):
+        return None
+    width_of_split = split.vectors.shape[1]
+    if width != width_of_split:
+        log.warning(f"{table_path}: its vectors are of width {width}, those of {split.table_path} "
+                    f"of {width_of_split}: the report leaves out the nearest training texts")
+        return None
+    return open_splits(cfg, ["train"], split.encoder)["train"]
+
+
+def has_texts(path: Path, tasks: Sequence[str], num_vectors: int) -> bool:
+    """Whether a row of `tasks` has a text. Reads to the first one that has. Raises: UserError."""
+    for line in read_lines(path, tasks, num_vectors):
+        row = line.row
+        if row is not None and row.task_type in tasks and (row.text or "").strip():
+            return True
+    return False
 
 
 class Nearest(NamedTuple):
@@ -6106,21 +6121,23 @@ def report_on_adapter(options: EvalOptions) -> Json:
 
     if "prompt" in metadata:
         check_template_parts(metadata["prompt"], path)
-    names = (split_name, "train") if has_known_texts(options.data) else (split_name,)
-    splits = open_inputs(options, names, adapter.tokens, metadata.get("prompt"))
+    splits = open_inputs(options, (split_name,), adapter.tokens, metadata.get("prompt"))
     split = splits[split_name]
     where = f"data.dir: {split_name}"
     check_width(split.vectors, adapter, where)
     check_norm(adapter.norms, split.statistics["norms"][1].item(), where)
-    check_embedder(options.eval, options.model.bf16, device, {split_name: split})
+    train_split = open_known_texts(options.data, split)
+    check_embedder(options.eval, options.model.bf16, device, splits)
     elm = ELM.from_adapter(
         adapter, metadata, path, options.model.llm, options.model.bf16, options.deepspeed)
     split.encoder.prompt.check_fits(elm.llm)
     check_llm(elm, options.data.max_seq_length)
+    if train_split is not None:
+        splits["train"] = train_split
     check_ids_of_rows(splits)
 
     folder.mkdir(parents=True, exist_ok=True)
-    measured = measure(elm, split, splits.get("train"), options.eval)
+    measured = measure(elm, split, train_split, options.eval)
     del elm, adapter
     free_memory()
     if rank() > 0:

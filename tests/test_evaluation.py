@@ -747,12 +747,14 @@ def test_eval_retrieves_from_the_training_split_of_its_own_data(trained, data_di
     assert result["rows_nearest"] == 40
 
 
-@pytest.mark.parametrize(
-    "missing", ["table", "rows", "both", "texts", "rows of the task", "train itself"])
+@pytest.mark.parametrize("missing", [
+    "table", "rows", "both", "texts", "rows of the task", "train itself", "width"])
 def test_where_no_training_text_is_known_the_nearest_are_left_out(
         trained, data_dir, tmp_path, capsys, missing):
-    """Without a word."""
+    """Without a word, but for a table of another width, as of another embedder."""
     _, folder, settings = trained
+    if missing == "width":
+        save_file({"x": torch.randn(10, 8)}, vectors_path(data_dir))
     if missing in ("table", "both"):
         vectors_path(data_dir).unlink()
     if missing in ("rows", "both"):
@@ -777,9 +779,46 @@ def test_where_no_training_text_is_known_the_nearest_are_left_out(
     for p in read_jsonl(report / "predictions.jsonl"):
         assert {"prediction_nearest", "text_nearest"}.isdisjoint(p)
     assert not re.search(r"\bnearest |retrieval", out)
-    assert "warning" not in err
+    warnings = [line for line in err.splitlines() if "warning" in line]
+    if missing == "width":
+        assert warnings == [
+            f"elm: warning: {vectors_path(data_dir)}: its vectors are of width 8, those of "
+            f"{vectors_path(data_dir, 'test')} of 12: the report leaves out the nearest training "
+            "texts"]
+    else:
+        assert warnings == []
     if missing != "train itself":
         assert "train: " not in out
+
+
+@pytest.mark.parametrize("other", ["source", "norms"])
+def test_any_training_split_of_the_width_is_retrieved_from(trained, data_dir, tmp_path, other):
+    """Although a training on it would be refused: of one source, or of norms far from the test's,
+    which do not change a cosine."""
+    _, folder, settings = trained
+    rows = read_jsonl(rows_path(data_dir))
+    table = read_table(data_dir)
+    if other == "source":
+        write_rows(data_dir, "train", [row | {"embedding_file_idx": 0} for row in rows])
+    if other == "norms":
+        save_file({"x": 1000 * table}, vectors_path(data_dir))
+    more = [f"data.dir={data_dir}", f"adapter={folder}"]
+    result = evaluate(settings, *more, f"report_dir={tmp_path / 'report'}")
+    assert result["rows_nearest"] == result["rows"]
+    refusal = "the vectors' norm was" if other == "norms" else "all rows are about one source"
+    with pytest.raises(elm.UserError, match=refusal):
+        evaluate(settings, *more, "eval.split=train", f"report_dir={tmp_path / 'other'}")
+
+
+def test_a_broken_line_of_train_ends_an_eval(trained, data_dir, tmp_path):
+    """Also beyond the first text, before the LLM is loaded."""
+    _, folder, settings = trained
+    lines = rows_path(data_dir).read_text().splitlines()
+    write_rows(data_dir, "train", [*lines, "{"])
+    report = tmp_path / "report"
+    with pytest.raises(elm.UserError, match=f"{rows_path(data_dir)}:{len(lines) + 1}: "):
+        evaluate(settings, f"data.dir={data_dir}", f"adapter={folder}", f"report_dir={report}")
+    assert not report.exists()
 
 
 def test_measures_of_the_nearest_are_of_the_rows_that_have_it():
