@@ -2380,7 +2380,8 @@ def weights_hash(model: nn.Module) -> str:
 # bf16 on a CPU
 
 # There oneDNN compiles kernels for each shape of matrices, up to a megabyte of code, and keeps the
-# last 1,024. So that few shapes occur, numbers of rows are rounded up to a multiple of this.
+# last 1,024: at most about 1 GB. So that few shapes occur, numbers of rows and lengths of prompts
+# are rounded up to a multiple of this.
 ROWS_MULTIPLE = 32
 
 SMALL_LLM = 50_000_000  # parameters; a smaller one is fast in any dtype
@@ -2672,7 +2673,8 @@ def generate_batch(llm: PreTrainedModel, prompt: Prompt, prompt_embeds: list[Ten
     an answer, or if transformers refuses an option."""
     from transformers import GenerationConfig
 
-    longest = max(len(embeds) for embeds in prompt_embeds)
+    longest_prompt = max(prompt_embeds, key=len)
+    longest = len(longest_prompt)
     limit = max_positions(llm)
     if longest >= limit:
         raise UserError(f"a prompt has {longest} tokens: the LLM reads {limit}")
@@ -2682,7 +2684,12 @@ def generate_batch(llm: PreTrainedModel, prompt: Prompt, prompt_embeds: list[Ten
     masks = [torch.ones_like(embeds[:, 0], dtype=torch.long) for embeds in prompt_embeds]
     pad_left = functools.partial(
         nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-    inputs = {"inputs_embeds": pad_left(prompt_embeds), "attention_mask": pad_left(masks)}
+    max_new_tokens = min(max_new_tokens, limit - longest)
+    # Padding takes no room of the answers.
+    num_padded = min(count_padding(longest_prompt), limit - longest - max_new_tokens)
+    inputs = {
+        "inputs_embeds": F.pad(pad_left(prompt_embeds), (0, 0, num_padded, 0)),
+        "attention_mask": F.pad(pad_left(masks), (num_padded, 0))}
     given = ", ".join(f"{name}={value!r}" for name, value in options.items())
     refusals = (TypeError, ValueError) if options else ()
     with llm_lock(llm), user_error(f"generate: {clip(given, 200)}", *refusals):
@@ -2691,7 +2698,7 @@ def generate_batch(llm: PreTrainedModel, prompt: Prompt, prompt_embeds: list[Ten
             "eos_token_id": sorted(ends),
             "pad_token_id": prompt.end_ids[-1],
             "tokenizer": prompt.tokenizer,  # for stop_strings
-            "max_new_tokens": min(max_new_tokens, limit - longest),
+            "max_new_tokens": max_new_tokens,
             **choose_sampling(options),
             "return_dict_in_generate": False}
         # Ignore the LLM's generation_config unless we sample. transformers fills the gaps of a

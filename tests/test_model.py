@@ -213,6 +213,37 @@ def test_few_shapes_occur_on_a_cpu_in_bf16(in_bf16):
     assert products.attention == []
 
 
+def random_prompts(model, lengths):
+    generator = torch.Generator().manual_seed(0)
+    embed = model.llm.get_input_embeddings()
+    return [embed(torch.randint(40, 90, (length,), generator=generator)) for length in lengths]
+
+
+def test_prompts_of_many_lengths_give_few_shapes_on_a_cpu_in_bf16(in_bf16):
+    """Of the products of matrices, and of the attention to the prompt."""
+    model, _ = in_bf16
+    shapes = set()
+    for length in (34, 47, 50, 63, 64):
+        with ProductsInBf16() as products:
+            elm.generate_batch(model.llm, model.prompt, random_prompts(model, [length, 33]), 1)
+        assert products.rows
+        shapes.add((tuple(products.rows), tuple(products.attention)))
+    assert len(shapes) == 1
+
+
+def test_padding_on_a_cpu_in_bf16_changes_no_answer(in_bf16, monkeypatch):
+    """Nor does it take an answer's room, in a context of 512."""
+    model, _ = in_bf16
+
+    def answer(*lengths):
+        prompts = random_prompts(model, lengths)
+        return elm.generate_batch(model.llm, model.prompt, prompts, 12, min_new_tokens=7)
+
+    padded = [answer(33, 5, 40), answer(1), answer(505)]
+    monkeypatch.setattr(elm, "ROWS_MULTIPLE", 1)
+    assert padded == [answer(33, 5, 40), answer(1), answer(505)]
+
+
 def scale_logits(kind: str, logits: torch.Tensor) -> torch.Tensor:
     """As the tiny LLM of the architecture does, by its config."""
     if kind == "cohere":
