@@ -5352,18 +5352,18 @@ def describe_gap(result: Json, metrics: list[Json]) -> str:
 
 def describe_nearest(result: Json) -> str:
     """That the adapter does not beat the nearest text of train; nothing where it surely does, or
-    where there is no such text."""
-    if "gain_over_nearest" not in result:
+    where the difference has no interval: there is no such text, or of too few sources."""
+    if "gain_over_nearest" not in result["intervals"]:
         return ""
     gain = result["gain_over_nearest"]
-    low, high = result["intervals"].get("gain_over_nearest", (-math.inf, math.inf))
+    low, high = result["intervals"]["gain_over_nearest"]
     if low > 0:
         return ""
     surely = "surely " if gain > 0 else ""
     loss_nearest = result["loss_nearest"]
     return (f"the adapter does not {surely}beat retrieval: the loss by the text of the nearest "
             f"training vector is {loss_nearest:.4f}, by the row's vector {loss_nearest - gain:.4f} "
-            f"(95 % of the difference: {low:.4f} to {high:.4f})")
+            f"(95 % interval of the difference: {low:.4f} to {high:.4f})")
 
 
 LOSS_COLORS = {

@@ -835,10 +835,11 @@ def test_measures_of_the_nearest_are_of_the_rows_that_have_it():
 
 @pytest.mark.parametrize("nll_nearest, surely", [
     ([2.0, 2.5] * 20, None), ([2.0, 0.1] * 20, "surely "), ([1.0] * 40, ""),
-    ([0.5] * 39 + [np.nan], ""), (np.nan, None)])  # fmt: skip
+    ([0.5] * 39 + [np.nan], ""), (np.nan, None), ([0.5] + [np.nan] * 39, None)])  # fmt: skip
 def test_an_adapter_that_does_not_beat_retrieval_is_told_so(
         data_dir, tmp_path, capsys, nll_nearest, surely):
-    """Over the rows that have both losses: the last one's of 100 has no part in it."""
+    """Over the rows that have both losses: the last one's of 100 has no part in it. Of a single row
+    there is no interval, and nothing is said."""
     losses = losses_of([*range(40)], nll=[1.0] * 39 + [100.0], nll_nearest=nll_nearest)
     if np.isfinite(losses["nll_nearest"]).all():
         losses["nll"] = 1.0
@@ -847,14 +848,15 @@ def test_an_adapter_that_does_not_beat_retrieval_is_told_so(
     told = [line for line in out.splitlines() if "beat retrieval" in line]
     if surely is None:
         assert told == []
+        assert ("loss_nearest" in result) == losses["nll_nearest"].notna().any()
         return
     nearest = result["loss_nearest"]
     low, high = result["intervals"]["gain_over_nearest"]
     assert low <= 0
     assert told == [
         f"the adapter does not {surely}beat retrieval: the loss by the text of the nearest "
-        f"training vector is {nearest:.4f}, by the row's vector 1.0000 (95 % of the difference: "
-        f"{low:.4f} to {high:.4f})"]
+        f"training vector is {nearest:.4f}, by the row's vector 1.0000 (95 % interval of the "
+        f"difference: {low:.4f} to {high:.4f})"]
     assert f"\nloss_nearest: {nearest:.4f}\n" in out
 
 
