@@ -5210,7 +5210,8 @@ def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
     sources are drawn with replacement, with all their rows. gap_closed is over the rows with text
     whose task is not among unread_tasks, and left out unless reads_texts(). gain_over_nearest, the
     loss by the nearest text less that by the vector, is over the rows that have both. `sources`
-    counts the sources, `sources_text` those of the rows with text."""
+    counts the sources, `sources_text` those of the rows with text; `samples` the rows with scores,
+    `samples_nearest` those with scores of a nearest answer."""
     has_text = losses["nll_text"].notna()
     result: Json = {
         "rows": len(losses),
@@ -5221,6 +5222,8 @@ def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
     measures = list(RATIOS)
     if scores is not None:
         result["samples"] = int(losses.index.isin(scores.index).sum())
+        has_nearest = scores.filter(regex="_nearest$").notna().any(axis=1)
+        result["samples_nearest"] = int(has_nearest.sum())
         measures += [Ratio(name, name, f"num_{name}") for name in scores.columns]
 
     by_source = summands(losses, scores).groupby("source").sum()

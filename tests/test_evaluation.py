@@ -405,7 +405,7 @@ def test_scores_are_taken_by_name_and_row():
     assert 0.1 <= low < 0.4 < high <= 0.7
     assert elm.summarize(losses, scores[["a", "b"]].loc[[4, 0, 3, 2]]) == result
     without = elm.summarize(losses)
-    assert set(result) - set(without) == {"samples", "a", "b"}
+    assert set(result) - set(without) == {"samples", "samples_nearest", "a", "b"}
     for key in ("loss", "gap", "rows"):
         assert result[key] == without[key]
 
@@ -745,6 +745,10 @@ def test_eval_retrieves_from_the_training_split_of_its_own_data(trained, data_di
     assert result["tasks"][tasks[0]]["bertscore_f1_nearest"] == pytest.approx(f1)
     assert "bertscore_f1_nearest" not in result["tasks"][tasks[1]]
     assert result["rows_nearest"] == 40
+    for table, number in ((result, 20), (result["tasks"][tasks[0]], 20),
+                          (result["tasks"][tasks[1]], 0)):
+        assert table["samples_nearest"] == number
+    assert result["samples"] == 40
 
 
 @pytest.mark.parametrize("missing", [
@@ -774,8 +778,8 @@ def test_where_no_training_text_is_known_the_nearest_are_left_out(
     result = evaluate(settings, f"data.dir={data_dir}", f"adapter={folder}", *more,
                       f"report_dir={report}", "eval.bertscore_layers=3")
     out, err = capsys.readouterr()
-    assert [key for key in result if "nearest" in key] == ["rows_nearest"]
-    assert result["rows_nearest"] == 0
+    assert {key: result[key] for key in result if "nearest" in key} == {
+        "rows_nearest": 0, "samples_nearest": 0}
     for p in read_jsonl(report / "predictions.jsonl"):
         assert {"prediction_nearest", "text_nearest"}.isdisjoint(p)
     assert not re.search(r"\bnearest |retrieval", out)

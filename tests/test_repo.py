@@ -145,7 +145,8 @@ METRICS = [
     "tokens_per_second", "memory_gib", "val_loss", "val_loss_shuffled", "val_loss_text",
     "loss_shuffled", "loss_text", "loss_nearest", "gain_over_nearest", "rows_nearest",
     "gap_closed", "bertscore_precision", "empty_rate", "repetition",
-    "consistency", "mrr", "top1", "intervals", "samples"]  # fmt: skip
+    "consistency", "mrr", "top1", "intervals", "samples",
+    "samples_nearest"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
