@@ -9,6 +9,7 @@ from pathlib import Path
 
 import bert_score
 import make
+import matplotlib.figure
 import numpy as np
 import pandas as pd
 import pytest
@@ -562,6 +563,31 @@ def test_names_with_dollars_are_drawn_as_they_are(settings, data_dir, tmp_path, 
     assert "is left out" not in err
     assert err.count("font lacks some characters") == 1
     assert "Glyph" not in err
+
+
+@pytest.mark.parametrize("has_nearest", [True, False])
+def test_the_picture_has_bars_of_the_nearest_where_they_are_known(
+        data_dir, tmp_path, monkeypatch, has_nearest):
+    figures = []
+    save = matplotlib.figure.Figure.savefig
+
+    def keep(figure, *arguments, **options):
+        figures.append(figure)
+        return save(figure, *arguments, **options)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", keep)
+    losses = losses_of([*range(30)], nll=1.0, nll_shuffled=2.0, nll_text=0.5)
+    names = ["loss_shuffled", "loss", "loss_text"]
+    widths = [2.0, 1.0, 0.5]
+    if has_nearest:
+        losses["nll_nearest"] = 1.5
+        names.insert(1, "loss_nearest")
+        widths.insert(1, 1.5)
+    write_report(tmp_path / "report", data_dir, losses)
+    (figure,) = figures
+    _, axes = figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == names
+    assert [bars[0].get_width() for bars in axes.containers] == pytest.approx(widths)
 
 
 def test_a_picture_never_ends_a_run(settings, tmp_path, monkeypatch, capsys):
