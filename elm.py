@@ -2447,11 +2447,18 @@ def packed_attention(
     if can_use_varlen(query, softcap):
         out = varlen_attention(query, key, value, scaling, lengths, cu_seqlens, sliding_window)
         return out, None
-    dtype = query.dtype
     if compiles_shapes(query):  # in fp32: short examples take half the time, long ones a third more
-        query = query.float()
-        key = key.float()
-        value = value.float()
+        out = attention_by_example(query.float(), key.float(), value.float(), scaling, lengths,
+                                   sliding_window, softcap)
+        return out.to(query.dtype), None
+    out = attention_by_example(query, key, value, scaling, lengths, sliding_window, softcap)
+    return out, None
+
+
+def attention_by_example(query: Tensor, key: Tensor, value: Tensor, scaling: float | None,
+                         lengths: list[int], sliding_window: int | None,
+                         softcap: float | None) -> Tensor:
+    """Attention of one example of a packed row after the other; shapes as in packed_attention."""
     group_size = query.shape[1] // key.shape[1]
     if group_size > 1:
         key = key.repeat_interleave(group_size, dim=1)
@@ -2461,7 +2468,7 @@ def packed_attention(
         query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     outs = [causal_attention(q, k, v, scaling, sliding_window, softcap) for q, k, v in examples]
     # Contiguous, as transformers' own are: some LLMs (JetMoE) take a view of it.
-    return torch.cat([out.transpose(1, 2) for out in outs], dim=1).to(dtype), None
+    return torch.cat([out.transpose(1, 2) for out in outs], dim=1)
 
 
 def window_of_mask(module: nn.Module) -> int | None:
@@ -2878,15 +2885,16 @@ class ELM(nn.Module):
         return out.last_hidden_state[0]
 
     def lm_head(self, hidden: Tensor) -> Tensor:
-        """[R, D] -> logits [R, V], with the caps and scales that this LLM has.
-
-        By the LLM's own forward pass, in which `hidden` stands in for the backbone's output: some
-        LLMs (Cohere, Granite, Gemma) scale or cap their logits there, each in its own way, and
-        transformers has no method for the head alone.
-        """
+        """[R, D] -> logits [R, V], with the caps and scales that this LLM has."""
         num_padded = count_padding(hidden)
-        if num_padded:
-            return self.lm_head(pad_rows(hidden, num_padded))[:-num_padded]
+        if num_padded == 0:
+            return self._run_head(hidden)
+        return self._run_head(pad_rows(hidden, num_padded))[:-num_padded]
+
+    def _run_head(self, hidden: Tensor) -> Tensor:
+        """[R, D] -> logits [R, V], by the LLM's own forward pass, in which `hidden` stands in for
+        the backbone's output: some LLMs (Cohere, Granite, Gemma) scale or cap their logits there,
+        each in its own way, and transformers has no method for the head alone."""
 
         def forward(*_: Any, **__: Any) -> BackboneOutput:
             return BackboneOutput(hidden[None])
@@ -4624,14 +4632,14 @@ def evaluate_nll(elm: ELM, split: Split, row_ids: np.ndarray,
     return RowLosses(nll, num_tokens)
 
 
-def nll_by_texts(elm: ELM, split: Split, texts: Texts, measures: str) -> np.ndarray:
+def nll_by_texts(elm: ELM, split: Split, texts: Texts, kind: str, measures: str) -> np.ndarray:
     """[N], NaN for rows without a text or with one that does not fit. Warns of the latter, which
-    are left out of these measures."""
+    are left out of these measures; `kind` names the texts."""
     by_text = losses_by_texts(elm, split, texts)
     has_loss = by_text.num_tokens > 0
     num_cut = int(((texts.row_ids != NO_ROW) & ~has_loss).sum())
     if num_cut:
-        log.warning(f"{num_cut} texts exceed data.max_seq_length: left out of {measures}")
+        log.warning(f"{num_cut} {kind} exceed data.max_seq_length: left out of {measures}")
     return np.where(has_loss, by_text.nll, np.nan)
 
 
@@ -4712,7 +4720,8 @@ def retrieve(elm: ELM, split: Split, train: Split | None, sample_ids: np.ndarray
     if train is None or train is split:
         return Retrieved(np.full(len(split), np.nan), {}, {})
     known = run_on_rank0(lambda: find_known_rows(split, train, sample_ids, elm.device))
-    nll = nll_by_texts(elm, split, Texts(train, known.with_text), "loss_nearest")
+    nll = nll_by_texts(elm, split, Texts(train, known.with_text), "nearest texts",
+                       "loss_nearest and gain_over_nearest")
     texts = {}
     for i, row in read_known(train, sample_ids, known.with_text[sample_ids]):
         texts[i] = row.text
@@ -4762,7 +4771,8 @@ def measure(elm: ELM, split: Split, train: Split | None, cfg: EvalConfig) -> Mea
         "nll": own.nll,
         "nll_shuffled": shuffled.nll,
         "nll_nearest": retrieved.nll,
-        "nll_text": nll_by_texts(elm, split, own_texts(split), "loss_text and gap_closed")})
+        "nll_text": nll_by_texts(
+            elm, split, own_texts(split), "texts", "loss_text and gap_closed")})
 
     answers = generate_answers(elm, split, sample_ids, vector_ids[sample_ids], cfg.max_new_tokens)
     shuffled_answers = generate_answers(
@@ -5108,10 +5118,10 @@ def score(measured: Measured, references: list[str], split: Split, cfg: EvalConf
     embed = functools.partial(
         embed_texts, model, truncate_dim=split.vectors.shape[1],
         prompt=instruction_prompt(split.origin.instruction))
-    answers["_reference"] = reference_of
-    for suffix, answer_of in answers.items():
-        row_ids = np.array(list(answer_of))
-        texts = list(answer_of.values())
+    texts_of_suffix = answers | {"_reference": reference_of}
+    for suffix, text_of in texts_of_suffix.items():
+        row_ids = np.array(list(text_of))
+        texts = list(text_of.values())
         values_of = consistency_scores(texts, embed, split, row_ids)._asdict()
         scores = scores.join(pd.DataFrame(values_of, row_ids).add_suffix(suffix))
     del model, embed

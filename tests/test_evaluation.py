@@ -447,7 +447,7 @@ def test_rows_whose_text_does_not_fit_have_no_text_loss(trained, data_dir, tmp_p
     result = evaluate(settings, f"data.dir={data_dir}", "eval.samples=0", f"adapter={folder}",
                       f"report_dir={tmp_path / 'report'}")
     assert result["rows_text"] == len(rows) - 3
-    assert "3 texts exceed data.max_seq_length" in capsys.readouterr().err
+    assert " 3 texts exceed data.max_seq_length" in capsys.readouterr().err
 
 
 def test_eval_repeats_the_report_of_training_to_the_byte(trained, tmp_path, capsys):
@@ -707,7 +707,7 @@ def test_the_nearest_texts_are_those_of_brute_force_in_the_tiny_world(tmp_path):
     assert 5 * losses["nll_text"].sum() < by_nearest < losses["nll_shuffled"].sum()
 
 
-def test_only_training_rows_with_text_are_retrieved(data_dir, llm_dir):
+def test_only_training_rows_with_text_are_retrieved(data_dir, llm_dir, capsys):
     """Not rows whose text is null, empty or missing, nor unused vectors, though theirs are the
     test's own; of equal vectors the one whose row comes first, and of its rows the first. A task
     type that train lacks has no answer; a nearest text that does not fit gives no loss."""
@@ -733,6 +733,8 @@ def test_only_training_rows_with_text_are_retrieved(data_dir, llm_dir):
     write_rows(data_dir, "test", test_rows)
 
     losses = check_nearest(data_dir, llm_dir)
+    assert ("4 nearest texts exceed data.max_seq_length: left out of loss_nearest and "
+            "gain_over_nearest") in capsys.readouterr().err
     is_far = torch.arange(40) % 10 == 7
     assert losses["nll_nearest"].isna().tolist() == is_far.tolist()
     assert brute_force(data_dir, test_table[8])["text"] == "the first"
