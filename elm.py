@@ -3957,31 +3957,38 @@ def has_texts(path: Path, tasks: Sequence[str], num_vectors: int) -> bool:
 
 
 class Nearest(NamedTuple):
-    vector_ids: np.ndarray  # [n] int64
+    row_ids: np.ndarray  # [n] int64, the first row of the nearest vector
     cosines: np.ndarray  # [n] fp32
 
 
 @torch.no_grad()
 def nearest_vectors(queries: Tensor, vectors: Tensor, vector_ids: np.ndarray,
-                    device: torch.device) -> Nearest:
-    """The nearest of the vectors [N, E] at `vector_ids` to each of `queries` [n, E], by cosine; of
-    equally near ones the first. The vectors are read block by block: they may be memory-mapped."""
-    queries = F.normalize(queries.float().to(device), dim=1)
-    nearest_ids = torch.zeros(len(queries), dtype=torch.int64, device=device)
-    greatest = torch.full_like(queries[:, 0], -math.inf)
-    for ids in torch.from_numpy(vector_ids.astype(np.int64)).split(2048):
-        block = vectors[ids].to(device).float()
-        cosines, places = (queries @ block.T / block.norm(dim=1)).max(1)
-        nearest_ids = torch.where(cosines > greatest, ids.to(device)[places], nearest_ids)
+                    first_rows: np.ndarray, device: torch.device) -> Nearest:
+    """The nearest of the vectors [N, E] at `vector_ids` [m] to each of `queries` [n, E], by cosine;
+    of equally near ones the one with the least of `first_rows` [m], the first row of each. They are
+    read block by block, in the order of `vector_ids`: ascending ids suit a memory-mapped table."""
+    directions = F.normalize(queries.float().to(device), dim=1)
+    nearest_rows = torch.zeros(len(queries), dtype=torch.int64, device=device)
+    greatest = torch.full_like(directions[:, 0], -math.inf)
+    ids_of_blocks = torch.from_numpy(vector_ids.astype(np.int64)).split(2048)
+    rows_of_blocks = torch.from_numpy(first_rows.astype(np.int64)).split(2048)
+    for ids, rows in zip(ids_of_blocks, rows_of_blocks, strict=True):
+        by_row = rows.argsort()  # max() takes the first of equal ones
+        block = vectors[ids][by_row].to(device).float()
+        cosines, places = (directions @ block.T / block.norm(dim=1)).max(1)
+        found_rows = rows[by_row].to(device)[places]
+        is_earlier = (cosines == greatest) & (found_rows < nearest_rows)
+        is_nearer = (cosines > greatest) | is_earlier
+        nearest_rows = torch.where(is_nearer, found_rows, nearest_rows)
         greatest = torch.maximum(greatest, cosines)
-    return Nearest(nearest_ids.cpu().numpy(), greatest.cpu().numpy())
+    return Nearest(nearest_rows.cpu().numpy(), greatest.cpu().numpy())
 
 
 def warn_of_trained_texts(splits: dict[str, Split], device: torch.device) -> None:
     """Warn of each other split that has vectors or texts of train, as rows split at random have. On
     process 0 alone."""
     train = splits["train"]
-    train_ids = np.unique(train.index["vector_id"])
+    train_ids, first_rows = np.unique(train.index["vector_id"], return_index=True)
     train_hashes = train.index["text_hash"][train.index["has_text"]]
     for name, split in splits.items():
         if name == "train":
@@ -3989,7 +3996,7 @@ def warn_of_trained_texts(splits: dict[str, Split], device: torch.device) -> Non
         vector_ids = np.random.default_rng(0).permutation(np.unique(split.index["vector_id"]))
         vector_ids = np.sort(vector_ids[:MAX_COMPARED_WITH_TRAIN])
         queries = split.embeddings(vector_ids)
-        nearest = nearest_vectors(queries, train.vectors, train_ids, device)
+        nearest = nearest_vectors(queries, train.vectors, train_ids, first_rows, device)
         num_vectors = int((nearest.cosines > NEAR_EQUAL).sum())
         hashes = np.unique(split.index["text_hash"][split.index["has_text"]])
         num_texts = int(np.isin(hashes, train_hashes).sum())
@@ -4667,22 +4674,20 @@ def validation_losses(elm: ELM, split: Split, with_text: bool) -> dict[str, floa
 
 def nearest_rows(split: Split, row_ids: np.ndarray, train: Split, train_ids: np.ndarray,
                  device: torch.device) -> np.ndarray:
-    """For each of `row_ids` [n] of a split the one of `train_ids` [m], ascending rows of train,
-    whose vector is nearest to its own by cosine, [n] int64: the first row of the vector, and of
-    equally near vectors the one that comes first. NO_ROW where m is 0."""
+    """For each of `row_ids` [n] of a split the row of train, among the ascending `train_ids` [m],
+    whose vector is nearest to its own by cosine: [n] int64. Where several rows have that vector, or
+    several vectors are equally near, it is the first of all these rows. NO_ROW where m is 0."""
     if not len(train_ids):
         return np.full(len(row_ids), NO_ROW)
     vector_ids, first_places = np.unique(train.index["vector_id"][train_ids], return_index=True)
-    in_order_of_rows = vector_ids[np.argsort(first_places)]
+    first_rows = train_ids[first_places]
     query_ids, query_of_row = np.unique(split.index["vector_id"][row_ids], return_inverse=True)
-    nearest_ids = []
+    rows_of_queries = []
     for start in range(0, len(query_ids), QUERIES_AT_ONCE):
         queries = split.embeddings(query_ids[start : start + QUERIES_AT_ONCE])
-        nearest = nearest_vectors(queries, train.vectors, in_order_of_rows, device)
-        nearest_ids.append(nearest.vector_ids)
-    places = np.searchsorted(vector_ids, np.concatenate(nearest_ids))
-    row_of_query = train_ids[first_places[places]]
-    return row_of_query[query_of_row]
+        nearest = nearest_vectors(queries, train.vectors, vector_ids, first_rows, device)
+        rows_of_queries.append(nearest.row_ids)
+    return np.concatenate(rows_of_queries)[query_of_row]
 
 
 class KnownRows(NamedTuple):
@@ -4694,7 +4699,9 @@ class KnownRows(NamedTuple):
 
 def find_known_rows(split: Split, train: Split, sample_ids: np.ndarray,
                     device: torch.device) -> KnownRows:
-    """Of two splits of one config, whose index["task_id"] counts the same task types."""
+    """Of two splits of one config, whose index["task_id"] counts the same task types. The vectors
+    of each task type are read again: one reading for all would need a mask of candidates for each
+    sample, and the first row by vector and task type."""
     has_text = train.index["has_text"]
     all_ids = np.arange(len(split))
     with_text = nearest_rows(split, all_ids, train, np.flatnonzero(has_text), device)

@@ -285,19 +285,31 @@ def test_vectors_that_no_row_uses_may_be_anything(trained, tmp_path):
 
 
 def test_the_nearest_vector_is_that_of_brute_force():
-    """Over several blocks, among some of the vectors; scales do not matter, of ties the first."""
+    """Over several blocks, among some of the vectors; scales do not matter."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(20_000, 6, generator=generator) * torch.rand(20_000, 1)
     queries = torch.randn(50, 6, generator=generator).half()
     vector_ids = np.flatnonzero(np.random.default_rng(0).random(20_000) < 0.8)
-    vectors[vector_ids[9000]] = vectors[vector_ids[3]]
-    queries[0] = vectors[vector_ids[3]].half()
-    found = elm.nearest_vectors(queries, vectors, vector_ids, CPU)
+    first_rows = np.random.default_rng(1).permutation(100_000)[: len(vector_ids)]
+    found = elm.nearest_vectors(queries, vectors, vector_ids, first_rows, CPU)
     table = F.normalize(vectors[vector_ids].double(), dim=1)
     cosines = F.normalize(queries.double(), dim=1) @ table.T
-    assert found.vector_ids.tolist() == vector_ids[cosines.argmax(1)].tolist()
-    assert found.vector_ids[0] == vector_ids[3]
+    assert found.row_ids.tolist() == first_rows[cosines.argmax(1)].tolist()
     np.testing.assert_allclose(found.cosines, cosines.max(1).values, atol=1e-6)
+
+
+def test_of_equally_near_vectors_the_one_of_the_first_row_is_taken():
+    """Also where the table is read in several blocks, whose order is not that of the rows. By
+    vectors of which a cosine is exactly 0 or 1."""
+    rng = np.random.default_rng(0)
+    axis_of_vector = rng.integers(0, 8, 5000)
+    vectors = 2 * torch.eye(8)[axis_of_vector]
+    vector_ids = np.flatnonzero(rng.random(5000) < 0.9)
+    first_rows = rng.permutation(100_000)[: len(vector_ids)]
+    nearest = elm.nearest_vectors(torch.eye(8), vectors, vector_ids, first_rows, CPU)
+    for axis in range(8):
+        assert nearest.row_ids[axis] == first_rows[axis_of_vector[vector_ids] == axis].min()
+    assert nearest.cosines.tolist() == [1.0] * 8
 
 
 def told_of_trained_texts(said: str) -> list[tuple]:
