@@ -2263,8 +2263,12 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
         gpu = torch.cuda.get_device_name()
         raise UserError(f"{key}: {gpu} has no bf16; load the LLM in fp32, by bf16 = false")
     if deepspeed is not None and deepspeed.zero_stage == 3:
-        return load_llm_zero3(name, device, bf16, key, deepspeed)
-    return load_frozen(name, bf16, key).to(device)
+        llm = load_llm_zero3(name, device, bf16, key, deepspeed)
+    else:
+        llm = load_frozen(name, bf16, key).to(device)
+    if device.type == "cpu":
+        warn_of_slow_dtype(llm)
+    return llm
 
 
 def load_frozen(name: str, bf16: bool, key: str) -> PreTrainedModel:
@@ -2342,6 +2346,11 @@ def is_partitioned(llm: PreTrainedModel) -> bool:
     return hasattr(llm.get_input_embeddings().weight, "ds_id")
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Of the whole model, also where ZeRO 3 shares it out."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
 def max_positions(llm: PreTrainedModel) -> int:
     """The LLM's maximum context length, in tokens; with LongRoPE longrope_length."""
     limit = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
@@ -2384,7 +2393,7 @@ def weights_hash(model: nn.Module) -> str:
 # are rounded up to a multiple of this.
 ROWS_MULTIPLE = 32
 
-SMALL_LLM = 50_000_000  # parameters; a smaller one is fast in any dtype
+SMALL_LLM = 50_000_000  # parameters; smaller ones were not measured
 
 
 def compiles_shapes(x: Tensor) -> bool:
@@ -2403,19 +2412,18 @@ def pad_rows(x: Tensor, num_padded: int) -> Tensor:
     return F.pad(x, (0, 0, 0, num_padded))
 
 
-def warn_of_slow_dtype(dtype: torch.dtype, num_parameters: int) -> None:
-    """Warn of an LLM on a CPU that would train faster in the other dtype. What is no x86, and an
-    LLM that is small, were not measured."""
+def warn_of_slow_dtype(llm: PreTrainedModel) -> None:
+    """Warn of an LLM on a CPU that would be faster in the other dtype. CPUs that are no x86, and
+    small LLMs, were not measured."""
     capabilities = torch.cpu.get_capabilities()
-    if num_parameters < SMALL_LLM or capabilities["architecture"] != "x86_64":
+    if count_parameters(llm) < SMALL_LLM or capabilities["architecture"] != "x86_64":
         return
     has_bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    if has_bf16 and dtype == torch.float32:
-        warn_once("model.bf16 = false: this CPU multiplies in bf16, about twice as fast; set "
-                  "model.bf16=true")
-    if dtype == torch.bfloat16 and not has_bf16:
-        warn_once("model.bf16 = true: this CPU has no instructions for bf16; fp32 is faster, in "
-                  "twice the memory: model.bf16=false")
+    if has_bf16 and llm.dtype == torch.float32:
+        warn_once("bf16 = false: this CPU multiplies in bf16, about twice as fast; set bf16 = true")
+    if llm.dtype == torch.bfloat16 and not has_bf16:
+        warn_once("bf16 = true: this CPU has no instructions for bf16; fp32 is faster, in twice "
+                  "the memory: set bf16 = false")
 
 
 # Packed attention
@@ -4256,14 +4264,12 @@ class Trainer:
         check_ids_of_rows(self.splits)
 
         num_trained = sum(p.numel() for p in adapter.parameters())
-        num_frozen = sum(getattr(p, "ds_numel", p.numel()) for p in llm.parameters())  # of ZeRO 3
+        num_frozen = count_parameters(llm)
         dtype = str(llm.dtype).removeprefix("torch.")
         log.info(f"{world_size()} process(es) on {self.device.type}, ZeRO "
                  f"{self.cfg.deepspeed.zero_stage}, LLM in {dtype}")
         log.info(f"{num_trained:,} parameters trained, {num_frozen:,} frozen; token embeddings of "
                  f"root mean square {adapter.scale:.4f}")
-        if self.device.type == "cpu":
-            warn_of_slow_dtype(llm.dtype, num_frozen)
         return elm
 
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -459,14 +459,14 @@ WITH_BF16 = {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}
 WITH_AMX = {"architecture": "x86_64", "amx_bf16": True}
 WITHOUT_BF16 = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
 ARM = {"architecture": "aarch64", "bf16": True}
-SET_BF16 = "this CPU multiplies in bf16, about twice as fast; set model.bf16=true"
-SET_FP32 = "this CPU has no instructions for bf16; fp32 is faster, in twice the memory: "
+SET_BF16 = "bf16 = false: this CPU multiplies in bf16, about twice as fast; set bf16 = true"
+SET_FP32 = ("bf16 = true: this CPU has no instructions for bf16; fp32 is faster, in twice the "
+            "memory: set bf16 = false")  # fmt: skip
 
 
 @pytest.mark.parametrize(("capabilities", "bf16", "small_llm", "said"), [
-    (WITH_BF16, "false", 100, f"model.bf16 = false: {SET_BF16}"),
-    (WITH_AMX, "false", 100, f"model.bf16 = false: {SET_BF16}"),
-    (WITHOUT_BF16, "true", 100, f"model.bf16 = true: {SET_FP32}model.bf16=false"),
+    (WITH_BF16, "false", 100, SET_BF16), (WITH_AMX, "false", 100, SET_BF16),
+    (WITHOUT_BF16, "true", 100, SET_FP32),
     (WITH_BF16, "true", 100, ""), (WITHOUT_BF16, "false", 100, ""), (ARM, "false", 100, ""),
     (ARM, "true", 100, ""), (WITH_BF16, "false", None, ""),
     (WITHOUT_BF16, "true", None, "")])  # fmt: skip
@@ -480,6 +480,23 @@ def test_the_dtype_in_which_a_cpu_is_faster_is_named(
     go(brief, f"model.bf16={bf16}", "train.max_steps=0", "eval.samples=0")
     warnings = [line for line in capsys.readouterr().err.splitlines() if "bf16" in line]
     assert warnings == ([f"elm: warning: {said}"] if said else [])
+
+
+def test_every_command_that_loads_an_llm_names_the_faster_dtype(trained, monkeypatch, capsys):
+    """Once, however often it loads. eval and generate load as ELM.load does, data/prepare.py by
+    LLMEngine."""
+    _, folder, settings = trained
+    llm = elm.load_config(None, settings).model.llm
+    vectors = torch.randn(3, 12)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: WITH_BF16)
+    monkeypatch.setattr(elm, "SMALL_LLM", 100)
+    for load in (lambda: elm.ELM.load(folder), lambda: elm.ELM.create(llm, vectors, bf16=False),
+                 lambda: elm.LLMEngine(llm, False, {}, 9)):
+        elm.warn_once.cache_clear()
+        capsys.readouterr()
+        load()
+        load()
+        assert capsys.readouterr().err.count(f"elm: warning: {SET_BF16}\n") == 1
 
 
 def test_torch_knows_what_this_cpu_has():
