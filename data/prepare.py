@@ -118,18 +118,18 @@ def sort_key(source: SourceText) -> tuple[bool, str, str, str, str]:
     return not source.has_group, source.text, source.split_key, str(source.split or ""), own_fields
 
 
-def assign_splits(sources: Iterable[SourceText], shares: Sequence[float]) -> dict[str, str]:
-    """{text: name of its split}, of the texts of drop_copies(sources). The split is the one given
-    to the text or to any of its group, else drawn by a hash of the group, or of the text without
-    one, so that it stays when other texts come."""
-    sources = sorted(sources, key=sort_key)
+def assign_splits(sources: Iterable[SourceText], unique: Iterable[SourceText],
+                  shares: Sequence[float]) -> dict[str, str]:
+    """{text: name of its split}, of the texts `unique`, which are drop_copies(sources). The split
+    is the one given to the text, to a copy of it or to any of its group, else drawn by a hash of
+    the group, or of the text without one, so that it stays when other texts come."""
     given: dict[str, str] = {}
-    for source in sources:
+    for source in sorted(sources, key=sort_key):
         if source.split:
             given[source.split_key] = str(source.split)
 
     splits = {}
-    for source in drop_copies(sources):
+    for source in unique:
         key = source.split_key
         drawn = pick_split(hash_to_unit_interval(key), shares)
         splits[source.text] = given.get(key, drawn)
@@ -256,8 +256,8 @@ def embed(options: EmbedOptions, texts_path: Path, out: Path) -> None:
 def write_embeddings(model: SentenceTransformer, texts: Iterable[str], num_texts: int,
                      options: EmbedOptions, work: Path, out: Path) -> None:
     """Write the vectors of texts as a table [num_texts, width] of unit vectors. Each block of texts
-    is saved in the folder `work`, by a hash of all it depends on, and taken from there by
-    a later call. Raises: UserError."""
+    is saved in the folder `work`, by a hash of all it depends on, and taken from there by a later
+    call. Raises: UserError."""
     prompt = elm.instruction_prompt(options.instruction)
     model_hash = elm.weights_hash(model)
     paths = []
@@ -635,11 +635,12 @@ def synthesize(options: SynthesizeOptions, texts_path: Path, out: Path) -> None:
         elm.check_model_name(options.model, "model")
     queries = read_queries(options.queries)
     sources = list(read_texts(texts_path))
-    splits = assign_splits(sources, options.split)
+    unique = drop_copies(sources)
+    splits = assign_splits(sources, unique, options.split)
     check_shares(splits, texts_path)
     texts = []  # in the order of their vectors
     rows = []
-    for vector_id, source in enumerate(drop_copies(sources)):
+    for vector_id, source in enumerate(unique):
         texts.append(source.text)
         rows += draw_rows(source, vector_id, queries, options)
 

@@ -43,7 +43,8 @@ def write_texts(path: Path, texts: list) -> Path:
 
 
 def assign_splits(path: Path, texts: list, shares) -> dict[str, str]:
-    return prepare.assign_splits(prepare.read_texts(write_texts(path, texts)), shares)
+    sources = list(prepare.read_texts(write_texts(path, texts)))
+    return prepare.assign_splits(sources, prepare.drop_copies(sources), shares)
 
 
 def contents(out: Path) -> dict[str, bytes]:

@@ -3,9 +3,9 @@
     python data/real/choose.py data/real/made data/real
 
 Writes the rows that no rule drops, and all vectors, and prints how many each rule drops. The rules
-leave out what a reading of a hundred answers called rubbish. marks.jsonl has these, and
-fifty that were drawn after the first rules were written, each with its mark and the rule that drops
-it. (The rule of the books is of the second draw.)
+leave out what a reading of a hundred answers called rubbish. marks.jsonl has these, and fifty that
+were drawn after the first rules were written, each with its mark and the rule that drops it. (The
+rule of the books is of the second draw.)
 """
 
 import re
@@ -51,9 +51,9 @@ def dropped_by(row: elm.Row) -> str | None:
     if task not in SHORT_TASKS and set(words) <= synopsis_words:
         return "repeats the title"
     if task == "category":
-        return dropped_category(answer, synopsis_words)
+        return dropped_category(answer, words, synopsis_words)
     if task == "counterfactual":
-        return dropped_counterfactual(answer, row)
+        return dropped_counterfactual(answer, words, row)
     if task == "related_topics" and BOOK.search(row.response):
         return "related topics: books, which it invents"
     if task.startswith("style") and is_unchanged(words, words_of(row.text)):
@@ -61,8 +61,7 @@ def dropped_by(row: elm.Row) -> str | None:
     return None
 
 
-def dropped_category(answer: str, synopsis_words: set[str]) -> str | None:
-    words = words_of(answer)
+def dropped_category(answer: str, words: list[str], synopsis_words: set[str]) -> str | None:
     if len(words) > MOST_WORDS_OF_A_CATEGORY:
         return "category: a sentence"
     if len(words) == 1 and words[0] in KINDS_OF_ANYTHING:
@@ -73,11 +72,11 @@ def dropped_category(answer: str, synopsis_words: set[str]) -> str | None:
     return None
 
 
-def dropped_counterfactual(answer: str, row: elm.Row) -> str | None:
+def dropped_counterfactual(answer: str, words: list[str], row: elm.Row) -> str | None:
     for topic, pattern in TOPICS.items():
         if topic in row.query and not pattern.search(answer):
             return "counterfactual: not about what was asked"
-    long_words = {word for word in words_of(answer) if len(word) > 4}
+    long_words = {word for word in words if len(word) > 4}
     if not long_words & set(words_of(row.text)):
         return "counterfactual: not about the text"
     return None

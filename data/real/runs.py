@@ -26,6 +26,7 @@ EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 
 NUM_FEW_TEXTS = 500
 FEW_TEXTS = ROOT / "runs" / "real" / f"{NUM_FEW_TEXTS}-texts"
+FEW_TEXTS_SETTING = f"data.dir={FEW_TEXTS.relative_to(ROOT)}"
 
 # One setting at a time from the recipe, which is train.toml.
 RUNS = {
@@ -43,7 +44,7 @@ RUNS = {
     "smollm2-100-8-tokens": (SMOLLM2, ["model.tokens=8"]),
     "smollm2-100-lr-3e-4": (SMOLLM2, ["train.lr=3e-4"]),
     "smollm2-100-lr-3e-3": (SMOLLM2, ["train.lr=3e-3"]),
-    "smollm2-100-500-texts": (SMOLLM2, [f"data.dir={FEW_TEXTS.relative_to(ROOT)}"]),
+    "smollm2-100-500-texts": (SMOLLM2, [FEW_TEXTS_SETTING]),
     "smollm2-400": (SMOLLM2, ["train.max_steps=400"]),
 }
 
@@ -73,7 +74,7 @@ def write_few_texts() -> None:
 
 def train(name: str) -> None:
     llm, settings = RUNS[name]
-    if name == "smollm2-100-500-texts":
+    if FEW_TEXTS_SETTING in settings:
         write_few_texts()
     embedder = find_model(EMBEDDER)
     folder = Path("runs", "real", name)
