@@ -1600,6 +1600,11 @@ class Row(BaseModel, frozen=True, strict=True, extra="allow"):
     response: Annotated[str, Field(pattern=r"\S")]  # not empty
     text: str | None = None  # what was embedded
 
+    @property
+    def stripped_text(self) -> str:
+        """Without white space at its ends; "" of a row that has no text."""
+        return (self.text or "").strip()
+
 
 RowClass = TypeVar("RowClass", bound=BaseModel)
 
@@ -1778,7 +1783,7 @@ def open_split(data_dir: str, name: str, tasks: tuple[str, ...], encoder: Encode
         for number, offset, row in block:
             if not count_row(counts, row, tasks):
                 continue
-            text = (row.text or "").strip()
+            text = row.stripped_text
             text_hash = hash(text) if text else 0
             task_id = task_ids[row.task_type]
             source_id = row.embedding_file_idx  # until find_sources
@@ -3959,7 +3964,7 @@ def has_texts(path: Path, tasks: Sequence[str], num_vectors: int) -> bool:
     """Whether a row of `tasks` has a text. Reads to the first one that has. Raises: UserError."""
     for line in read_lines(path, tasks, num_vectors):
         row = line.row
-        if row is not None and row.task_type in tasks and (row.text or "").strip():
+        if row is not None and row.task_type in tasks and row.stripped_text:
             return True
     return False
 
