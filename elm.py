@@ -181,7 +181,14 @@ def check_template_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def check_url(url: str) -> str:
+    if not re.fullmatch(r"https?://.*\w/?", url):
+        raise ValueError(f"{url} is no address of a server; give one as http://localhost:8000/v1")
+    return url
+
+
 PathStr = Annotated[str, pydantic.AfterValidator(expand_path)]
+ServerURL = Annotated[str, pydantic.AfterValidator(check_url)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 ZeroStage = Annotated[int, Field(ge=0, le=3)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -5584,20 +5591,23 @@ class LLMEngine:
         return generate_batch(self.llm, self.prompt, prompt_embeds, self.max_new_tokens, **options)
 
 
-class ServerEngine:
-    """Answers by an OpenAI-compatible server. The client retries what may pass, and takes its key
-    from OPENAI_API_KEY."""
+class Reply(NamedTuple):
+    """Of a server to one question."""
 
-    batch_size = 1
-    name = "server"
+    answer: Answer
+    num_prompt_tokens: int | None  # as the server counts them, if it says so
 
-    def __init__(self, endpoint: str, model: str, template: Json, max_new_tokens: int,
-                 concurrency: int):
-        """`endpoint` ends in /v1. Raises: UserError if the client is not installed."""
+
+class ChatServer:
+    """An OpenAI-compatible server. The client retries what may pass, and takes its key from
+    OPENAI_API_KEY. Several threads may use one."""
+
+    def __init__(self, endpoint: str, model: str, template: Json, max_new_tokens: int):
+        """`endpoint` is the address below which it has chat/completions, mostly ending in /v1;
+        `model` its name for the LLM. Raises: UserError if the client is not installed."""
         self.endpoint = endpoint
         self.model = model
         self.max_new_tokens = max_new_tokens
-        self.num_threads = concurrency
         self.extra_body = {}
         if template:  # as vLLM and SGLang take it
             self.extra_body["chat_template_kwargs"] = template
@@ -5608,42 +5618,47 @@ class ServerEngine:
         self._lock = threading.Lock()
         self._waits_until = 0.0  # time.monotonic() of the end of the last wait that was announced
 
-    def answer(self, questions: list[Question], seed: int, temperature: float) -> list[Answer]:
-        """An answer has a `refusal` where the server refuses its text. Raises: UserError if it
-        refuses all else, or cannot be reached."""
-        return [self._answer_one(question, seed, temperature) for question in questions]
-
-    def _answer_one(self, question: Question, seed: int, temperature: float) -> Answer:
-        before, after = Prompt.split_query(question.query)
-        message = {"role": "user", "content": before + question.text + after}
-        where = f"endpoint: {self.endpoint} about {question.text[:50]!r}"
+    def ask(self, content: str | list[Json], about: str, seed: int, temperature: float) -> Reply:
+        """The answer to a user's turn, a text or a list of parts; `about` names it in messages. It
+        has a `refusal` where the server refuses this turn. Raises: UserError if it refuses all
+        else, or cannot be reached."""
+        where = f"endpoint: {self.endpoint} about {about}"
         with user_error(where, self._openai.OpenAIError, ValueError):
             try:
-                reply = self._complete(message, seed, temperature)
+                reply = self._complete(content, seed, temperature)
+            except self._openai.NotFoundError as e:
+                raise UserError(
+                    f"{where}: {clip(str(e))}; is {self.model} the server's name of the model "
+                    "(served_model=NAME), and does the address end in /v1?") from None
             except self._openai.APIStatusError as e:
                 if e.status_code not in REFUSAL_STATUSES:
                     raise
-                return Answer("", finished=False, refusal=clip(str(e)))
+                return Reply(Answer("", finished=False, refusal=clip(str(e))), None)
         refusal = refusal_in(reply)
         if refusal:
-            return Answer("", finished=False, refusal=refusal)
+            return Reply(Answer("", finished=False, refusal=refusal), None)
         try:
             choice = reply.choices[0]
             text = choice.message.content or ""
             text = text.encode(errors="replace").decode()  # half a character at a limit of tokens
-            return Answer(text, choice.finish_reason == "stop")
+            answer = Answer(text, choice.finish_reason == "stop")
+            return Reply(answer, getattr(reply.usage, "prompt_tokens", None))
         except (AttributeError, TypeError, IndexError):  # a page of HTML has no choices
             raise UserError(f"{where}: no chat completion: {clip(str(reply))}") from None
 
-    def _complete(self, message: Json, seed: int, temperature: float) -> Any:
+    def _complete(self, content: str | list[Json], seed: int, temperature: float) -> Any:
         """The server's reply. Where it is busy, wait as long as its Retry-After says: the client
         obeys only one of a minute or two. Raises: OpenAIError."""
+        message = {"role": "user", "content": content}
+        sampling: Json = {"temperature": temperature}
+        if temperature > 0:  # some servers fail at a seed that greedy decoding does not need
+            sampling["seed"] = seed
         start = time.monotonic()
         while True:
             try:
                 return self._client.chat.completions.create(
                     model=self.model, messages=[message], max_tokens=self.max_new_tokens,
-                    seed=seed, temperature=temperature, extra_body=self.extra_body)
+                    extra_body=self.extra_body, **sampling)
             except self._openai.APIStatusError as e:
                 seconds = retry_after_seconds(e.response.headers.get("retry-after"))
                 passed = time.monotonic() - start
@@ -5662,6 +5677,28 @@ class ServerEngine:
             log.info(f"endpoint: {self.endpoint} is busy and asks to wait "
                      f"{math.ceil(seconds)} s")
         time.sleep(seconds)
+
+
+class ServerEngine:
+    """Answers about texts by a server."""
+
+    batch_size = 1
+    name = "server"
+
+    def __init__(self, server: ChatServer, concurrency: int):
+        self.server = server
+        self.num_threads = concurrency
+
+    def answer(self, questions: list[Question], seed: int, temperature: float) -> list[Answer]:
+        """An answer has a `refusal` where the server refuses its text. Raises: UserError if it
+        refuses all else, or cannot be reached."""
+        answers = []
+        for question in questions:
+            before, after = Prompt.split_query(question.query)
+            turn = before + question.text + after
+            about = repr(question.text[:50])
+            answers.append(self.server.ask(turn, about, seed, temperature).answer)
+        return answers
 
 
 def refusal_in(reply: Any) -> str:

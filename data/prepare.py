@@ -39,7 +39,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import elm
-from elm import RECONSTRUCT, SPLITS, PathStr, Seed, Table, TaskNames, UserError
+from elm import RECONSTRUCT, SPLITS, PathStr, Seed, ServerURL, Table, TaskNames, UserError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -376,12 +376,6 @@ def count_or_all(value: Any) -> Any:
     return sys.maxsize if value == "all" else value
 
 
-def check_url(url: str) -> str:
-    if not re.fullmatch(r"https?://.*\w/?", url):
-        raise ValueError(f"{url} is no address of a server; give one as http://localhost:8000/v1")
-    return url
-
-
 def check_three(shares: Any) -> Any:
     if not isinstance(shares, list | tuple) or len(shares) != 3:
         raise ValueError(f"{shares} are not the shares of train, val and test, as "
@@ -398,7 +392,6 @@ def check_sum(shares: tuple[float, float, float]) -> tuple[float, float, float]:
     return shares
 
 
-ServerURL = Annotated[str, pydantic.AfterValidator(check_url)]
 NumTasks = Annotated[PositiveInt, pydantic.BeforeValidator(count_or_all)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Shares = Annotated[
@@ -411,6 +404,7 @@ class SynthesizeOptions(Table):
     embedder: PathStr = "Qwen/Qwen3-Embedding-4B"  # hub name or folder of sentence-transformers
     endpoint: ServerURL | None = None  # an OpenAI-compatible server that answers instead of this
     #   process: http://localhost:8000/v1
+    served_model: str | None = None  # the server's name of the model, where it has another
     concurrency: PositiveInt = 64  # requests to the server at a time
     tasks: NumTasks = 6  # task types of each text, drawn at random; or all
     queries: PathStr | None = None  # a TOML file of lines task = ["a query", …] over those of
@@ -504,9 +498,10 @@ def make_engine(options: SynthesizeOptions) -> elm.LLMEngine | elm.ServerEngine:
     if options.endpoint is None:
         return elm.LLMEngine(
             options.model, options.bf16, options.template, options.max_new_tokens)
-    return elm.ServerEngine(
-        options.endpoint, options.model, options.template, options.max_new_tokens,
-        options.concurrency)
+    server = elm.ChatServer(
+        options.endpoint, options.served_model or options.model, options.template,
+        options.max_new_tokens)
+    return elm.ServerEngine(server, options.concurrency)
 
 
 def answer_rows(engine: elm.LLMEngine | elm.ServerEngine, rows: list[DraftRow],

@@ -395,6 +395,7 @@ class TinyServer(ThreadingHTTPServer):
         self.refused_text = None  # requests about it fail with status 400; "": all
         self.num_asked = Counter()  # by message
         self.keys = set()
+        self.bodies = []  # of all requests
         self.llm = elm.load_llm(str(TINY / "llm"), CPU, bf16=False)
         self.prompt = elm.Prompt(elm.load_tokenizer(str(TINY / "llm")))
         self.lock = threading.Lock()
@@ -442,6 +443,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         message = body["messages"][0]["content"]
         self.server.keys.add(self.headers["Authorization"])
+        self.server.bodies.append(body)
         failure = self.server.failure_of(message)
         failure, _, retry_after = failure.partition("/")
         if failure == "nothing":
@@ -575,7 +577,7 @@ def test_a_refused_text_is_left_out(texts, tmp_path, start_server):
     ("451", "Error code: 451")])
 def test_a_text_is_refused_by_other_words_of_servers(start_server, failure, refusal):
     server = start_server(failure)
-    engine = elm.ServerEngine(server.endpoint.partition("=")[2], "tiny", {}, 64, 1)
+    engine = make_engine(server)
     refused, answer = [engine.answer([elm.Question("Summarize it.", TEXTS[0])], 0, 0.0)[0]
                        for _ in range(2)]
     assert refused.refusal.startswith(refusal) and not refused.finished and not refused.text
@@ -583,7 +585,7 @@ def test_a_text_is_refused_by_other_words_of_servers(start_server, failure, refu
 
 
 def test_an_error_of_a_router_is_about_no_text(start_server):
-    engine = elm.ServerEngine(start_server("overloaded").endpoint.partition("=")[2], "", {}, 64, 1)
+    engine = make_engine(start_server("overloaded"))
     with pytest.raises(elm.UserError, match="no chat completion: .*no instance is free"):
         engine.answer([elm.Question("Summarize it.", TEXTS[0])], 0, 0.0)
 
@@ -627,10 +629,29 @@ class Clock:
 
 
 def make_engine(server) -> elm.ServerEngine:
-    return elm.ServerEngine(server.endpoint.removeprefix("endpoint="), "tiny", {}, 64, 2)
+    endpoint = server.endpoint.removeprefix("endpoint=")
+    return elm.ServerEngine(elm.ChatServer(endpoint, "tiny", {}, 64), 2)
 
 
 QUESTION = elm.Question("Summarize the text.", TEXTS[0])
+
+
+def test_a_server_gets_a_seed_only_where_it_samples(start_server):
+    server = start_server()
+    engine = make_engine(server)
+    engine.answer([QUESTION], seed=7, temperature=0.0)
+    engine.answer([QUESTION], seed=7, temperature=1.0)
+    assert [body.get("seed") for body in server.bodies] == [None, 7]
+    assert [body["temperature"] for body in server.bodies] == [0.0, 1.0]
+
+
+def test_a_server_may_have_another_name_of_the_model(texts, tmp_path, start_server):
+    """The adapter is to be trained for the model, not for the server's name."""
+    server = start_server()
+    synthesize(texts, tmp_path / "mine", server.endpoint, "tasks=2", "served_model=alias")
+    assert {body["model"] for body in server.bodies} == {"alias"}
+    toml = elm.read_toml(str(tmp_path / "mine" / "train.toml"))
+    assert toml["model"]["llm"] == str(TINY / "llm")
 
 
 def test_retry_after_is_obeyed(start_server, monkeypatch, capsys):
