@@ -239,6 +239,8 @@ class ModelConfig(Table):
 
 class DataConfig(Table):
     dir: PathStr = "data"  # a folder with embeddings/ and synthesis/, see data/README.md
+    embedder: PathStr | None = None  # the model that made the vectors; none: as their tables say,
+    #   if data/prepare.py wrote them
     tasks: TaskNames = TASKS  # task types to train and report on, or task types of your own
     max_seq_length: PositiveInt = 2048  # tokens of prompt and response; longer responses are cut
     num_workers: NonNegativeInt = 4  # threads that prepare the next steps
@@ -273,8 +275,9 @@ class LossConfig(Table):
 class EvalConfig(Table):
     samples: NonNegativeInt = 100  # rows that are answered and scored; losses use the whole split
     max_new_tokens: PositiveInt = 256  # of an answer
-    embedder: PathStr | None = None  # the model that made the vectors: hub name or folder of
-    #   sentence-transformers; it embeds the answers again. none: no consistency, MRR and top-1
+    embedder: PathStr | None = None  # embeds the answers again, for consistency, MRR and top-1: hub
+    #   name or folder of sentence-transformers; none: the model that made the vectors, if it is
+    #   known; "off": no such scores
     split: Literal["train", "val", "test"] | None = None  # the split to report on; none: test if
     #   its files exist, else val
     bertscore_model: PathStr = "microsoft/deberta-xlarge-mnli"  # hub name or folder
@@ -1479,20 +1482,57 @@ def table_metadata(path: Path) -> dict[str, str]:
         return f.metadata() or {}
 
 
-class TableOrigin(BaseModel, frozen=True):
-    """How data/prepare.py made a table of vectors. None: unknown, or the embedder's default."""
+def last_part(name: str) -> str:
+    """deberta-base of microsoft/deberta-base, of /models/deberta-base/, and of a folder of the
+    hub's cache: …/models--microsoft--deberta-base/snapshots/HASH."""
+    cached = re.search(r"models--(?:[^/]*--)?([^/]+)", name)
+    return cached[1] if cached else Path(name).name
+
+
+class VectorOrigin(BaseModel, frozen=True):
+    """How vectors were made. None: unknown, or the embedder's default."""
 
     model: str | None = None  # the embedder: hub name or folder
     instruction: str | None = None  # see instruction_prompt
     max_tokens: int | None = None  # after which texts were cut
 
 
-def table_origin(path: Path) -> TableOrigin:
-    """Raises: UserError if the table cannot be opened."""
+def table_origin(path: Path) -> VectorOrigin:
+    """As data/prepare.py wrote it into a table. Raises: UserError if the table cannot be opened."""
     try:
-        return TableOrigin.model_validate_json(table_metadata(path).get("embed", "{}"))
+        return VectorOrigin.model_validate_json(table_metadata(path).get("embed", "{}"))
     except pydantic.ValidationError:  # another program's, which gave it another meaning
-        return TableOrigin()
+        return VectorOrigin()
+
+
+def adapter_origin(metadata: Json, path: str | Path) -> VectorOrigin:
+    """Of the vectors that an adapter was trained on, from its file's metadata. Raises:
+    UserError."""
+    with user_error(f"{path}: what it says of its embedder cannot be used", ValueError):
+        return VectorOrigin.model_validate(metadata.get("embedder", {}))
+
+
+def embedders_differ(a: VectorOrigin, b: VectorOrigin) -> bool:
+    """Whether both are known, and the last parts of their names differ."""
+    return bool(a.model and b.model) and last_part(a.model) != last_part(b.model)
+
+
+def agree_on_origin(origins: dict[str, VectorOrigin]) -> VectorOrigin:
+    """The first that names the embedder, of `origins` by what they belong to. Raises: UserError if
+    two name different ones."""
+    known = VectorOrigin()
+    where_known = ""
+    for where, origin in origins.items():
+        if embedders_differ(known, origin):
+            raise UserError(
+                f"{where}: its vectors are of {origin.model}, those of {where_known} of "
+                f"{known.model}; take vectors of one embedder. If these are two names of one, "
+                "`python data/prepare.py convert TABLE NEW model=NAME` writes a table with another "
+                "name")
+        if origin.model and not known.model:
+            known = origin
+            where_known = where
+    return known
 
 
 class VectorScan(NamedTuple):
@@ -1707,7 +1747,7 @@ class Split:
     path: Path  # of the rows
     index: np.ndarray  # [N] of ROW_INDEX
     table_path: Path  # of the vectors
-    origin: TableOrigin
+    origin: VectorOrigin
     vectors: Tensor  # [number of vectors, E], memory-mapped
     sources: np.ndarray  # [S] ascending, the first vector of each source, also of unused ones, but
     #   not those that are zero, NaN or infinite; index["source_id"] is among them
@@ -2155,7 +2195,7 @@ def is_hub_name(name: str) -> bool:
 # How to do without a model that cannot be loaded, by its config key.
 WAYS_ON = {
     "eval.bertscore_model": "; eval.samples=0 does without",
-    "eval.embedder": "; eval.embedder=none does without",
+    "eval.embedder": "; eval.embedder=off does without",
     "llm": "; llm=FOLDER names another place"}
 
 
@@ -2760,16 +2800,18 @@ class ELM(nn.Module):
     """A frozen LLM and the adapter that lets it read vectors. Several threads may use one; it can
     be copied and pickled.
 
-    Attributes: llm, adapter, prompt; trained_for, a dict of what an adapter belongs to; lockstep,
-    whether all processes must run equally many passes through the LLM, because ZeRO 3 shares it
-    out."""
+    Attributes: llm, adapter, prompt; origin, of the vectors that the adapter reads; trained_for, a
+    dict of what an adapter belongs to; lockstep, whether all processes must run equally many passes
+    through the LLM, because ZeRO 3 shares it out."""
 
-    def __init__(self, llm: PreTrainedModel, adapter: Adapter, prompt: Prompt):
+    def __init__(self, llm: PreTrainedModel, adapter: Adapter, prompt: Prompt,
+                 origin: VectorOrigin | None = None):
         super().__init__()
         register_packed_attention()
         self.llm = llm
         self.adapter = adapter
         self.prompt = prompt
+        self.origin = origin or VectorOrigin()
         prompt.check_fits(llm)
         self.trained_for = {
             "hash of the LLM's weights": weights_hash(llm),
@@ -2807,16 +2849,19 @@ class ELM(nn.Module):
         if bf16 is None:
             bf16 = trained_in_bf16
         frozen = load_llm(name, device, bf16, "llm", deepspeed)
-        elm = cls(frozen, adapter.to(device), prompt).eval()
+        origin = adapter_origin(metadata, path)
+        elm = cls(frozen, adapter.to(device), prompt, origin).eval()
         check_trained_for(trained_for, elm.trained_for, f"{path}: {name}")
         return elm
 
     @classmethod
     def create(cls, llm: str, embeddings: Vectors, bf16: bool = True, hidden_dim: int = 4096,
-               template: Json | None = None, **settings: Any) -> ELM:
+               template: Json | None = None, embedder: str | None = None,
+               **settings: Any) -> ELM:
         """A fresh adapter for vectors like `embeddings` [n, E], see as_tensor, which it
         standardises by their mean and deviation. `template` are arguments of the chat template,
-        `settings` further ones of Adapter. Raises: UserError."""
+        `embedder` is the name of the model that made the vectors, `settings` are further arguments
+        of Adapter. Raises: UserError."""
         vectors = as_tensor(embeddings, "embeddings").detach().cpu()
         if vectors.ndim != 2 or not len(vectors):
             raise UserError(f"embeddings: {list(vectors.shape)}, not vectors [n, E]")
@@ -2826,7 +2871,7 @@ class ELM(nn.Module):
         prompt = Prompt(load_tokenizer(llm, "llm"), template)
         frozen = load_llm(llm, device, bf16, "llm")
         adapter = fresh_adapter(frozen, statistics, hidden_dim=hidden_dim, **settings)
-        elm = cls(frozen, adapter.to(device), prompt)
+        elm = cls(frozen, adapter.to(device), prompt, VectorOrigin(model=embedder))
         check_llm(elm, min(2048, max_positions(frozen)))
         return elm
 
@@ -2850,6 +2895,7 @@ class ELM(nn.Module):
                 "bf16": self.llm.dtype == torch.bfloat16,
                 "template": self.prompt.template},
             "prompt": self.prompt.template_parts,
+            "embedder": self.origin.model_dump(exclude_none=True),
             "trained_for": self.trained_for,
             **metadata}
         # One entry: safetensors keeps no order of several.
@@ -3946,12 +3992,31 @@ def check_splits(splits: dict[str, Split], data_dir: str) -> None:
                             "with; add rows about other texts")
 
 
+def name_origins(splits: dict[str, Split], given: str | None,
+                 trained: VectorOrigin) -> dict[str, Split]:
+    """The splits, each with the origin of its vectors: where its table does not name the embedder,
+    that of the adapter, of data.embedder or of another split. `given` is data.embedder: the name of
+    the model that can be loaded here. `trained` is the adapter's. Raises: UserError if two name
+    different embedders."""
+    origins = {"the adapter": trained, "data.embedder": VectorOrigin(model=given)}
+    for split in splits.values():
+        origins[str(split.table_path)] = split.origin
+    known = agree_on_origin(origins)
+    named = {}
+    for name, split in splits.items():
+        origin = split.origin if split.origin.model else known
+        if given:
+            origin = origin.model_copy(update={"model": given})
+        named[name] = dataclasses.replace(split, origin=origin)
+    return named
+
+
 def open_known_texts(cfg: DataConfig, split: Split) -> Split | None:
     """The training split, of which retrieval takes texts for the rows of `split`. None where it has
     no row of data.tasks with a text, where one of its two files is missing, where it is `split`
-    itself, and, with a warning, where its vectors are of another width. It is not compared with
-    `split` in anything else. Raises: UserError, OSError at a broken line or vector, as of any
-    split."""
+    itself, and, with a warning, where its vectors are of another width or embedder. It is not
+    compared with `split` in anything else. Raises: UserError, OSError at a broken line or vector,
+    as of any split."""
     table_path = vectors_path(cfg.dir, "train")
     path = rows_path(cfg.dir, "train")
     if path == split.path or not table_path.exists() or not path.exists():
@@ -3963,6 +4028,11 @@ def open_known_texts(cfg: DataConfig, split: Split) -> Split | None:
     if width != width_of_split:
         log.warning(f"{table_path}: its vectors are of width {width}, those of {split.table_path} "
                     f"of {width_of_split}: the report leaves out the nearest training texts")
+        return None
+    origin = table_origin(table_path)
+    if embedders_differ(origin, split.origin):
+        log.warning(f"{table_path}: its vectors are of {origin.model}, those of {split.table_path} "
+                    f"of {split.origin.model}: the report leaves out the nearest training texts")
         return None
     return open_splits(cfg, ["train"], split.encoder)["train"]
 
@@ -4064,24 +4134,31 @@ def check_report_packages(cfg: EvalConfig) -> None:
     import_optional("pandas")
     if cfg.samples:
         scorer_layers(cfg)
-    if cfg.samples and cfg.embedder:
+
+
+def check_embedder_name(cfg: EvalConfig, name: str | None) -> None:
+    """As check_model_name, of the embedder that a report will use, if any; and its package."""
+    if cfg.samples and name:
+        check_model_name(name, "eval.embedder")
         import_optional("sentence_transformers")
 
 
 def open_inputs(cfg: Config, names: tuple[str, ...], num_soft_tokens: int,
-                stored_prompt: dict[str, str] | None) -> dict[str, Split]:
+                stored_prompt: dict[str, str] | None,
+                trained: VectorOrigin | None = None) -> dict[str, Split]:
     """All that can be opened and checked before a model is loaded: packages, tokenizer, the splits
-    of these names. Raises: UserError, OSError."""
+    of these names. `trained` is the origin of an adapter's vectors. Raises: UserError, OSError."""
     check_model_name(cfg.model.llm, "model.llm")
     if cfg.eval.samples:
         check_model_name(cfg.eval.bertscore_model, "eval.bertscore_model")
-    if cfg.eval.samples and cfg.eval.embedder:
-        check_model_name(cfg.eval.embedder, "eval.embedder")
+    check_embedder_name(cfg.eval, choose_embedder(cfg.eval, {}))  # one that is set, at once
     check_report_packages(cfg.eval)
     prompt = Prompt(load_tokenizer(cfg.model.llm), cfg.model.template, stored_prompt)
     encoder = Encoder(prompt, num_soft_tokens, cfg.data.max_seq_length)
     splits = open_splits(cfg.data, drop_repeats(names), encoder)
+    splits = name_origins(splits, cfg.data.embedder, trained or VectorOrigin())
     check_splits(splits, cfg.data.dir)
+    check_embedder_name(cfg.eval, choose_embedder(cfg.eval, splits))
     return splits
 
 
@@ -4271,7 +4348,7 @@ class Trainer:
         adapter = fresh_adapter(
             llm, train_split.statistics, model.standardize, hidden_dim=model.hidden_dim,
             tokens=model.tokens, dropout=model.dropout, residual_scale=model.residual_scale)
-        elm = ELM(llm, adapter.to(self.device), train_split.encoder.prompt)
+        elm = ELM(llm, adapter.to(self.device), train_split.encoder.prompt, train_split.origin)
         check_llm(elm, self.cfg.data.max_seq_length)
         check_ids_of_rows(self.splits)
 
@@ -4564,6 +4641,7 @@ def train(cfg: Config) -> Json:
 EVAL_BATCH_ROWS = 16
 EVAL_BATCH_TOKENS = 32768
 EMBEDDER_CHECK_TEXTS = 32  # texts of each split whose vectors are compared with the stored ones
+NO_EMBEDDER = "off"  # in the place of an embedder's name
 QUERIES_AT_ONCE = 8192  # vectors whose nearest ones are found in one reading of the table of train
 
 
@@ -4884,13 +4962,6 @@ def known_scorer_layers(name: str, num_layers: int) -> int | None:
     return None
 
 
-def last_part(name: str) -> str:
-    """deberta-base of microsoft/deberta-base, of /models/deberta-base/, and of a folder of the
-    hub's cache: …/models--microsoft--deberta-base/snapshots/HASH."""
-    cached = re.search(r"models--(?:[^/]*--)?([^/]+)", name)
-    return cached[1] if cached else Path(name).name
-
-
 def load_scorer(cfg: EvalConfig, device: torch.device | str) -> BERTScorer:
     """bert-score's scorer in fp32. Raises: UserError.
 
@@ -5006,18 +5077,32 @@ def check_stored_vectors(name: str, vectors: Tensor, split_name: str, split: Spl
         raise UserError(
             f"data.dir: {split.table_path} is in another order than the rows of {split.path}, or "
             f"eval.embedder = {name} did not make it ({told}); mend the data, or set eval.embedder "
-            "to the model that made it, or none")
+            "to the model that made it, or off")
     if cosine < 0.95 or share_nearest < 0.9:
         log.warning(f"eval.embedder = {name} does not make the vectors of {split.path}, or some "
                     "stand in other rows' places; its consistency and MRR mean little")
+
+
+def choose_embedder(cfg: EvalConfig, splits: dict[str, Split]) -> str | None:
+    """The model that embeds answers again: the one set, else the one that made the vectors, if it
+    is known, else none."""
+    if cfg.embedder == NO_EMBEDDER:
+        return None
+    if cfg.embedder is not None:
+        return cfg.embedder
+    for split in splits.values():
+        if split.origin.model:
+            return split.origin.model
+    return None
 
 
 def check_embedder(cfg: EvalConfig, bf16: bool, device: torch.device,
                    splits: dict[str, Split]) -> None:
     """Compare the embedder that the report will use, on process 0. All processes take part. Raises:
     UserError."""
-    if cfg.samples and cfg.embedder:
-        run_on_rank0(lambda: compare_embedder(cfg.embedder, bf16, device, splits))
+    name = choose_embedder(cfg, splits)
+    if cfg.samples and name:
+        run_on_rank0(lambda: compare_embedder(name, bf16, device, splits))
 
 
 # Scores of answers
@@ -5114,7 +5199,7 @@ def score(measured: Measured, references: list[str], split: Split, cfg: EvalConf
           device: torch.device) -> pd.DataFrame:
     """The scores of the answers, a row for each of measured.sample_ids: BertScores, empty_rate and
     repetition of the answers and, as NAME_shuffled, of those about shuffled vectors, as
-    NAME_nearest, of the nearest ones of train, NaN where there is none; with eval.embedder
+    NAME_nearest, of the nearest ones of train, NaN where there is none; with an embedder
     ConsistencyScores of these and, as NAME_reference, of the references. The embedder runs in bf16,
     if asked for. Each model is freed after its use."""
     pd = import_optional("pandas")
@@ -5136,10 +5221,11 @@ def score(measured: Measured, references: list[str], split: Split, cfg: EvalConf
         scores = scores.join(pd.DataFrame(values_of, row_ids).add_suffix(suffix))
     del scorer
     free_memory()
-    if cfg.embedder is None:
+    name = choose_embedder(cfg, {"": split})
+    if name is None:
         return scores
 
-    model = load_embedder(cfg.embedder, bf16, device, max_tokens=split.origin.max_tokens)
+    model = load_embedder(name, bf16, device, max_tokens=split.origin.max_tokens)
     embed = functools.partial(
         embed_texts, model, truncate_dim=split.vectors.shape[1],
         prompt=instruction_prompt(split.origin.instruction))
@@ -6196,7 +6282,8 @@ def report_on_adapter(options: EvalOptions) -> Json:
 
     if "prompt" in metadata:
         check_template_parts(metadata["prompt"], path)
-    splits = open_inputs(options, (split_name,), adapter.tokens, metadata.get("prompt"))
+    splits = open_inputs(options, (split_name,), adapter.tokens, metadata.get("prompt"),
+                         adapter_origin(metadata, path))
     split = splits[split_name]
     where = f"data.dir: {split_name}"
     check_width(split.vectors, adapter, where)

@@ -275,7 +275,7 @@ def write_embeddings(model: SentenceTransformer, texts: Iterable[str], num_texts
         if options.fp16:
             vectors = vectors.half()
         write_table(path, [vectors])
-    metadata = {"embed": options.model_dump_json()}  # see elm.TableOrigin
+    metadata = {"embed": options.model_dump_json()}  # see elm.VectorOrigin
     write_table(out, (elm.open_vectors(path) for path in paths), metadata)
 
 
@@ -701,7 +701,6 @@ def train_toml(rows: list[DraftRow], options: SynthesizeOptions, out: Path) -> s
         "data.dir": str(out),
         "data.tasks": sorted({row.task_type for row in rows}),
         "train.lr": 1e-3,
-        "eval.embedder": options.embedder,
         "output.dir": str(run_folder)}
     return "".join(f"{key} = {elm.toml_value(value)}\n" for key, value in settings.items())
 

@@ -1091,7 +1091,73 @@ def test_a_table_of_another_model_is_told(data_dir, tmp_path, capsys):
     message = f"{vectors_path(data_dir)} says that Qwen/Qwen3-Embedding-4B made its vectors"
     assert f"eval.embedder = {embedder}: {message}" in err
     np.save(tmp_path / "x.npy", np.ones((2, 2), np.float32))
-    assert elm.table_origin(tmp_path / "x.npy") == elm.TableOrigin()
+    assert elm.table_origin(tmp_path / "x.npy") == elm.VectorOrigin()
+
+
+def test_the_embedder_belongs_to_the_adapter(data_dir, settings, tmp_path):
+    """Training takes it from its tables, and the report embeds answers by it. A table that does not
+    say its own is taken to be of the adapter's. "off" does without."""
+    embedder = make_embedder(tmp_path / "embedder", 12)
+    prompt = "Instruct: Find the answer\nQuery:"
+    embed_rows(data_dir, embedder, 12, prompt=prompt)
+    told = metadata_of(embedder, instruction="Find the answer", max_tokens=None, batch_size=32)
+    change_table(data_dir, "train", lambda table: table, told)
+    report, folder = go(settings)
+    assert report["consistency_reference"] > 0.5
+    _, metadata = elm.Adapter.load(folder)
+    origin = {"model": str(embedder), "instruction": "Find the answer"}
+    assert metadata["embedder"] == origin
+    loaded = elm.ELM.load(folder)
+    assert loaded.origin == elm.VectorOrigin(**origin)
+    loaded.save(tmp_path / "again.safetensors")
+    assert elm.Adapter.load(tmp_path / "again.safetensors")[1]["embedder"] == origin
+
+    again = evaluate(settings, f"adapter={folder}", f"report_dir={tmp_path / 'again'}")
+    assert again["consistency"] == pytest.approx(report["consistency"], abs=1e-6)
+    without = evaluate(settings, f"adapter={folder}", f"report_dir={tmp_path / 'without'}",
+                       "eval.embedder=off")
+    assert "consistency" not in without
+
+
+def test_vectors_from_elsewhere_have_the_embedder_that_the_settings_name(
+        data_dir, settings, tmp_path):
+    embedder = make_embedder(tmp_path / "embedder", 12)
+    embed_rows(data_dir, embedder, 12)
+    report, folder = go(settings, f"data.embedder={embedder}")
+    assert report["consistency_reference"] > 0.5
+    assert elm.Adapter.load(folder)[1]["embedder"] == {"model": str(embedder)}
+
+
+def test_vectors_of_another_embedder_are_refused_by_name(trained, data_dir, settings, tmp_path):
+    """In training, of a split or of data.embedder, and in eval; not the same model in another
+    folder."""
+    keep = lambda table: table  # noqa: E731
+    change_table(data_dir, "train", keep, metadata_of("/models/mpnet/"))
+    change_table(data_dir, "val", keep, metadata_of("all/MiniLM"))
+    val = vectors_path(data_dir, "val")
+    message = f"{val}: its vectors are of all/MiniLM, those of {vectors_path(data_dir)} of "
+    off = "eval.embedder=off"
+    with pytest.raises(elm.UserError, match=message + "/models/mpnet/; take"):
+        go(settings, off)
+    change_table(data_dir, "val", keep, metadata_of("all/mpnet"))
+    with pytest.raises(elm.UserError, match="of /models/mpnet/, those of data.embedder of e5; "):
+        go(settings, off, "data.embedder=e5")
+    _, folder = go(settings, off)
+    assert elm.Adapter.load(folder)[1]["embedder"] == {"model": "/models/mpnet/"}
+
+    change_table(data_dir, "test", keep, metadata_of("all/MiniLM"))
+    with pytest.raises(elm.UserError, match="of all/MiniLM, those of the adapter of /models/mpnet"):
+        evaluate(settings, off, f"adapter={folder}", f"report_dir={tmp_path / 'again'}")
+
+
+def test_known_texts_of_another_embedder_are_left_out(trained, data_dir, tmp_path, capsys):
+    _, adapter, settings = trained
+    for split, name in (("train", "mpnet"), ("test", "MiniLM")):
+        change_table(data_dir, split, lambda table: table, metadata_of(name))
+    report = evaluate(settings, "eval.samples=0", f"data.dir={data_dir}", f"adapter={adapter}",
+                      f"report_dir={tmp_path / 'again'}")
+    assert "loss_nearest" not in report
+    assert "train_embeddings.safetensors: its vectors are of mpnet, " in capsys.readouterr().err
 
 
 def test_what_the_report_lacks_is_told_before_training(settings, data_dir, tmp_path, loads):

@@ -734,7 +734,7 @@ def test_settings_in_python_that_are_none():
 
 def test_models_of_the_report_that_cannot_be_loaded(settings, tmp_path):
     """The line says how to do without."""
-    for key, way_on in (("bertscore_model", "eval.samples=0"), ("embedder", "eval.embedder=none")):
+    for key, way_on in (("bertscore_model", "eval.samples=0"), ("embedder", "eval.embedder=off")):
         line = f"eval.{key}: cannot load /nowhere/x: there is no folder /nowhere/x; {way_on} does w"
         said = refused(line, NO_TABLES, *settings, f"eval.{key}=/nowhere/x")
         assert said.count("\n") == 1
