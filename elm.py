@@ -48,6 +48,7 @@ Contents
 from __future__ import annotations
 
 import argparse
+import base64
 import codecs
 import contextlib
 import dataclasses
@@ -107,6 +108,8 @@ else:
 if TYPE_CHECKING:  # imported where they are used: --help must not wait for them
     import optuna
     import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
     import wandb
     from bert_score import BERTScorer
     from sentence_transformers import SentenceTransformer
@@ -181,6 +184,11 @@ def check_template_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def as_queries(value: object) -> object:
+    """One query as a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
 def check_url(url: str) -> str:
     if not re.fullmatch(r"https?://.*\w/?", url):
         raise ValueError(f"{url} is no address of a server; give one as http://localhost:8000/v1")
@@ -195,6 +203,8 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 TemplateArguments = Annotated[
     dict[str, Any], pydantic.AfterValidator(check_template_arguments)]
+Queries = Annotated[
+    tuple[str, ...], Field(strict=False, min_length=1), pydantic.BeforeValidator(as_queries)]
 RowIds = Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
 TaskNames = Annotated[
     tuple[str, ...], Field(strict=False, min_length=1), pydantic.AfterValidator(drop_repeats)]
@@ -1474,9 +1484,13 @@ def open_vectors(path: Path, key: str = "", allow_one: bool = False) -> Tensor:
 
 
 def table_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; a .npy file has none. Raises: UserError."""
+    """The metadata of a safetensors or Parquet file; a .npy file has none. Raises: UserError."""
     if path.suffix == ".npy":
         return {}
+    if is_parquet(path):
+        schema = open_parquet(path).schema_arrow
+        stored = schema.metadata or {}
+        return {key.decode(): value.decode(errors="replace") for key, value in stored.items()}
     message = f"{path}: not a whole table"
     with user_error(message, OSError, SafetensorError), safe_open(path, framework="pt") as f:
         return f.metadata() or {}
@@ -1533,6 +1547,176 @@ def agree_on_origin(origins: dict[str, VectorOrigin]) -> VectorOrigin:
             known = origin
             where_known = where
     return known
+
+
+# Parquet
+
+ROWS_OF_BLOCK = 1024  # of a table that are read at a time
+
+
+def is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
+
+
+def open_parquet(path: Path, key: str = "") -> parquet.ParquetFile:
+    """A file, mapped: its row groups can be larger than the memory. Raises: UserError that names
+    the config key."""
+    check_file(path, key)
+    library = import_optional("pyarrow.parquet")
+    with user_error(f"{path}: not a whole Parquet file", OSError, ValueError):
+        return library.ParquetFile(path, memory_map=True)
+
+
+def find_column(file: parquet.ParquetFile, name: str, key: str, path: Path) -> pa.DataType:
+    """The type of a column. Raises: UserError that names the config key, if there is none."""
+    schema = file.schema_arrow
+    if name not in schema.names:
+        hint = did_you_mean(name, schema.names)
+        raise UserError(f"{key}: {path} has no column {name!r}{hint}; its columns are "
+                        f"{clip(', '.join(schema.names))}")
+    return schema.field(name).type
+
+
+Id = int | str | None  # of a row of a Parquet file
+
+
+class VectorBlock(NamedTuple):
+    """n rows of a table."""
+
+    row_ids: list[int]
+    vectors: Tensor  # [n, E] fp32
+    ids: list[Id] | None  # of the user's own
+
+    def name(self, i: int) -> str:
+        """What messages call the vector at place i."""
+        if self.ids is None:
+            return f"row {self.row_ids[i]}"
+        return f"row {self.row_ids[i]} (id {self.ids[i]!r})"
+
+
+class ParquetTable:
+    """The vectors [N, E] of a column of lists of floats of a Parquet file and, if asked for, a
+    column of ids, integers or texts. It is read from front to back: a row before the last one opens
+    its row group again. Memory holds one batch, however large the row groups are."""
+
+    def __init__(self, path: Path, column: str, id_column: str | None):
+        """Raises: UserError if there is no such file or column, or if it has another type."""
+        types = import_optional("pyarrow").types
+        self.path = path
+        self._file = open_parquet(path, "embeddings")
+        self._columns = [column]
+        column_type = find_column(self._file, column, "column", path)
+        is_list = (types.is_list(column_type) or types.is_large_list(column_type)
+                   or types.is_fixed_size_list(column_type))
+        if not is_list or not types.is_floating(column_type.value_type):
+            raise UserError(f"column: {column} of {path} is of type {column_type}, not of lists of "
+                            "floats")
+        self.has_ids = id_column is not None
+        if id_column is not None:
+            self._columns.append(id_column)
+            id_type = find_column(self._file, id_column, "id", path)
+            if types.is_dictionary(id_type):
+                id_type = id_type.value_type
+            is_id = (types.is_integer(id_type) or types.is_string(id_type)
+                     or types.is_large_string(id_type))
+            if not is_id:
+                raise UserError(f"id: {id_column} of {path} is of type {id_type}, not of integers "
+                                "or texts")
+        metadata = self._file.metadata
+        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        self._group_starts = np.cumsum([0, *sizes])  # [groups + 1], the last is N
+        if not len(self):
+            raise UserError(f"{path}: has no rows")
+        self._group = -1  # that _batches are of
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._batch: pa.RecordBatch | None = None
+        self._start = 0  # the row at which _batch begins
+        self._seek(0)
+        (first,) = self._batch.column(0).slice(0, 1).to_pylist()
+        if not first:
+            raise UserError(f"{path}: row 0 has no vector; leave such rows out")
+        self.width = len(first)
+
+    def __len__(self) -> int:
+        return int(self._group_starts[-1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self), self.width
+
+    def _seek(self, row_id: int) -> None:
+        """Make _batch the one that has the row."""
+        group = int(np.searchsorted(self._group_starts, row_id, side="right")) - 1
+        if group != self._group or row_id < self._start:
+            self._group = group
+            self._start = int(self._group_starts[group])
+            self._batches = self._file.iter_batches(ROWS_OF_BLOCK, [group], self._columns)
+            self._batch = next(self._batches)
+        while row_id >= self._start + len(self._batch):
+            self._start += len(self._batch)
+            self._batch = next(self._batches)
+
+    def read(self, row_ids: Sequence[int]) -> VectorBlock:
+        """Rows in any order; ascending ones are read once. Raises: UserError at a row without a
+        vector, or with one of another width."""
+        row_ids = np.asarray(row_ids, np.int64)
+        vectors = torch.empty(len(row_ids), self.width)
+        ids: list[Id] = [None] * len(row_ids)
+        places = np.argsort(row_ids, kind="stable")  # in which the rows are read
+        while len(places):
+            with user_error(f"{self.path}: cannot be read", OSError, ValueError):
+                self._seek(int(row_ids[places[0]]))
+            end = self._start + len(self._batch)
+            num_found = int(np.searchsorted(row_ids[places], end))
+            found = places[:num_found]
+            places = places[num_found:]
+            part = self._batch.take(import_optional("pyarrow").array(row_ids[found] - self._start))
+            ids_of_part = part.column(1).to_pylist() if self.has_ids else None
+            names = VectorBlock(row_ids[found].tolist(), vectors, ids_of_part)
+            vectors[torch.from_numpy(found)] = self._to_tensor(part.column(0), names)
+            for place, own_id in zip(found.tolist(), ids_of_part or [], strict=False):
+                ids[place] = own_id
+        return VectorBlock(row_ids.tolist(), vectors, ids if self.has_ids else None)
+
+    def _to_tensor(self, lists: pa.Array, block: VectorBlock) -> Tensor:
+        """n lists -> [n, E] fp32; `block` has their names."""
+        lengths = import_optional("pyarrow.compute").list_value_length(lists)
+        for i, length in enumerate(lengths.to_pylist()):
+            where = f"{self.path}: {block.name(i)}"
+            if length is None:
+                raise UserError(f"{where} has no vector; leave such rows out")
+            if length != self.width:
+                raise UserError(f"{where} has a vector of width {length}, the first row one of "
+                                f"{self.width}")
+        values = lists.flatten()
+        if values.null_count:
+            i = int(np.flatnonzero(values.is_null().to_numpy(False))[0]) // self.width
+            raise UserError(f"{self.path}: {block.name(i)} has a vector with null in it; embed its "
+                            "text again")
+        array = values.to_numpy(zero_copy_only=False).astype(np.float32)
+        return torch.from_numpy(array).view(-1, self.width)
+
+
+VectorTable = Tensor | ParquetTable  # [N, E] of any float
+
+
+def open_table(path: Path, column: str, id_column: str | None) -> VectorTable:
+    """A table of one of the three formats. Raises: UserError, also at an id_column of a file that
+    has no columns."""
+    if is_parquet(path):
+        return ParquetTable(path, column, id_column)
+    if id_column is not None:
+        raise UserError(f"id: {path} has no columns; only a .parquet file has")
+    return open_vectors(path, "embeddings", allow_one=True)
+
+
+def read_blocks(table: VectorTable, row_ids: Iterable[int]) -> Iterator[VectorBlock]:
+    """Rows of a table in blocks. Raises: UserError, see ParquetTable.read."""
+    for block in in_blocks(row_ids, ROWS_OF_BLOCK):
+        if isinstance(table, ParquetTable):
+            yield table.read(block)
+        else:
+            yield VectorBlock(block, table[block].float(), None)
 
 
 class VectorScan(NamedTuple):
@@ -2079,6 +2263,27 @@ def fresh_adapter(llm: PreTrainedModel, statistics: dict[str, Tensor], standardi
     return adapter
 
 
+class TrainedLLM(NamedTuple):
+    """What an adapter's file says of the LLM that it was trained for."""
+
+    name: str  # hub name or folder
+    bf16: bool
+    template: Json  # arguments of the chat template
+    template_parts: dict[str, str]  # see render_prompt
+    trained_for: Json  # see check_trained_for
+
+
+def read_trained_llm(metadata: Json, path: str | Path) -> TrainedLLM:
+    """Raises: UserError."""
+    message = f"{path}: does not say which LLM it was trained for"
+    with user_error(message, LookupError, TypeError, ValueError):
+        llm = metadata["llm"]
+        trained = TrainedLLM(llm["name"], llm["bf16"], llm["template"], metadata["prompt"],
+                             dict(metadata["trained_for"]))
+    check_template_parts(trained.template_parts, path)
+    return trained
+
+
 TOKENIZER_HASH = "hash of the tokenizer's ids"
 
 
@@ -2108,10 +2313,10 @@ def check_norm(trained_norms: Tensor, norm: float, where: Path | str) -> None:
                         "here; give it what it was trained with")
 
 
-def check_width(vectors: Tensor, adapter: Adapter, where: Path | str) -> None:
+def check_width(vectors: VectorTable, adapter: Adapter, where: Path | str) -> None:
     """Raises: UserError unless vectors are [n, E] of the adapter's E."""
     width = len(adapter.mean)
-    if vectors.ndim != 2 or vectors.shape[1] != width:
+    if len(vectors.shape) != 2 or vectors.shape[1] != width:
         raise UserError(f"{where}: {list(vectors.shape)}, but the adapter reads [n, {width}]; give "
                         "vectors of the embedder of training")
 
@@ -2152,28 +2357,27 @@ def fp32_array(array: np.ndarray) -> Tensor:
 
 
 def check_vectors(embeddings: Vectors, adapter: Adapter, where: Path | str = "vectors") -> Tensor:
-    """[n, E] or [E], see as_tensor -> [n, E] fp32. Raises: UserError, see check_rows."""
+    """[n, E] or [E], see as_tensor -> [n, E] fp32. Raises: UserError, see check_blocks."""
     vectors = torch.atleast_2d(as_tensor(embeddings, where))
-    check_rows(vectors, range(len(vectors)), adapter, where)
+    check_width(vectors, adapter, where)
+    check_blocks(read_blocks(vectors, range(len(vectors))), adapter, where)
     return vectors
 
 
-def check_rows(vectors: Tensor, row_ids: Sequence[int], adapter: Adapter,
-               where: Path | str) -> None:
-    """Check the rows row_ids of a table of vectors [N, E] of any float, block by block. Raises:
-    UserError at a row that is zero, NaN or infinite, and if the norm of all is far from those of
-    training."""
-    check_width(vectors, adapter, where)
+def check_blocks(blocks: Iterable[VectorBlock], adapter: Adapter, where: Path | str) -> None:
+    """Raises: UserError at a vector that is zero, NaN or infinite, and if the norm of all is far
+    from those of training."""
     total_square = 0.0
-    for block in in_blocks(row_ids, 1024):
-        part = vectors[block].float()
-        invalid = (~part.isfinite().all(1) | ~part.any(1)).nonzero()
+    num_vectors = 0
+    for block in blocks:
+        invalid = (~block.vectors.isfinite().all(1) | ~block.vectors.any(1)).nonzero()
         if len(invalid):
-            row = block[int(invalid[0])]
-            raise UserError(f"{where}: row {row} is zero, NaN or infinite; embed its text again")
-        total_square += part.double().square().sum().item()
-    if len(row_ids):
-        check_norm(adapter.norms, math.sqrt(total_square / len(row_ids)), where)
+            name = block.name(int(invalid[0]))
+            raise UserError(f"{where}: {name} is zero, NaN or infinite; embed its text again")
+        total_square += block.vectors.double().square().sum().item()
+        num_vectors += len(block.row_ids)
+    if num_vectors:
+        check_norm(adapter.norms, math.sqrt(total_square / num_vectors), where)
 
 
 # -----------------------------------------------------------------------------
@@ -2834,24 +3038,16 @@ class ELM(nn.Module):
                      llm: str | None = None, bf16: bool | None = None,
                      deepspeed: DeepSpeedConfig | None = None) -> ELM:
         """As `load`, of what Adapter.load returns for `path`."""
-        message = f"{path}: does not say which LLM it was trained for"
-        with user_error(message, LookupError, TypeError, ValueError):
-            name = metadata["llm"]["name"]
-            trained_in_bf16 = metadata["llm"]["bf16"]
-            template = metadata["llm"]["template"]
-            template_parts = metadata["prompt"]
-            trained_for = dict(metadata["trained_for"])
-        name = llm or name
+        trained = read_trained_llm(metadata, path)
+        name = llm or trained.name
         device = find_device()
-        tokenizer = load_tokenizer(name, "llm")
-        check_template_parts(template_parts, path)
-        prompt = Prompt(tokenizer, template, template_parts)
+        prompt = Prompt(load_tokenizer(name, "llm"), trained.template, trained.template_parts)
         if bf16 is None:
-            bf16 = trained_in_bf16
+            bf16 = trained.bf16
         frozen = load_llm(name, device, bf16, "llm", deepspeed)
         origin = adapter_origin(metadata, path)
         elm = cls(frozen, adapter.to(device), prompt, origin).eval()
-        check_trained_for(trained_for, elm.trained_for, f"{path}: {name}")
+        check_trained_for(trained.trained_for, elm.trained_for, f"{path}: {name}")
         return elm
 
     @classmethod
@@ -5811,6 +6007,233 @@ def retry_after_seconds(header: str | None) -> float:
     return 0.0
 
 
+# Answers about the vectors of a table, by the thousand
+
+REFUSALS_TO_STOP = 8  # of a server that has not answered anything
+SOFT_TOKENS_AT_ONCE = 64  # vectors that the adapter reads at once, for a server
+NUM_OTHERS = 64  # vectors that an answer is compared with beside its own
+ANSWERS_SCORED_AT_ONCE = 32
+
+
+class VectorQuestion(NamedTuple):
+    number: int  # of the job's questions, from 0
+    row_id: int
+    id: Id  # of the user's own, where the table has one
+    vector: Tensor  # [E] fp32
+    query: str
+
+
+class VectorAnswer(NamedTuple):
+    question: VectorQuestion
+    text: str
+    refusal: str = ""  # why a server gave none
+
+
+def vector_questions(table: VectorTable, row_ids: Sequence[int], queries: Sequence[str],
+                     first: int) -> Iterator[VectorQuestion]:
+    """All queries about each of the rows, from question number `first` on. Raises: UserError."""
+    first_row = first // len(queries)
+    number = first_row * len(queries)
+    for block in read_blocks(table, row_ids[first_row:]):
+        ids = block.ids or [None] * len(block.row_ids)
+        for row_id, own_id, vector in zip(block.row_ids, ids, block.vectors, strict=True):
+            for query in queries:
+                if number >= first:
+                    yield VectorQuestion(number, row_id, own_id, vector, query)
+                number += 1
+
+
+def question_seed(seed: int, number: int) -> int:
+    """Of sampling an answer: a command that goes on samples as if it had not stopped."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+def answer_by_llm(elm: ELM, questions: Iterable[VectorQuestion], max_new_tokens: int,
+                  temperature: float, seed: int) -> Iterator[VectorAnswer]:
+    """In this process, in the order of the questions. All processes take part."""
+    sampling = {"temperature": temperature} if temperature else {}
+    for block in in_blocks(questions, GENERATION_BATCH[elm.device.type]):
+        torch.manual_seed(question_seed(seed, block[0].number))
+        vectors = torch.stack([question.vector for question in block])
+        queries = [question.query for question in block]
+        texts = elm.answer_batch(vectors, queries, max_new_tokens, **sampling)
+        for question, text in zip(block, texts, strict=True):
+            yield VectorAnswer(question, text)
+
+
+class VectorServer:
+    """Answers about vectors by a server that has the LLM. The adapter runs here; its soft tokens go
+    as a part of type prompt_embeds of a chat message, in place of which the server puts them into
+    its chat template. vLLM joins the parts of a message by line breaks, as elm joins vector and
+    query."""
+
+    def __init__(self, server: ChatServer, adapter: Adapter, prompt: Prompt, dtype: torch.dtype,
+                 concurrency: int):
+        """`prompt` is the one of training; `dtype` that of the LLM, in which soft tokens go."""
+        self.server = server
+        self.adapter = adapter
+        self.prompt = prompt
+        self.dtype = dtype
+        self.concurrency = concurrency
+
+    def answer(self, questions: Iterable[VectorQuestion], temperature: float,
+               seed: int) -> Iterator[VectorAnswer]:
+        """In the order of the questions, several at a time. An answer has a `refusal` where the
+        server refuses the question, but not while it has not answered any. Raises: UserError if it
+        refuses all, cannot be reached, or does not read the soft tokens."""
+
+        def ask(sent: tuple[VectorQuestion, Tensor]) -> VectorAnswer:
+            question, soft_tokens = sent
+            return self._ask(question, soft_tokens, temperature, seed)
+
+        refused: list[VectorAnswer] = []  # before the first answer
+        has_answered = False
+        for answer in prefetch(ask, self._with_soft_tokens(questions), self.concurrency):
+            if answer.refusal and not has_answered:
+                refused.append(answer)
+                if len(refused) == REFUSALS_TO_STOP:
+                    break
+                continue
+            if not has_answered:
+                has_answered = True
+                yield from refused
+            yield answer
+        if refused and not has_answered:
+            raise UserError(f"endpoint: {self.server.endpoint} refuses all: {refused[0].refusal}; "
+                            f"{self._advice()}")
+
+    @torch.no_grad()
+    def _with_soft_tokens(
+        self, questions: Iterable[VectorQuestion]
+    ) -> Iterator[tuple[VectorQuestion, Tensor]]:
+        """Each question with soft tokens [K, D]."""
+        device = self.adapter.scale.device
+        for block in in_blocks(questions, SOFT_TOKENS_AT_ONCE):
+            vectors = torch.stack([question.vector for question in block])
+            soft_tokens = self.adapter(vectors.to(device)).to(self.dtype).cpu()
+            yield from zip(block, soft_tokens, strict=True)
+
+    def _ask(self, question: VectorQuestion, soft_tokens: Tensor, temperature: float,
+             seed: int) -> VectorAnswer:
+        stored = io.BytesIO()
+        torch.save(soft_tokens.clone(), stored)  # of a view it would write the whole block
+        query = question.query.strip()
+        content = [
+            {"type": "prompt_embeds", "data": base64.b64encode(stored.getvalue()).decode()},
+            {"type": "text", "text": query}]
+        reply = self.server.ask(content, f"row {question.row_id}",
+                                question_seed(seed, question.number), temperature)
+        if not reply.answer.refusal:
+            self._check_num_tokens(reply.num_prompt_tokens, query)
+        return VectorAnswer(question, reply.answer.text, reply.answer.refusal)
+
+    def _check_num_tokens(self, found: int | None, query: str) -> None:
+        """Raises: UserError unless the server's prompt has as many tokens as that of training: one
+        that does not know the part leaves it out."""
+        before, after = self.prompt.encode(list(Prompt.split_query(query)))
+        ids = self.prompt.prefix_ids + before + after + self.prompt.suffix_ids
+        expected = len(ids) + self.adapter.tokens
+        where = f"endpoint: {self.server.endpoint}"
+        if found is None:
+            raise UserError(f"{where} does not tell how many tokens a prompt has, so there is no "
+                            f"knowing whether it reads the vectors; {self._advice()}")
+        if found != expected:
+            raise UserError(f"{where} reads a prompt of {found} tokens, not of {expected}: it "
+                            "leaves the vector out, or has another chat template than that of "
+                            f"training; {self._advice()}")
+
+    def _advice(self) -> str:
+        name = self.prompt.tokenizer.name_or_path
+        return f"start `vllm serve {name} --enable-prompt-embeds`"
+
+
+class AnswerScorer:
+    """Cosines of answers, embedded again, with vectors: whether an answer is about its own."""
+
+    def __init__(self, model: SentenceTransformer, origin: VectorOrigin, table: VectorTable,
+                 row_ids: Sequence[int]):
+        """`origin` is of the table's vectors. Others are drawn from `row_ids`."""
+        limit_tokens(model, model.max_seq_length, origin.max_tokens)
+        self.embed = functools.partial(
+            embed_texts, model, truncate_dim=table.shape[1],
+            prompt=instruction_prompt(origin.instruction))
+        num_drawn = min(len(row_ids), NUM_OTHERS + 1)  # one may be the answer's own
+        places = np.random.default_rng(0).choice(len(row_ids), num_drawn, replace=False)
+        drawn = [row_ids[place] for place in np.sort(places).tolist()]
+        (block,) = read_blocks(table, drawn)
+        self.other_ids = np.array(drawn)
+        self.others = F.normalize(block.vectors, dim=1)  # [NUM_OTHERS + 1, E]
+
+    def score(self, answers: list[VectorAnswer]) -> list[Json]:
+        """Of each answer: `consistency`, the cosine with its vector, and `consistency_others`, the
+        mean cosine with NUM_OTHERS other vectors, if there are others. 0 of an empty answer;
+        nothing of a refused question."""
+        scores: list[Json] = [{} for _ in answers]
+        places = [i for i, answer in enumerate(answers) if not answer.refusal]
+        if not places:
+            return scores
+        texts = [answers[i].text for i in places]
+        own = torch.stack([answers[i].question.vector for i in places])
+        embedded = self.embed(texts)
+        for j, text in enumerate(texts):
+            if not text.strip():
+                embedded[j] = 0
+        own_cosines = (embedded * F.normalize(own, dim=1)).sum(1).tolist()
+        other_cosines = (embedded @ self.others.T).numpy()
+        for j, i in enumerate(places):
+            scores[i]["consistency"] = round(own_cosines[j], 4)
+            is_other = np.flatnonzero(self.other_ids != answers[i].question.row_id)[:NUM_OTHERS]
+            if len(is_other):
+                mean = other_cosines[j, is_other].mean()
+                scores[i]["consistency_others"] = round(float(mean), 4)
+        return scores
+
+
+class AnswerFile:
+    """The answers of a job as lines of JSON, in the order of its questions, and beside them, in
+    PATH.job, what the job is. A command that was killed goes on after the last whole line."""
+
+    def __init__(self, path: Path, job: Json):
+        """Drops a torn last line. Raises: UserError if the file is of another job."""
+        self.path = path
+        self.num_answers = 0
+        job_path = path.with_name(f"{path.name}.job")
+        if not path.exists():
+            write_text(job_path, json.dumps(job, indent=1) + "\n")
+            return
+        check_is_job(path, job_path, job)
+        end = 0
+        with open(path, "rb") as f:
+            for line in f:
+                if line.endswith(b"\n"):
+                    self.num_answers += 1
+                    end += len(line)
+        if end < path.stat().st_size:
+            with report_write_errors(path):
+                os.truncate(path, end)
+
+    def append(self, entries: list[Json]) -> None:
+        """Raises: UserError if the file cannot be written."""
+        append_text(self.path, jsonl(entries))
+
+
+def check_is_job(path: Path, job_path: Path, job: Json) -> None:
+    """Raises: UserError unless the answers at `path` are of this job."""
+    if not path.is_file():
+        raise UserError(f"out: {path} is a folder, not a file")
+    if not job_path.exists():
+        raise UserError(f"out: {path} exists, but no {job_path} says of which job; choose another "
+                        "file")
+    with user_error(f"{job_path}: is broken", OSError, ValueError):
+        stored = dict(json.loads(job_path.read_text("utf-8")))
+    for key, value in job.items():
+        if stored.get(key) != value:
+            was = clip(json.dumps(stored.get(key), ensure_ascii=False), 100)
+            now = clip(json.dumps(value, ensure_ascii=False), 100)
+            raise UserError(f"out: {path} has answers of another job: its {key} was {was} and is "
+                            f"{now} here; choose another file")
+
+
 class AnswerLog:
     """Answers by key, appended to a file as they come: a command that was killed asks only for the
     missing ones, and for those that the server refused, which are in memory alone."""
@@ -6239,9 +6662,20 @@ class EvalOptions(Config):
 
 class GenerateOptions(Table):
     adapter: PathStr  # a file, a run's folder, or a name on the hub
-    embeddings: PathStr  # a .safetensors or .npy file of one table
-    query: str  # about each vector; <EMB> in it is where the vector goes
+    embeddings: PathStr  # a .safetensors or .npy file of one table, or a .parquet file
+    query: Queries  # about each vector, or several: 'query=["…", "…"]'; <EMB> in it is where the
+    #   vector goes
+    column: str = "embedding"  # of a .parquet file: the vectors
+    id: str | None = None  # of a .parquet file: a column that each answer carries
     rows: RowIds | None = None  # of the table: 'rows=[0, 7]'; none: all
+    out: PathStr | None = None  # a file that answers are appended to; killed, the same command goes
+    #   on. none: the standard output
+    score: bool = False  # embed each answer again: consistency, consistency_others
+    embedder: PathStr | None = None  # to score by; none: the one that made the adapter's vectors
+    endpoint: ServerURL | None = None  # a server that has the LLM, in place of this process: one of
+    #   vllm serve LLM --enable-prompt-embeds, as http://localhost:8000/v1
+    served_model: str | None = None  # the server's name of the LLM, where it has another
+    concurrency: PositiveInt = 64  # requests to the server at a time
     llm: PathStr | None = None  # another place of the adapter's LLM; none: the one of training
     bf16: bool | None = None  # of the LLM; none: as in training
     max_new_tokens: PositiveInt = 256  # of an answer
@@ -6309,37 +6743,183 @@ def report_on_adapter(options: EvalOptions) -> Json:
 
 
 def generate(options: GenerateOptions) -> None:
-    """Print answers about the vectors of a file as lines of JSON, streamed. Raises: UserError."""
-    vectors = open_vectors(Path(options.embeddings), "embeddings", allow_one=True)
+    """Answer queries about the vectors of a table, as lines of JSON. Raises: UserError."""
+    path = Path(options.embeddings)
+    check_generate_options(options)
+    table = open_table(path, options.column, options.id)
     adapter, metadata = Adapter.load(options.adapter)
-    row_ids = range(len(vectors)) if options.rows is None else options.rows
+    check_width(table, adapter, path)
+    row_ids = range(len(table)) if options.rows is None else options.rows
     for row_id in row_ids:
-        if not 0 <= row_id < len(vectors):
-            raise UserError(f"rows: no row {row_id}; the table has rows 0 to {len(vectors) - 1}")
-    Prompt.split_query(options.query)
-    check_rows(vectors, row_ids, adapter, options.embeddings)  # before the first answer
+        if not 0 <= row_id < len(table):
+            raise UserError(f"rows: no row {row_id}; the table has rows 0 to {len(table) - 1}")
+    origin = agree_on_origin({
+        "the adapter": adapter_origin(metadata, options.adapter), str(path): table_origin(path)})
+    trained = read_trained_llm(metadata, options.adapter)
+    bf16 = trained.bf16 if options.bf16 is None else options.bf16
+    scoring_model = choose_scoring_model(options, origin)
+    vectors_hash = scan_rows(table, row_ids, adapter, path)  # before the first answer
 
-    device = start_distributed()
-    zero = DeepSpeedConfig(zero_stage=options.zero_stage)
-    elm = ELM.from_adapter(
-        adapter, metadata, options.adapter, options.llm, options.bf16, deepspeed=zero)
-    sampling = {"temperature": options.temperature} if options.temperature else {}
-    torch.manual_seed(options.seed)
-    size = GENERATION_BATCH[device.type]
+    start_distributed()
+    job = {
+        "adapter": weights_hash(adapter), "vectors": vectors_hash, "query": list(options.query),
+        "id": options.id, "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature, "seed": options.seed, "score": scoring_model}
+    num_questions = len(row_ids) * len(options.query)
+    with opened_answers(options.out, job) as file:
+        first = run_on_rank0(lambda: file.num_answers if file else 0)
+        if first >= num_questions:
+            log.info(f"{options.out}: has all {num_questions} answers; nothing to do")
+            return
+        if first:
+            log.info(f"{options.out}: has {first} of {num_questions} answers; going on")
+        questions = vector_questions(table, row_ids, options.query, first)
+        if options.endpoint is None:
+            zero = DeepSpeedConfig(zero_stage=options.zero_stage)
+            elm = ELM.from_adapter(adapter, metadata, options.adapter, options.llm, bf16, zero)
+            answers = answer_by_llm(
+                elm, questions, options.max_new_tokens, options.temperature, options.seed)
+        else:
+            server = make_vector_server(options, adapter, trained, bf16)
+            answers = server.answer(questions, options.temperature, options.seed)
+        scorer = None
+        if scoring_model and rank() == 0:
+            model = load_embedder(scoring_model, bf16, find_device(), "embedder")
+            scorer = AnswerScorer(model, origin, table, row_ids)
+        write_answers(answers, scorer, file, options.id is not None, first, num_questions)
+        if file is not None:
+            log.info(f"{options.out}: {num_questions} answers")
+
+
+def check_generate_options(options: GenerateOptions) -> None:
+    """Raises: UserError at settings that do not go together."""
+    for query in options.query:
+        Prompt.split_query(query)
+        if options.endpoint and PLACEHOLDER in query:
+            raise UserError(f"endpoint: a query with {PLACEHOLDER} in it needs the LLM in this "
+                            "process; leave endpoint out, or the placeholder")
+    if options.endpoint:
+        check_launched_alone("start one by python")
+        if options.zero_stage:
+            raise UserError("zero_stage: is of the LLM in this process; leave it or endpoint out")
+    elif options.served_model:
+        raise UserError("served_model: is the name of a server's model; give its endpoint, too")
+
+
+def choose_scoring_model(options: GenerateOptions, origin: VectorOrigin) -> str | None:
+    """The embedder of scores, None where none are asked for. Raises: UserError if it is not
+    known."""
+    if options.embedder is None and not options.score:
+        return None
+    name = options.embedder or origin.model
+    if name is None:
+        raise UserError("score: neither the adapter nor the table says which model made the "
+                        "vectors; name it by embedder=NAME")
+    check_model_name(name, "embedder")
+    import_optional("sentence_transformers")
+    return name
+
+
+def scan_rows(table: VectorTable, row_ids: Sequence[int], adapter: Adapter, path: Path) -> str:
+    """Read the vectors of rows once: a hash of row numbers, ids and first components. Says how many
+    ids repeat. Raises: UserError at a vector that cannot be read, and as check_blocks."""
+    digest = hashlib.sha256()
+    hashes_of_ids: list[np.ndarray] = []
+
+    def hashed_blocks() -> Iterator[VectorBlock]:
+        for block in read_blocks(table, row_ids):
+            digest.update(json.dumps([block.row_ids, block.ids]).encode())
+            digest.update(block.vectors[:, :8].contiguous().numpy().tobytes())
+            if block.ids is not None:
+                hashes_of_ids.append(np.array([hash(own_id) for own_id in block.ids]))
+            yield block
+
+    check_blocks(hashed_blocks(), adapter, path)
+    if hashes_of_ids:
+        num_ids = len(np.unique(np.concatenate(hashes_of_ids)))
+        if num_ids < len(row_ids):
+            log.warning(f"id: {path}: {len(row_ids)} rows have {num_ids} different ids; all are "
+                        "answered")
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def opened_answers(out: str | None, job: Json) -> Iterator[AnswerFile | None]:
+    """The file of answers, locked; None where there is none, and on other processes than 0. All
+    processes take part. Raises: UserError; OSError."""
+
+    def claim() -> None:
+        path = Path(out)
+        with report_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
+        files.append(AnswerFile(path, job))
+
+    files: list[AnswerFile] = []
+    with contextlib.ExitStack() as stack:
+        if out is not None:
+            run_on_rank0(claim)
+        yield files[0] if files else None
+
+
+def make_vector_server(options: GenerateOptions, adapter: Adapter, trained: TrainedLLM,
+                       bf16: bool) -> VectorServer:
+    """Of the LLM, the tokenizer alone is loaded. Raises: UserError."""
+    name = options.llm or trained.name
+    prompt = Prompt(load_tokenizer(name, "llm"), trained.template, trained.template_parts)
+    found = {TOKENIZER_HASH: prompt.ids_hash(), **adapter.settings}
+    check_trained_for(trained.trained_for, found, f"{options.adapter}: {name}")
+    server = ChatServer(options.endpoint, options.served_model or name, trained.template,
+                        options.max_new_tokens)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return VectorServer(server, adapter.to(find_device()), prompt, dtype, options.concurrency)
+
+
+def write_answers(answers: Iterable[VectorAnswer], scorer: AnswerScorer | None,
+                  file: AnswerFile | None, has_ids: bool, first: int, total: int) -> None:
+    """Take the answers, on all processes, and write them, on process 0: to the file, else as lines
+    of the standard output. A bar shows how many of `total` there are, unless answers appear on the
+    same terminal; `first` are there already."""
+    has_bar = file is not None or not sys.stdout.isatty()
     is_utf8 = str(sys.stdout.encoding).lower() == "utf-8"
-    starts = range(0, len(row_ids), size)
-    if not sys.stdout.isatty():
-        starts = progress(starts, "answers", unit="batch")
-    for start in starts:
-        part = list(row_ids[start : start + size])
-        queries = [options.query] * len(part)
-        answers = elm.answer_batch(
-            vectors[part].float(), queries, options.max_new_tokens, **sampling)
-        if rank() > 0:
-            continue
-        for row_id, answer in zip(part, answers, strict=True):
-            entry = {"row": row_id, "query": options.query, "answer": answer}
-            print(json.dumps(entry, ensure_ascii=not is_utf8), flush=True)
+    has_refused = False
+    bar = contextlib.nullcontext()
+    if has_bar:
+        bar = progress(None, "answers", total=total, initial=first, unit="answer")
+    block_size = 1 if scorer is None else ANSWERS_SCORED_AT_ONCE
+    with bar as shown:
+        for block in in_blocks(answers, block_size):
+            if rank() > 0:
+                continue
+            scores = [{}] * len(block) if scorer is None else scorer.score(block)
+            entries = []
+            for answer, scores_of_answer in zip(block, scores, strict=True):
+                entries.append(describe_answer(answer, has_ids) | scores_of_answer)
+                if answer.refusal and not has_refused:
+                    has_refused = True
+                    log.warning("endpoint: the server refuses a question, which gets an error in "
+                                f"place of an answer; the others go on: {answer.refusal}")
+            if file is not None:
+                file.append(entries)
+            else:
+                for entry in entries:
+                    print(json.dumps(entry, ensure_ascii=not is_utf8), flush=True)
+            if shown is not None:
+                shown.update(len(block))
+
+
+def describe_answer(answer: VectorAnswer, has_ids: bool) -> Json:
+    """A line of the output."""
+    question = answer.question
+    entry: Json = {"row": question.row_id}
+    if has_ids:
+        entry["id"] = question.id
+    entry["query"] = question.query
+    if answer.refusal:
+        entry["error"] = answer.refusal
+    else:
+        entry["answer"] = answer.text
+    return entry
 
 
 # -----------------------------------------------------------------------------
@@ -6395,7 +6975,9 @@ COMMANDS = (
         example="python elm.py generate adapter=data/checkpoints/tiny 'rows=[0]' "
                 "embeddings=data/tiny/embeddings/test_embeddings.safetensors "
                 "'query=What is it about?'",
-        less_memory="max_new_tokens = 64, or on several GPUs zero_stage = 3"),
+        less_memory="max_new_tokens = 64, or on several GPUs zero_stage = 3, or a server "
+                    "(endpoint=URL)",
+        after_stop="with out=FILE the same command goes on"),
     Command(
         name="sweep", operands={"toml": "SWEEP.TOML"}, config_class=SweepConfig,
         run=run_sweep_file,
@@ -6429,6 +7011,7 @@ PLAIN_WORDS = {
     "Probability": "number from 0 to below 1", "Cosine": "number from -1 to 1",
     "Share": "number from 0 to 1", "Shares": "three numbers", "NumTasks": "integer above 0",
     "Seed": "integer from 0", "ZeroStage": "0 to 3", "RowIds": "list of integers",
+    "Queries": "text or list of texts",
     "TaskNames": "list of texts", "ServerURL": "URL", "dict[str, Any]": "table",
     "TemplateArguments": "table", "elm.TemplateArguments": "table",
     "TASKS": "all 13", "elm.TASKS": "all 13", "None": "none", "True": "true", "False": "false"}
