@@ -1577,6 +1577,14 @@ def find_column(file: parquet.ParquetFile, name: str, key: str, path: Path) -> p
     return schema.field(name).type
 
 
+def is_integer_or_text(column_type: pa.DataType) -> bool:
+    types = import_optional("pyarrow").types
+    if types.is_dictionary(column_type):
+        column_type = column_type.value_type
+    return (types.is_integer(column_type) or types.is_string(column_type)
+            or types.is_large_string(column_type))
+
+
 Id = int | str | None  # of a row of a Parquet file
 
 
@@ -1599,11 +1607,12 @@ class ParquetTable:
     column of ids, integers or texts. It is read from front to back: a row before the last one opens
     its row group again. Memory holds one batch, however large the row groups are."""
 
-    def __init__(self, path: Path, column: str, id_column: str | None):
-        """Raises: UserError if there is no such file or column, or if it has another type."""
+    def __init__(self, path: Path, key: str, column: str, id_column: str | None):
+        """`key` names the file in messages. Raises: UserError if there is no such file or column,
+        or if it has another type."""
         types = import_optional("pyarrow").types
         self.path = path
-        self._file = open_parquet(path, "embeddings")
+        self._file = open_parquet(path, key)
         self._columns = [column]
         column_type = find_column(self._file, column, "column", path)
         is_list = (types.is_list(column_type) or types.is_large_list(column_type)
@@ -1615,11 +1624,7 @@ class ParquetTable:
         if id_column is not None:
             self._columns.append(id_column)
             id_type = find_column(self._file, id_column, "id", path)
-            if types.is_dictionary(id_type):
-                id_type = id_type.value_type
-            is_id = (types.is_integer(id_type) or types.is_string(id_type)
-                     or types.is_large_string(id_type))
-            if not is_id:
+            if not is_integer_or_text(id_type):
                 raise UserError(f"id: {id_column} of {path} is of type {id_type}, not of integers "
                                 "or texts")
         metadata = self._file.metadata
@@ -1700,14 +1705,14 @@ class ParquetTable:
 VectorTable = Tensor | ParquetTable  # [N, E] of any float
 
 
-def open_table(path: Path, column: str, id_column: str | None) -> VectorTable:
-    """A table of one of the three formats. Raises: UserError, also at an id_column of a file that
-    has no columns."""
+def open_table(path: Path, key: str, column: str, id_column: str | None = None) -> VectorTable:
+    """A table of one of the three formats; `key` names it in messages. Raises: UserError, also at
+    an id_column of a file that has no columns."""
     if is_parquet(path):
-        return ParquetTable(path, column, id_column)
+        return ParquetTable(path, key, column, id_column)
     if id_column is not None:
         raise UserError(f"id: {path} has no columns; only a .parquet file has")
-    return open_vectors(path, "embeddings", allow_one=True)
+    return open_vectors(path, key, allow_one=True)
 
 
 def read_blocks(table: VectorTable, row_ids: Iterable[int]) -> Iterator[VectorBlock]:
@@ -6746,7 +6751,7 @@ def generate(options: GenerateOptions) -> None:
     """Answer queries about the vectors of a table, as lines of JSON. Raises: UserError."""
     path = Path(options.embeddings)
     check_generate_options(options)
-    table = open_table(path, options.column, options.id)
+    table = open_table(path, "embeddings", options.column, options.id)
     adapter, metadata = Adapter.load(options.adapter)
     check_width(table, adapter, path)
     row_ids = range(len(table)) if options.rows is None else options.rows

@@ -2,11 +2,12 @@
 
     python data/prepare.py synthesize texts.jsonl data/mine       rows, vectors, splits, train.toml
     python data/prepare.py embed texts.jsonl out.safetensors      the vectors of texts alone
+    python data/prepare.py convert x.parquet out.safetensors      vectors that you have already
     python data/prepare.py filter data/mine data/few 'tasks=["summary"]'      of some task types
 
-Texts are the lines of a .txt file, or a .jsonl file of {"text": …}, each with a "group" and a
-"split" if you like. Killed, the same command goes on. --help after a command explains its settings;
-data/README.md says how a data set looks, and what synthesize writes.
+Texts are the lines of a .txt file, or a .jsonl file of {"text": …}, or a column of a .parquet file,
+each with a "group" and a "split" if you like. Killed, the same command goes on. --help after a
+command explains its settings; data/README.md says how a data set looks, and what synthesize writes.
 """
 
 from __future__ import annotations
@@ -67,15 +68,23 @@ class SourceText(BaseModel, frozen=True, strict=True, extra="allow"):
         return normalize(str(self.group) if self.has_group else self.text)
 
 
-def read_texts(path: Path) -> Iterator[SourceText]:
-    """Yield the text of each line of a .txt file, one text a line, or of a .jsonl file. No line may
-    be blank, so that the vector of a text stands in the row of its line. Raises: OSError; UserError
-    that names the line."""
+TEXT_COLUMN = "text"
+
+
+def read_texts(path: Path, text_column: str = TEXT_COLUMN) -> Iterator[SourceText]:
+    """Yield the text of each line of a .txt file, one text a line, or of a .jsonl file, or of each
+    row of a Parquet file. No line may be blank, so that the vector of a text stands in the row of
+    its line. Raises: OSError; UserError that names the line."""
     elm.check_file(path, "TEXTS")
+    if elm.is_parquet(path):
+        yield from read_parquet_texts(path, text_column)
+        return
     is_plain = path.suffix.lower() == ".txt"
     if not is_plain and path.suffix.lower() != ".jsonl":
-        raise UserError(f"{path}: no file of texts; give a .txt file, one text a line, or a .jsonl "
-                        'file, {"text": "…"} a line')
+        raise UserError(f"{path}: no file of texts; give a .txt file, one text a line, a .jsonl "
+                        'file, {"text": "…"} a line, or a .parquet file')
+    if text_column != TEXT_COLUMN:
+        raise UserError(f"text_column: {path} has no columns; only a .parquet file has")
     number = 0
     with open(path, "rb") as f:
         for number, line in enumerate(f, start=1):
@@ -88,6 +97,30 @@ def read_texts(path: Path) -> Iterator[SourceText]:
                     source = elm.validate_row({"text": text}, SourceText)
                 else:
                     source = elm.validate_row(elm.parse_json(line), SourceText)
+            yield source
+    if number == 0:
+        raise UserError(f"{path}: is empty")
+
+
+def read_parquet_texts(path: Path, text_column: str) -> Iterator[SourceText]:
+    """Yield the text of each row; its own fields are the other columns of integers and texts.
+    Raises: UserError that names the row."""
+    file = elm.open_parquet(path, "TEXTS")
+    column_type = elm.find_column(file, text_column, "text_column", path)
+    columns = []
+    for field in file.schema_arrow:
+        if elm.is_integer_or_text(field.type):
+            columns.append(field.name)
+    if text_column not in columns:
+        raise UserError(f"text_column: {text_column} of {path} is of type {column_type}, not of "
+                        "texts")
+    number = 0
+    for batch in file.iter_batches(elm.ROWS_OF_BLOCK, columns=columns):
+        for fields in batch.to_pylist():
+            fields["text"] = fields.pop(text_column)
+            with elm.user_error(f"{path}: row {number}: not a text, or an empty one", ValueError):
+                source = elm.validate_row(fields, SourceText)
+            number += 1
             yield source
     if number == 0:
         raise UserError(f"{path}: is empty")
@@ -223,6 +256,7 @@ TEXTS_PER_BLOCK = 1024  # what a kill loses at most
 
 class EmbedOptions(Table):
     model: PathStr = "Qwen/Qwen3-Embedding-4B"  # hub name or folder of sentence-transformers
+    text_column: str = TEXT_COLUMN  # of a .parquet file
     instruction: str | None = None  # what the texts are for, as Qwen3-Embedding takes it
     max_tokens: PositiveInt | None = None  # longer texts are cut; none: what the model reads
     batch_size: PositiveInt = 32  # texts
@@ -233,12 +267,11 @@ class EmbedOptions(Table):
 def embed(options: EmbedOptions, texts_path: Path, out: Path) -> None:
     """Write the vectors of a file of texts as a table. Raises: OSError; UserError."""
     check_places(texts_path, out, "TEXTS")
-    if out.suffix != ".safetensors":
-        raise UserError(f"{out}: the vectors are written as safetensors; give it this suffix")
-    num_texts = sum(1 for _ in read_texts(texts_path))  # a bad line is named first
+    check_is_safetensors(out)
+    num_texts = sum(1 for _ in read_texts(texts_path, options.text_column))  # a bad line first
     model = elm.load_embedder(
         options.model, options.bf16, elm.find_device(), "model", options.max_tokens)
-    texts = (source.text for source in read_texts(texts_path))
+    texts = (source.text for source in read_texts(texts_path, options.text_column))
     with resumable_work_folder(out) as work:
         write_embeddings(model, texts, num_texts, options, work, out)
     width = elm.open_vectors(out).shape[1]
@@ -277,6 +310,47 @@ def write_embeddings(model: SentenceTransformer, texts: Iterable[str], num_texts
         write_table(path, [vectors])
     metadata = {"embed": options.model_dump_json()}  # see elm.VectorOrigin
     write_table(out, (elm.open_vectors(path) for path in paths), metadata)
+
+
+# -----------------------------------------------------------------------------
+# Convert
+
+
+class ConvertOptions(Table):
+    column: str = "embedding"  # of a .parquet file: lists of floats
+    model: PathStr | None = None  # the embedder that made the vectors; none: as the table says
+    instruction: str | None = None  # with which it made them
+    fp16: bool = False  # of the vectors, which are fp32 else
+
+
+def convert(options: ConvertOptions, table_path: Path, out: Path) -> None:
+    """Write a table of another format, or of another program, as one of elm's, in the same order.
+    Raises: OSError; UserError."""
+    check_places(table_path, out, "TABLE")
+    check_is_safetensors(out)
+    table = elm.open_table(table_path, "TABLE", options.column)
+    num_vectors, width = table.shape
+    origin = elm.table_origin(table_path)
+    if options.model is not None:
+        origin = elm.VectorOrigin(model=options.model, instruction=options.instruction)
+    elif options.instruction is not None:
+        raise UserError("instruction: is the embedder's; give model=NAME, too")
+    metadata = {"embed": origin.model_dump_json()} if origin.model else None
+
+    def read_vectors() -> Iterator[Tensor]:
+        with elm.progress(None, "vectors", total=num_vectors, unit="vector") as bar:
+            for block in elm.read_blocks(table, range(num_vectors)):
+                yield block.vectors.half() if options.fp16 else block.vectors
+                bar.update(len(block.row_ids))
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_table(out, read_vectors(), metadata)
+    elm.log.info(f"{num_vectors} vectors of width {width}, of {origin.model or 'no known model'}")
+
+
+def check_is_safetensors(out: Path) -> None:
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: the vectors are written as safetensors; give it this suffix")
 
 
 # -----------------------------------------------------------------------------
@@ -406,6 +480,7 @@ class SynthesizeOptions(Table):
     #   process: http://localhost:8000/v1
     served_model: str | None = None  # the server's name of the model, where it has another
     concurrency: PositiveInt = 64  # requests to the server at a time
+    text_column: str = TEXT_COLUMN  # of a .parquet file
     tasks: NumTasks = 6  # task types of each text, drawn at random; or all
     queries: PathStr | None = None  # a TOML file of lines task = ["a query", …] over those of
     #   data/queries.toml: replaces or adds task types, [] drops one
@@ -629,7 +704,7 @@ def synthesize(options: SynthesizeOptions, texts_path: Path, out: Path) -> None:
     if options.endpoint is None:
         elm.check_model_name(options.model, "model")
     queries = read_queries(options.queries)
-    sources = list(read_texts(texts_path))
+    sources = list(read_texts(texts_path, options.text_column))
     unique = drop_copies(sources)
     splits = assign_splits(sources, unique, options.split)
     check_shares(splits, texts_path)
@@ -735,6 +810,11 @@ def run_embed(args: argparse.Namespace) -> None:
     embed(options, Path(args.texts), Path(args.out))
 
 
+def run_convert(args: argparse.Namespace) -> None:
+    options = load_options(args.settings, ConvertOptions)
+    convert(options, Path(args.table), Path(args.out))
+
+
 def run_filter(args: argparse.Namespace) -> None:
     options = load_options(args.settings, FilterOptions)
     filter_tasks(options, Path(args.data), Path(args.out))
@@ -754,6 +834,12 @@ COMMANDS = (
         run=run_embed, summary="a table of the vectors of texts",
         example="python data/prepare.py embed texts.jsonl out.safetensors",
         less_memory="batch_size = 8, or max_tokens = 512", after_stop=AFTER_STOP),
+    elm.Command(
+        name="convert", operands={"table": "TABLE", "out": "OUT"}, config_class=ConvertOptions,
+        run=run_convert, summary="a table of vectors from a Parquet, NumPy or safetensors file",
+        example="python data/prepare.py convert x.parquet "
+                "data/mine/embeddings/train_embeddings.safetensors model=NAME",
+        less_memory="fp16=true"),
     elm.Command(
         name="filter", operands={"data": "DIR", "out": "OUT"}, config_class=FilterOptions,
         run=run_filter, summary="a data set of only some task types",

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import prepare
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torture
@@ -319,12 +321,12 @@ def test_bad_input_of_embed(texts, tmp_path):
     assert taken.read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.md", "a.text", "a", "a.json", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.csv", "a.md", "a.text", "a", "a.json", "a.feather"])
 def test_a_file_of_texts_is_known_by_its_suffix(tmp_path, name):
     """Others were read as JSONL."""
     (tmp_path / name).write_text("one\ntwo\n")
-    message = (rf"/{name}: no file of texts; give a .txt file, one text a line, or a .jsonl file, "
-               '{"text": "…"} a line$')
+    message = (rf"/{name}: no file of texts; give a .txt file, one text a line, a .jsonl file, "
+               '{"text": "…"} a line, or a .parquet file$')
     models = (f"model={TINY / 'llm'}", f"embedder={EMBEDDER}")
     assert_refused(message, "embed", tmp_path / name, tmp_path / "out.safetensors")
     assert_refused(message, "synthesize", tmp_path / name, tmp_path / "out", *models)
@@ -346,6 +348,98 @@ def test_operands_are_required(texts):
     code, printed = run_prepare("embed", texts)
     assert code == 2
     assert "required: OUT" in printed
+
+
+# -----------------------------------------------------------------------------
+# Parquet: texts, and convert
+
+
+def write_parquet(path: Path, columns: dict, **options) -> Path:
+    pq.write_table(pa.table(columns), path, **options)
+    return path
+
+
+def test_texts_of_a_parquet_file(tmp_path):
+    """As the same texts of a .jsonl file: their splits and own fields, too, but columns of other
+    types than integers and texts are left out."""
+    rows = [{"text": f"Text {i}.", "group": f"g{i // 2}", "split": None, "year": 2000 + i}
+            for i in range(6)]
+    rows[0]["split"] = "val"
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns["split"] = pa.array(columns["split"], pa.string())
+    columns["group"] = pa.array(columns["group"]).dictionary_encode()
+    columns["body"] = columns.pop("text")
+    columns["embedding"] = [[0.1, 0.2]] * 6
+    path = write_parquet(tmp_path / "texts.parquet", columns, row_group_size=4)
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text(elm.jsonl(rows))
+    assert list(prepare.read_texts(path, "body")) == list(prepare.read_texts(lines))
+    outs = []
+    for source, more in ((path, ["text_column=body"]), (lines, [])):
+        outs.append(tmp_path / f"{source.suffix[1:]}.safetensors")
+        words = ["embed", source, outs[-1], f"model={EMBEDDER}", "bf16=false", *more]
+        assert run_prepare(*words)[0] == 0
+    assert torch.equal(elm.open_vectors(outs[0]), elm.open_vectors(outs[1]))
+
+
+def test_bad_texts_of_a_parquet_file(tmp_path):
+    out = tmp_path / "new" / "out.safetensors"
+    path = write_parquet(tmp_path / "x.parquet", {"body": ["a", "b", None], "n": [1.5, 2.5, 3.5]})
+    assert_refused("text_column: .* has no column 'text'.*; its columns are body, n$",
+                   "embed", path, out)
+    assert_refused("did you mean body", "embed", path, out, "text_column=bodi")
+    assert_refused("text_column: n of .* is of type double, not of texts", "embed", path, out,
+                   "text_column=n")
+    assert_refused("x.parquet: row 2: not a text, or an empty one", "embed", path, out,
+                   "text_column=body")
+    empty = write_parquet(tmp_path / "empty.parquet", {"text": pa.array([], pa.string())})
+    assert_refused("empty.parquet: is empty", "embed", empty, out)
+    torn = tmp_path / "torn.parquet"
+    torn.write_bytes(path.read_bytes()[:-9])
+    assert_refused("torn.parquet: not a whole Parquet file", "embed", torn, out)
+    (tmp_path / "x.txt").write_text("a\n")
+    assert_refused("text_column: .* only a .parquet file has", "embed", tmp_path / "x.txt", out,
+                   "text_column=body")
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "npy", "safetensors"])
+def test_convert_brings_vectors_of_other_programs(tmp_path, suffix):
+    """The table that a data set has, with the name of the embedder."""
+    vectors = np.random.default_rng(0).normal(size=(2500, 6)).astype(np.float32)
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "parquet":
+        write_parquet(path, {"v": list(vectors)}, row_group_size=900)
+    elif suffix == "npy":
+        np.save(path, vectors)
+    else:
+        save_file({"any": torch.from_numpy(vectors)}, path, {"embed": '{"model": "old"}'})
+    out = tmp_path / "mine" / "embeddings" / "train_embeddings.safetensors"
+    options = ["column=v", "model=all/MiniLM", "instruction=Find it"]
+    assert run_prepare("convert", path, out, *options)[0] == 0
+    table = elm.open_vectors(out)
+    assert table.dtype == torch.float32
+    assert torch.equal(table, torch.from_numpy(vectors))
+    assert elm.table_origin(out) == elm.VectorOrigin(model="all/MiniLM", instruction="Find it")
+
+    half = tmp_path / "half.safetensors"
+    _, printed = run_prepare("convert", path, half, "column=v", "fp16=true")
+    assert torch.equal(elm.open_vectors(half), torch.from_numpy(vectors).half())
+    name = "old" if suffix == "safetensors" else None
+    assert elm.table_origin(half).model == name
+    assert f"2500 vectors of width 6, of {name or 'no known model'}\n" in printed
+
+
+def test_bad_input_of_convert(tmp_path):
+    out = tmp_path / "out.safetensors"
+    columns = {"embedding": [[1.0, 2.0], None, [1.0]], "t": [1, 2, 3]}
+    path = write_parquet(tmp_path / "x.parquet", columns)
+    assert_refused("x.parquet: row 1 has no vector", "convert", path, out)
+    assert_refused("column: t of .* is of type int64", "convert", path, out, "column=t")
+    assert_refused("instruction: .*give model=NAME", "convert", path, out, "instruction=x")
+    assert_refused("written as safetensors", "convert", path, tmp_path / "out.npy")
+    assert_refused("TABLE: there is no file", "convert", tmp_path / "none.parquet", out)
+    assert names_in(tmp_path) == ["x.parquet"]
 
 
 # -----------------------------------------------------------------------------
