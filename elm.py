@@ -736,6 +736,13 @@ def find_device() -> torch.device:
     """The GPU of this process, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    # Shapes vary from step to step, which fragments the caching allocator's fixed segments. The
+    # allocator reads its settings, under either name, at its first use.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # cuDNN's attention plans anew for each shape, and an answer has a new one with each token; with
+    # masks it has been wrong (pytorch#196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # Some launchers show each process its own GPU alone.
     local_rank = read_launcher_number("LOCAL_RANK", 0) % torch.cuda.device_count()
     return torch.device("cuda", local_rank)
@@ -774,8 +781,6 @@ def start_distributed() -> torch.device:
     """Join the processes that the launcher's environment describes, and return this process's
     device. A process alone joins none: it needs no network. Raises: UserError if the environment
     is not whole, or if the processes cannot connect."""
-    # Shapes vary from step to step, which fragments the caching allocator's fixed segments.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if not torch.distributed.is_initialized():
         check_launcher()
     device = find_device()
@@ -2110,6 +2115,9 @@ class Step:
     num_labels: int  # response tokens, over all processes
     num_tokens: int  # over all processes
 
+    def to(self, device: torch.device) -> Step:
+        return dataclasses.replace(self, batches=[batch.to(device) for batch in self.batches])
+
 
 def prepare_step(split: Split, micro_batch_tokens: int, rows: RowsOfStep) -> Step:
     """Tokenise and pack the rows of a step. Runs in reader threads.
@@ -2563,6 +2571,10 @@ def load_llm_zero3(name: str, device: torch.device, bf16: bool, key: str,
     """The frozen LLM, its parameters shared out among the processes as they are created, so that
     none ever holds the whole LLM. All processes take part. Raises: UserError."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if device.type == "cuda":
+        # DeepSpeed takes the GPU of this number. A launcher that shows each process one GPU alone
+        # counts those of the host.
+        os.environ["LOCAL_RANK"] = str(device.index)
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed = import_optional("deepspeed")
     # torch's, of calls that DeepSpeed makes
@@ -2599,6 +2611,11 @@ def load_llm_zero3(name: str, device: torch.device, bf16: bool, key: str,
     deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK.remove(top_module)
     for module in (llm.get_input_embeddings(), llm.get_output_embeddings()):
         module.weight.is_external_param = True  # stays gathered over the chunks of the logits
+    # Small parameters are to stay gathered, but DeepSpeed 0.19.8 (release_sub_module) releases them
+    # all the same where, as here, it has no complete trace of a step.
+    for parameter in llm.parameters():
+        if parameter.ds_persist:
+            parameter.is_external_param = True
     return llm
 
 
@@ -4378,7 +4395,7 @@ def plan_memory(elm: ELM, max_seq_length: int, grad_checkpoint: bool | str, loss
     is_gpu = elm.device.type == "cuda"
     if is_gpu:
         budgets = [max(max_seq_length, size) for size in (MICRO_BATCH_TOKENS["cuda"], 4096, 2048)]
-        plans = [(budget, share) for share in shares for budget in budgets]
+        plans = [(budget, share) for share in shares for budget in dict.fromkeys(budgets)]
     else:
         plans = [(MICRO_BATCH_TOKENS["cpu"], shares[0])]
     if elm.lockstep:
@@ -4702,6 +4719,7 @@ class Trainer:
         adapter = self.elm.adapter
         self.seed_dropout()
 
+        step = step.to(self.device)
         soft_tokens = self.elm(torch.cat([batch.embeddings for batch in step.batches]))
         sums, gradient = soft_gradient(self.elm, soft_tokens, step, self.cfg.loss, self.probe)
         self.optimizer.zero_grad()
