@@ -3561,6 +3561,8 @@ def soft_gradient(elm: ELM, soft_tokens: Tensor, step: Step, cfg: LossConfig,
 RIDGES = (0.1, 0.01, 1.0, 10.0)  # times the mean diagonal; of equally good ones the first is taken
 MAX_PROBE_ROWS = 8192
 MAX_WARM_START_VECTORS = 32768
+ROWS_OF_CHUNK = 4096  # of a regression that are on the device at once
+LISTS_OF_CHUNK = 4096  # of words
 
 
 class RidgeFit(NamedTuple):
@@ -3577,23 +3579,43 @@ def heldout_mask(indices: np.ndarray) -> Tensor:
     return torch.from_numpy(mask)
 
 
-def ridge(x: Tensor, y: Tensor, heldout: Tensor) -> RidgeFit:
-    """Ridge regression (Hoerl and Kennard, 1970) of y [n, q] on x [n, p] over the rows that are not
-    held out, a mask [n] bool, with the ridge of the least squared error on those that are. Summed
-    in fp32 over chunks, added up and solved in fp64."""
-    x_mean = x[~heldout].mean(0)
-    y_mean = y[~heldout].mean(0)
-    gram = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    cross = x.new_zeros(x.shape[1], y.shape[1], dtype=torch.float64)
-    chunks = zip(x.split(4096), y.split(4096), heldout.split(4096), strict=True)
-    for x_chunk, y_chunk, heldout_chunk in chunks:
-        a = x_chunk[~heldout_chunk] - x_mean
-        b = y_chunk[~heldout_chunk] - y_mean
+class FitChunk(NamedTuple):
+    """n rows of a regression, on the device."""
+
+    x: Tensor  # [n, p] fp32
+    y: Tensor  # [n, q] fp32
+    is_heldout: Tensor  # [n] bool
+
+
+def ridge(load_chunks: Callable[[], Iterable[FitChunk]]) -> RidgeFit:
+    """Ridge regression (Hoerl and Kennard, 1970) of y on x over the rows that are not held out,
+    with the ridge of the least squared error on those that are. Chunks are loaded twice, so that
+    neither x nor y need fit on the device. Summed in fp32 over a chunk, added up and solved in
+    fp64."""
+    x_sums = []
+    y_sums = []
+    counts = []
+    for x, y, is_heldout in load_chunks():
+        x_sums.append(x[~is_heldout].sum(0, dtype=torch.float64))
+        y_sums.append(y[~is_heldout].sum(0, dtype=torch.float64))
+        counts.append((~is_heldout).sum())
+    num_rows = torch.stack(counts).sum()
+    x_mean = (torch.stack(x_sums).sum(0) / num_rows).float()
+    y_mean = (torch.stack(y_sums).sum(0) / num_rows).float()
+
+    gram = x_mean.new_zeros(len(x_mean), len(x_mean), dtype=torch.float64)
+    cross = x_mean.new_zeros(len(x_mean), len(y_mean), dtype=torch.float64)
+    heldout_parts = []
+    for x, y, is_heldout in load_chunks():
+        a = x[~is_heldout] - x_mean
+        b = y[~is_heldout] - y_mean
         gram += a.T @ a
         cross += a.T @ b
+        heldout_parts.append((x[is_heldout] - x_mean, y[is_heldout] - y_mean))
+    x_heldout = torch.cat([x for x, _ in heldout_parts])
+    y_heldout = torch.cat([y for _, y in heldout_parts])
+    del heldout_parts
 
-    x_heldout = x[heldout] - x_mean
-    y_heldout = y[heldout] - y_mean
     mean_diagonal = gram.diagonal().mean().clamp(min=1e-9)
     identity = torch.ones_like(gram.diagonal()).diag()
     best = None
@@ -3619,7 +3641,10 @@ def fit_probe(elm: ELM, split: Split) -> Probe:
     embeddings = elm.adapter.standardize(split.embeddings(vector_ids).to(elm.device))
     _, source_numbers = np.unique(split.index["source_id"][row_ids], return_inverse=True)
     heldout = heldout_mask(source_numbers).to(elm.device)
-    fit = ridge(hidden, embeddings, heldout)
+    chunks = [FitChunk(*parts) for parts in zip(
+        hidden.split(ROWS_OF_CHUNK), embeddings.split(ROWS_OF_CHUNK), heldout.split(ROWS_OF_CHUNK),
+        strict=True)]
+    fit = ridge(lambda: chunks)
     probe = Probe(
         matrix=broadcast_from_rank0(fit.weights),
         hidden_mean=broadcast_from_rank0(fit.x_mean),
@@ -3658,19 +3683,19 @@ def warm_start(elm: ELM, split: Split) -> None:
     source_ids = np.random.default_rng(0).permutation(np.unique(split.index["source_id"]))
     source_ids = np.sort(source_ids[:MAX_WARM_START_VECTORS])
     words_of_parts = read_words(split, source_ids, adapter.tokens)
+    # They and the vectors stay on the host: on a small card they would outgrow the training.
     targets = word_targets(words_of_parts, elm.llm.get_input_embeddings(), elm.device)
     targets = targets.unflatten(0, (len(source_ids), adapter.tokens))  # [n, K, D]
     targets -= targets.mean(0)
     targets /= targets.square().mean().sqrt().clamp(min=1e-9)
 
-    embeddings = split.embeddings(source_ids).to(elm.device)
-    heldout = heldout_mask(np.arange(len(source_ids))).to(elm.device)
+    embeddings = split.embeddings(source_ids)
+    heldout = heldout_mask(np.arange(len(source_ids)))
     fit_adapter(adapter, embeddings, targets, heldout)
     for parameter in adapter.parameters():
         parameter.copy_(broadcast_from_rank0(parameter))
-    with temporarily_set(adapter, "training", False):
-        outputs = adapter(embeddings)
-    cosine = F.cosine_similarity(outputs, targets, dim=-1)[heldout].mean()
+    outputs = adapter(embeddings[heldout].to(elm.device), drops_out=False)
+    cosine = F.cosine_similarity(outputs, targets[heldout].to(elm.device), dim=-1).mean()
     log.info(f"warm start on {int((~heldout).sum())} vectors; cosine {cosine:.3f} with the targets "
              f"of {int(heldout.sum())} held-out ones")
 
@@ -3699,35 +3724,59 @@ def read_words(split: Split, source_ids: np.ndarray, num_parts: int) -> list[np.
 
 
 def word_targets(words: list[np.ndarray], embed: nn.Module, device: torch.device) -> Tensor:
-    """The mean of the LLM's embeddings of each list of words (token ids), weighted by inverse
-    document frequency (Sparck Jones, 1972): [number of lists, D] fp32; 0 for an empty list."""
-    # [[7, 9], [7]] has three entries: word_of_entry is [0, 1, 0], counted among the distinct words
-    # [7, 9], and list_of_entry is [0, 0, 1].
-    lengths = [len(part) for part in words]
-    distinct_ids, word_of_entry = np.unique(np.concatenate(words), return_inverse=True)
-    word_of_entry = torch.from_numpy(word_of_entry).to(device)
-    list_of_entry = torch.from_numpy(np.repeat(np.arange(len(words)), lengths)).to(device)
-    embedding_table = embed(torch.from_numpy(distinct_ids).to(device)).float()
-
-    num_lists_with = torch.bincount(word_of_entry)  # a list has a word once
-    weights = torch.log(len(words) / num_lists_with.float())[word_of_entry]
-    starts = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)
-    sums = F.embedding_bag(
-        word_of_entry, embedding_table, starts, mode="sum", per_sample_weights=weights)
-    total_weights = weights.new_zeros(len(words)).index_add(0, list_of_entry, weights)
-    return sums / total_weights[:, None].clamp(min=1e-6)
+    """The mean of the LLM's embeddings of each list of words (token ids, each once), weighted by
+    inverse document frequency (Sparck Jones, 1972): [number of lists, D] fp32 on the CPU; 0 for an
+    empty list. The LLM's embeddings are on `device`."""
+    distinct_ids, num_lists_with = np.unique(np.concatenate(words), return_counts=True)
+    frequencies = torch.from_numpy(num_lists_with).float() / len(words)
+    weight_of_id = -torch.log(frequencies)  # by place in distinct_ids
+    targets = []
+    for lists in in_blocks(words, LISTS_OF_CHUNK):
+        # [[7, 9], [7]] has three entries: word_of_entry is [0, 1, 0], counted among the distinct
+        # words [7, 9] of this chunk, and list_of_entry is [0, 0, 1].
+        lengths = [len(part) for part in lists]
+        entries = np.concatenate(lists)
+        ids, word_of_entry = np.unique(entries, return_inverse=True)
+        word_of_entry = torch.from_numpy(word_of_entry).to(device)
+        list_of_entry = torch.from_numpy(np.repeat(np.arange(len(lists)), lengths)).to(device)
+        embedding_table = embed(torch.from_numpy(ids).to(device)).float()
+        weights = weight_of_id[np.searchsorted(distinct_ids, entries)].to(device)
+        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).to(device)
+        sums = F.embedding_bag(
+            word_of_entry, embedding_table, starts, mode="sum", per_sample_weights=weights)
+        total_weights = weights.new_zeros(len(lists)).index_add(0, list_of_entry, weights)
+        targets.append((sums / total_weights[:, None].clamp(min=1e-6)).cpu())
+    return torch.cat(targets)
 
 
 def fit_adapter(adapter: Adapter, embeddings: Tensor, targets: Tensor, heldout: Tensor) -> None:
     """Set the residual map, where there is one, and the last layer, so that the adapter's outputs
-    before the norm come near `targets` [n, K, D]."""
-    x = adapter.standardize(embeddings)
+    before the norm come near `targets` [n, K, D]. All three are on the CPU; the adapter's device
+    gets a chunk of them at a time."""
+    device = adapter.scale.device
     scale = adapter.residual_scale
+
+    def load_chunks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The standardised embeddings, their targets, and which are held out."""
+        parts = zip(embeddings.split(ROWS_OF_CHUNK), targets.split(ROWS_OF_CHUNK),
+                    heldout.split(ROWS_OF_CHUNK), strict=True)
+        for part, targets_of_part, is_heldout in parts:
+            x = adapter.standardize(part.to(device))
+            yield x, targets_of_part.to(device), is_heldout.to(device)
+
+    def load_for_residual() -> Iterator[FitChunk]:
+        for x, targets_of_part, is_heldout in load_chunks():
+            yield FitChunk(x, targets_of_part.mean(1), is_heldout)
+
+    def load_for_last_layer() -> Iterator[FitChunk]:
+        for x, targets_of_part, is_heldout in load_chunks():
+            remainder = targets_of_part - scale * adapter.residual(x)[:, None]
+            yield FitChunk(F.gelu(adapter.fc1(x)), remainder.flatten(1), is_heldout)
+
     if scale and isinstance(adapter.residual, nn.Linear):
-        fit = ridge(x, targets.mean(1), heldout)
+        fit = ridge(load_for_residual)
         adapter.residual.weight.copy_(fit.weights.T / scale)
-    remainder = targets - scale * adapter.residual(x)[:, None]
-    fit = ridge(F.gelu(adapter.fc1(x)), remainder.flatten(1), heldout)
+    fit = ridge(load_for_last_layer)
     adapter.fc2.weight.copy_(fit.weights.T)
     adapter.fc2.bias.copy_(fit.y_mean - fit.x_mean @ fit.weights)
 

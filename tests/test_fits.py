@@ -181,7 +181,10 @@ def naive_targets(split, model, num_parts):
 
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("width", [12, 32])  # the LLM's is 32
-def test_the_warm_start_is_the_naive_one(llm_dir, data_dir, tokens, width):
+def test_the_warm_start_is_the_naive_one(llm_dir, data_dir, monkeypatch, tokens, width):
+    """In several chunks."""
+    monkeypatch.setattr(elm, "ROWS_OF_CHUNK", 16)
+    monkeypatch.setattr(elm, "LISTS_OF_CHUNK", 10)
     make_data(data_dir, 120, 40, width)
     rows = read_jsonl(rows_path(data_dir))
     for row in rows[::2]:  # some vectors without a text: their responses
@@ -222,7 +225,9 @@ def test_the_ridge_is_chosen_on_rows_held_out(noise, best, n):
     heldout = torch.arange(n) % 10 == 9  # of three rows none
     wanted, value = naive_ridge(x.double(), y.double(), heldout)
     assert value == best
-    found = elm.ridge(x, y, heldout)
+    chunks = [elm.FitChunk(*parts) for parts in zip(
+        x.split(37), y.split(37), heldout.split(37), strict=True)]
+    found = elm.ridge(lambda: iter(chunks))
     for name in elm.RidgeFit._fields:
         assert torch.allclose(getattr(found, name).double(), getattr(wanted, name), atol=1e-4)
 
