@@ -267,6 +267,22 @@ def small_disk(tmp_path):
 
 
 @pytest.fixture
+def start_server():
+    """Start a TinyServer with these failures; all stop when the test ends."""
+    from tiny_server import TinyServer  # which imports this file
+
+    servers = []
+
+    def start(*failures: str, **behaviour) -> TinyServer:
+        servers.append(TinyServer(failures, **behaviour))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
 def settings(llm_dir, data_dir, tmp_path):
     return make_settings(llm_dir, data_dir, tmp_path / "out")
 

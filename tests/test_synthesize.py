@@ -7,10 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import make
@@ -379,108 +377,6 @@ def test_answers_by_another_tokenizer_or_template_are_not_taken(llm_dir, tmp_pat
 
 # -----------------------------------------------------------------------------
 # Servers
-
-
-class TinyServer(ThreadingHTTPServer):
-    """Answers by the tiny LLM as an OpenAI-compatible server does. The first requests about each
-    message fail, each in the way that stands at its place in `failures`: a status, "garbage" with
-    status 200, "half" an answer, or "nothing"; after a slash the value of a Retry-After header."""
-
-    daemon_threads = True
-
-    def __init__(self, failures=()):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.failures = failures
-        self.answers_about = []  # texts; requests about these do not fail
-        self.refused_text = None  # requests about it fail with status 400; "": all
-        self.num_asked = Counter()  # by message
-        self.keys = set()
-        self.bodies = []  # of all requests
-        self.llm = elm.load_llm(str(TINY / "llm"), CPU, bf16=False)
-        self.prompt = elm.Prompt(elm.load_tokenizer(str(TINY / "llm")))
-        self.lock = threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def endpoint(self) -> str:
-        return f"endpoint=http://127.0.0.1:{self.server_port}/v1"
-
-    def failure_of(self, message: str) -> str:
-        """How to fail at this request, or ""."""
-        self.num_asked[message] += 1
-        number = self.num_asked[message] - 1
-        if self.refused_text is not None and self.refused_text in message:
-            return "400"
-        if any(text in message for text in self.answers_about):
-            return ""
-        return self.failures[number] if number < len(self.failures) else ""
-
-    @torch.no_grad()
-    def answer(self, message: str, max_tokens: int) -> bytes:
-        prompt = self.prompt
-        ids = prompt.prefix_ids + prompt.encode([message])[0] + prompt.suffix_ids
-        with self.lock:
-            embeds = self.llm.get_input_embeddings()(torch.tensor(ids))
-            (answer,) = elm.generate_batch(self.llm, prompt, [embeds], max_tokens)
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": answer.text},
-            "finish_reason": "stop" if answer.finished else "length"}
-        return json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
-
-
-REPLIES_WITHOUT_ANSWER = {  # with status 200: of a router, of a server
-    "moderated": {"error": {"code": 400, "message": "your input was flagged"}},
-    "filtered": {"choices": [{"index": 0, "finish_reason": "content_filter", "message": None}]},
-    "overloaded": {"error": {"code": 502, "message": "no instance is free"}}}
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        message = body["messages"][0]["content"]
-        self.server.keys.add(self.headers["Authorization"])
-        self.server.bodies.append(body)
-        failure = self.server.failure_of(message)
-        failure, _, retry_after = failure.partition("/")
-        if failure == "nothing":
-            return
-        if failure in ("", "half"):
-            reply = self.server.answer(message, body["max_tokens"])
-        elif failure == "400":
-            reply = json.dumps({"message": "maximum context length exceeded"}).encode()
-        elif failure in REPLIES_WITHOUT_ANSWER:
-            reply = json.dumps(REPLIES_WITHOUT_ANSWER[failure]).encode()
-        else:
-            reply = b"<garbage\xff"
-        status = int(failure) if failure.isdecimal() else 200
-        missing = 9 if failure == "half" else 0
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(reply) + missing))
-        if retry_after:
-            self.send_header("Retry-After", retry_after)
-        else:
-            self.send_header("Retry-After-Ms", "1")  # or the tests would wait as long as users do
-        self.end_headers()
-        self.wfile.write(reply)
-
-
-@pytest.fixture
-def start_server():
-    servers = []
-
-    def start(*failures: str) -> TinyServer:
-        servers.append(TinyServer(failures))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def test_a_servers_answers_are_those_of_the_llm(texts, tmp_path, start_server, monkeypatch):
