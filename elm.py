@@ -6835,7 +6835,7 @@ def generate(options: GenerateOptions) -> None:
     start_distributed()
     job = {
         "adapter": weights_hash(adapter), "vectors": vectors_hash, "query": list(options.query),
-        "id": options.id, "max_new_tokens": options.max_new_tokens,
+        "id": options.id, "bf16": bf16, "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature, "seed": options.seed, "score": scoring_model}
     num_questions = len(row_ids) * len(options.query)
     with opened_answers(options.out, job) as file:
