@@ -6896,14 +6896,14 @@ def scan_rows(table: VectorTable, row_ids: Sequence[int], adapter: Adapter, path
     """Read the vectors of rows once: a hash of row numbers, ids and first components. Says how many
     ids repeat. Raises: UserError at a vector that cannot be read, and as check_blocks."""
     digest = hashlib.sha256()
-    hashes_of_ids: list[np.ndarray] = []
+    hashes_of_ids: list[np.ndarray] = []  # of their texts: Python's hashes of -1 and -2 are equal
 
     def hashed_blocks() -> Iterator[VectorBlock]:
         for block in read_blocks(table, row_ids):
             digest.update(json.dumps([block.row_ids, block.ids]).encode())
             digest.update(block.vectors[:, :8].contiguous().numpy().tobytes())
             if block.ids is not None:
-                hashes_of_ids.append(np.array([hash(own_id) for own_id in block.ids]))
+                hashes_of_ids.append(np.array([hash(repr(own_id)) for own_id in block.ids]))
             yield block
 
     check_blocks(hashed_blocks(), adapter, path)
