@@ -6120,17 +6120,22 @@ def question_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
-def answer_by_llm(elm: ELM, questions: Iterable[VectorQuestion], max_new_tokens: int,
-                  temperature: float, seed: int) -> Iterator[VectorAnswer]:
-    """In this process, in the order of the questions. All processes take part."""
+def answer_by_llm(elm: ELM, questions_from: Callable[[int], Iterator[VectorQuestion]], first: int,
+                  max_new_tokens: int, temperature: float, seed: int) -> Iterator[VectorAnswer]:
+    """In this process, in the order of the questions, from number `first` on. All processes take
+    part. The answers of a batch depend on each other: a batch of which some are there already is
+    asked whole again."""
     sampling = {"temperature": temperature} if temperature else {}
-    for block in in_blocks(questions, GENERATION_BATCH[elm.device.type]):
+    batch_size = GENERATION_BATCH[elm.device.type]
+    start_of_batch = first - first % batch_size
+    for block in in_blocks(questions_from(start_of_batch), batch_size):
         torch.manual_seed(question_seed(seed, block[0].number))
         vectors = torch.stack([question.vector for question in block])
         queries = [question.query for question in block]
         texts = elm.answer_batch(vectors, queries, max_new_tokens, **sampling)
         for question, text in zip(block, texts, strict=True):
-            yield VectorAnswer(question, text)
+            if question.number >= first:
+                yield VectorAnswer(question, text)
 
 
 class VectorServer:
@@ -6845,15 +6850,15 @@ def generate(options: GenerateOptions) -> None:
             return
         if first:
             log.info(f"{options.out}: has {first} of {num_questions} answers; going on")
-        questions = vector_questions(table, row_ids, options.query, first)
+        questions_from = functools.partial(vector_questions, table, row_ids, options.query)
         if options.endpoint is None:
             zero = DeepSpeedConfig(zero_stage=options.zero_stage)
             elm = ELM.from_adapter(adapter, metadata, options.adapter, options.llm, bf16, zero)
-            answers = answer_by_llm(
-                elm, questions, options.max_new_tokens, options.temperature, options.seed)
+            answers = answer_by_llm(elm, questions_from, first, options.max_new_tokens,
+                                    options.temperature, options.seed)
         else:
             server = make_vector_server(options, adapter, trained, bf16)
-            answers = server.answer(questions, options.temperature, options.seed)
+            answers = server.answer(questions_from(first), options.temperature, options.seed)
         scorer = None
         if scoring_model and rank() == 0:
             model = load_embedder(scoring_model, bf16, find_device(), "embedder")
