@@ -6028,8 +6028,9 @@ class ChatServer:
             is_news = now >= self._waits_until
             self._waits_until = max(self._waits_until, now + seconds)
         if is_news:
-            log.info(f"endpoint: {self.endpoint} is busy and asks to wait "
-                     f"{math.ceil(seconds)} s")
+            # Not to the standard output, where answers may go.
+            log.warning(f"endpoint: {self.endpoint} is busy and asks to wait "
+                        f"{math.ceil(seconds)} s")
         time.sleep(seconds)
 
 

@@ -558,9 +558,9 @@ def test_retry_after_is_obeyed(start_server, monkeypatch, capsys):
     (answer,) = engine.answer([QUESTION], seed=1, temperature=0.0)
     assert answer.finished and answer.text
     assert [seconds for seconds in clock.sleeps if seconds > 10] == [200, 300]
-    out = capsys.readouterr().out
-    assert "is busy and asks to wait 200 s\n" in out
-    assert "is busy and asks to wait 300 s\n" in out
+    err = capsys.readouterr().err
+    assert "is busy and asks to wait 200 s\n" in err
+    assert "is busy and asks to wait 300 s\n" in err
 
 
 @pytest.mark.parametrize("retry_after", ["3601", "1801"])
