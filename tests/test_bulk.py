@@ -1,0 +1,438 @@
+"""`generate` by the thousand: Parquet, several queries, a file that goes on, a server, scores."""
+
+import base64
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from conftest import (
+    CPU,
+    ROOT,
+    anonymous_memory,
+    command,
+    free_port,
+    make_llm,
+    read_jsonl,
+    refused,
+)
+from pyarrow import parquet
+from safetensors.torch import save_file
+from sentence_transformers import SentenceTransformer
+from tiny_server import decode_part
+
+import elm
+
+TINY = ROOT / "data" / "tiny"
+EMBEDDER = str(TINY / "embedder")
+QUERIES = ["Summarize the text.", "Which category is it?"]
+ASK_BOTH = f"query={json.dumps(QUERIES)}"
+NUM_ROWS = 80
+WIDTH = 128
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    """[80, 128] fp16"""
+    return elm.open_vectors(TINY / "embeddings" / "test_embeddings.safetensors")[:NUM_ROWS].clone()
+
+
+@pytest.fixture(scope="module")
+def model(vectors):
+    """A fresh adapter: its answers differ from vector to vector already."""
+    torch.manual_seed(0)
+    return elm.ELM.create(
+        str(TINY / "llm"), vectors, bf16=False, hidden_dim=32, tokens=2, embedder=EMBEDDER)
+
+
+@pytest.fixture(scope="module")
+def files(model, vectors, tmp_path_factory):
+    """A folder with the adapter and the vectors."""
+    folder = tmp_path_factory.mktemp("bulk")
+    model.save(folder / "adapter.safetensors")
+    save_file({"x": vectors}, folder / "vectors.safetensors")
+    return folder
+
+
+@pytest.fixture
+def start(files):
+    """The words of a `generate` about the vectors, without a query."""
+    return [
+        "generate", f"adapter={files / 'adapter.safetensors'}",
+        f"embeddings={files / 'vectors.safetensors'}", "max_new_tokens=8"]
+
+
+@pytest.fixture
+def give_up_at_once(monkeypatch):
+    """The server's failures are not retried."""
+    monkeypatch.setattr(elm, "SERVER_RETRIES", 0)
+
+
+def printed(capsys, *words) -> list[dict]:
+    """The lines of the standard output of a command that succeeds: all are JSON."""
+    capsys.readouterr()
+    code = elm.main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def ask(out: Path, *words) -> list[dict]:
+    """The lines of the file of a command that succeeds."""
+    code, said = command(*words, f"out={out}")
+    assert code == 0, said
+    return read_jsonl(out)
+
+
+def write_table(path: Path, vectors: torch.Tensor | list, kind="list", value_type=None,
+                group_size=None, metadata=None, name="embedding", **columns) -> str:
+    """A Parquet file of a column of vectors and of others; its word on the command line."""
+    value_type = value_type or pa.float32()
+    kinds = {
+        "list": pa.list_(value_type), "large": pa.large_list(value_type),
+        "fixed": pa.list_(value_type, WIDTH)}
+    if isinstance(vectors, torch.Tensor):
+        vectors = list(vectors.numpy().astype(value_type.to_pandas_dtype()))
+    columns = {name: pa.array(vectors, kinds[kind]), **columns}
+    table = pa.table(columns).replace_schema_metadata(metadata)
+    parquet.write_table(table, path, row_group_size=group_size)
+    return f"embeddings={path}"
+
+
+# -----------------------------------------------------------------------------
+# Several queries, and the file of answers
+
+
+def test_all_queries_about_each_row(model, vectors, start, capsys):
+    lines = printed(capsys, *start, ASK_BOTH, "rows=[5, 0, 70]")
+    answers = {query: model.generate(vectors[[5, 0, 70]], query, max_new_tokens=8)
+               for query in QUERIES}
+    expected = []
+    for i, row in enumerate([5, 0, 70]):
+        for query in QUERIES:
+            expected.append({"row": row, "query": query, "answer": answers[query][i]})
+    assert lines == expected
+    assert len({line["answer"] for line in lines}) > 3
+
+
+def test_the_file_has_what_would_be_printed(start, tmp_path, capsys):
+    """Its parents are made; the standard output has the log line alone."""
+    words = [*start, ASK_BOTH, "rows=[3, 1, 2]"]
+    lines = printed(capsys, *words)
+    out = tmp_path / "new" / "folder" / "answers.jsonl"
+    assert elm.main([*words, f"out={out}"]) == 0
+    assert capsys.readouterr().out == f"{out}: 6 answers\n"
+    assert read_jsonl(out) == lines
+    assert out.read_bytes().count(b"\n") == 6
+
+
+@pytest.mark.parametrize("num_lines, torn", [(0, b'{"row"'), (1, b""), (19, b'{"row": 9, "q')])
+@pytest.mark.parametrize("temperature", ["0.0", "2.0"])
+def test_a_file_goes_on_at_the_first_missing_answer(
+        start, tmp_path, num_lines, torn, temperature):
+    """As if it had not stopped, also in the middle of a batch of 16, and if it samples."""
+    out = tmp_path / "answers.jsonl"
+    words = [*start, ASK_BOTH, "rows=[7, 6, 5, 4, 3, 2, 1, 0, 20, 21, 22]"]
+    words += [f"temperature={temperature}", f"out={out}"]
+    command(*words)
+    whole = out.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 22
+    kept = b"".join(lines[:num_lines])
+    out.write_bytes(kept + torn)
+    code, said = command(*words)
+    assert code == 0
+    assert out.read_bytes() == whole
+    has_said = f"{out}: has {num_lines} of 22 answers; going on\n" in said
+    assert has_said == (num_lines > 0)
+
+
+def test_kept_answers_are_not_asked_for_again(start, tmp_path, start_server):
+    out = tmp_path / "answers.jsonl"
+    server = start_server()
+    words = [*start, ASK_BOTH, "rows=[0, 1, 2, 3]", server.endpoint, f"out={out}"]
+    command(*words)
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:5]))
+    server.num_asked.clear()
+    command(*words)
+    assert server.num_asked.total() == 3
+    assert out.read_text() == "".join(lines)
+
+
+def test_of_a_finished_file_there_is_nothing_to_do(start, tmp_path):
+    """No LLM is loaded: it may be gone. The file stays as it is."""
+    out = tmp_path / "answers.jsonl"
+    words = [*start, "query=Why?", "rows=[0, 1]", f"out={out}"]
+    command(*words)
+    before = out.stat().st_mtime_ns
+    code, said = command(*words, f"llm={tmp_path / 'gone'}", "endpoint=http://127.0.0.1:9/v1")
+    assert (code, said) == (0, f"{out}: has all 2 answers; nothing to do\n")
+    assert out.stat().st_mtime_ns == before
+
+
+def test_a_file_of_another_job_is_refused(model, vectors, files, start, tmp_path):
+    """Before the LLM is loaded, and nothing is lost."""
+    other = elm.ELM(model.llm, elm.Adapter(WIDTH, 8, model.llm.config.hidden_size), model.prompt)
+    other.save(tmp_path / "other.safetensors")
+    save_file({"x": vectors.flip(0)}, tmp_path / "flipped.safetensors")
+    out = tmp_path / "answers.jsonl"
+    words = [*start, "query=Why?", "rows=[0, 1]", f"out={out}"]
+    command(*words)
+    out.write_bytes(out.read_bytes()[:-9])
+    before = out.read_bytes()
+    for key, *more in (
+        ("adapter", f"adapter={tmp_path / 'other.safetensors'}"),
+        ("vectors", f"embeddings={tmp_path / 'flipped.safetensors'}"),
+        ("vectors", "rows=[1, 0]"),
+        ("vectors", "rows=[0, 1, 2]"),
+        ("query", "query=Who?"),
+        ("query", 'query=["Why?", "Who?"]'),
+        ("max_new_tokens", "max_new_tokens=9"),
+        ("temperature", "temperature=1.0"),
+        ("seed", "seed=43"),
+        ("bf16", "bf16=true"),
+        ("score", "score=true"),
+    ):
+        refused(f"^elm: out: {out} has answers of another job: its {key} was .* and is .* here; "
+                "choose another file$", *words, *more, f"llm={tmp_path / 'gone'}")
+        assert out.read_bytes() == before
+    refused(r"its query was \[\"Why\?\"\] and is \[\"Who\?\"\] here", *words, "query=Who?")
+
+
+def test_a_file_of_no_job_is_refused(start, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    out.write_text("mine\n")
+    words = [*start, "query=Why?", "rows=[0]", f"out={out}"]
+    refused(f"^elm: out: {out} exists, but no {out}.job says of which job; choose another file$",
+            *words)
+    assert out.read_text() == "mine\n"
+    Path(f"{out}.job").write_text("[")
+    refused(f"^elm: {out}.job: is broken", *words)
+    refused(f"^elm: out: {tmp_path} is a folder, not a file$", *words, f"out={tmp_path}")
+    refused(f"^elm: {out}/x: cannot be written .*: Not a directory$", *words, f"out={out}/x")
+
+
+def test_two_commands_do_not_write_one_file(start, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    with elm.locked(tmp_path / ".answers.jsonl.lock"):
+        refused("another process holds it", *start, "query=Why?", "rows=[0]", f"out={out}")
+    assert not out.exists()
+
+
+# -----------------------------------------------------------------------------
+# Parquet
+
+
+TYPES = [("list", pa.float32()), ("list", pa.float16()), ("large", pa.float64()),
+         ("large", pa.float16()), ("fixed", pa.float32()), ("fixed", pa.float64())]
+
+
+@pytest.mark.parametrize("kind, value_type", TYPES, ids=lambda value: str(value))
+def test_every_type_of_lists_is_read(vectors, tmp_path, kind, value_type):
+    """Rows in any order, several times, of groups that are smaller than the table; fp16 vectors
+    are the same in all types."""
+    path = tmp_path / "x.parquet"
+    write_table(path, vectors, kind, value_type, group_size=7)
+    table = elm.open_table(path, "embedding", None)
+    assert len(table) == NUM_ROWS
+    assert table.shape == (NUM_ROWS, WIDTH)
+    for row_ids in ([0], list(range(NUM_ROWS)), [79, 3, 3, 40, 0], [6, 7, 13, 14, 78, 79], [12]):
+        block = table.read(row_ids)
+        assert block.row_ids == row_ids
+        assert block.vectors.dtype == torch.float32
+        assert torch.equal(block.vectors, vectors[row_ids].float())
+        assert block.ids is None
+
+
+def test_groups_larger_than_a_block_and_empty_groups(tmp_path):
+    vectors = torch.randn(5000, WIDTH)
+    path = tmp_path / "x.parquet"
+    write_table(tmp_path / "whole.parquet", vectors, number=pa.array(range(5000)))
+    whole = parquet.read_table(tmp_path / "whole.parquet")
+    with parquet.ParquetWriter(path, whole.schema) as writer:
+        for start, stop in ((0, 2500), (2500, 2500), (2500, 2503), (2503, 5000)):
+            writer.write_table(whole.slice(start, stop - start))
+    assert parquet.ParquetFile(path).metadata.num_row_groups >= 3
+    table = elm.open_table(path, "embedding", "number")
+    rng = np.random.default_rng(0)
+    for row_ids in (range(5000), range(4999, -1, -1), rng.permutation(5000)[:3000].tolist()):
+        row_ids = list(row_ids)
+        blocks = list(elm.read_blocks(table, row_ids))
+        assert len(blocks) == -(-len(row_ids) // 1024)
+        assert torch.equal(torch.cat([block.vectors for block in blocks]), vectors[row_ids])
+        assert sum((block.ids for block in blocks), []) == row_ids
+        assert sum((block.row_ids for block in blocks), []) == row_ids
+
+
+def test_answers_about_parquet_are_those_about_safetensors(vectors, start, tmp_path, capsys):
+    words = [*start, ASK_BOTH, "rows=[50, 2, 70]"]
+    expected = printed(capsys, *words)
+    word = write_table(tmp_path / "x.parquet", vectors, "fixed", group_size=30, name="vec")
+    assert printed(capsys, *words, word, "column=vec") == expected
+
+
+IDS = {
+    "integers": pa.array([7 * i - 100 for i in range(NUM_ROWS)]),
+    "small integers": pa.array(range(NUM_ROWS), pa.uint8()),
+    "texts": pa.array([f"né{i}" for i in range(NUM_ROWS)]),
+    "large texts": pa.array([f"a{i}" for i in range(NUM_ROWS)], pa.large_string()),
+    "coded texts": pa.array([f"a{i}" for i in range(NUM_ROWS)]).dictionary_encode(),
+    "coded integers": pa.array(range(NUM_ROWS)).dictionary_encode(),
+    "some without": pa.array([None if i == 70 else f"a{i}" for i in range(NUM_ROWS)])}
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_answers_carry_the_ids(vectors, start, tmp_path, capsys, kind):
+    word = write_table(tmp_path / "x.parquet", vectors, group_size=30, key=IDS[kind])
+    words = [*start, word, ASK_BOTH, "rows=[50, 2, 70]"]
+    without = printed(capsys, *words)
+    lines = printed(capsys, *words, "id=key")
+    ids = IDS[kind].to_pylist()
+    assert [line["id"] for line in lines] == [ids[row] for row in (50, 50, 2, 2, 70, 70)]
+    assert [list(line) for line in lines] == 6 * [["row", "id", "query", "answer"]]
+    for line in lines:
+        del line["id"]
+    assert lines == without
+
+
+def test_other_ids_are_another_job(vectors, start, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    path = tmp_path / "x.parquet"
+    words = [*start, "query=Why?", "rows=[0, 1]", f"out={out}", "id=key"]
+    words.append(write_table(path, vectors, key=IDS["integers"], other=IDS["texts"]))
+    command(*words)
+    refused('its id was "key" and is null here', *words, "id=none")
+    refused("its id was .* and is .*; choose another", *words, "id=other")
+    write_table(path, vectors, key=IDS["texts"])
+    refused("its vectors was .* and is .* here; choose another file", *words)
+    write_table(path, vectors, key=IDS["integers"], group_size=9)
+    assert command(*words) == (0, f"{out}: has all 2 answers; nothing to do\n")
+
+
+def test_repeated_ids_are_kept_and_told(vectors, start, tmp_path):
+    ids = [-1, -2, *range(NUM_ROWS - 2)]
+    words = [*start, "query=Why?", "id=key", f"out={tmp_path / 'a'}", "max_new_tokens=1"]
+    path = tmp_path / "x.parquet"
+    word = write_table(path, vectors, key=pa.array(ids))
+    _, said = command(*words, word)
+    assert "warning" not in said
+    ids[50:53] = [ids[3], ids[4], ids[4]]
+    word = write_table(path, vectors, key=pa.array(ids))
+    _, said = command(*words, word, f"out={tmp_path / 'b'}")
+    assert f"elm: warning: id: {path}: 80 rows have 77 different ids; all are answered\n" in said
+    assert [line["id"] for line in read_jsonl(tmp_path / "b")] == ids
+
+
+def test_bad_columns(vectors, files, start, tmp_path):
+    """All before an LLM is loaded."""
+    words = [*start, "query=Why?", "rows=[0]", f"llm={tmp_path / 'gone'}"]
+    path = tmp_path / "x.parquet"
+    whole = pa.array([[1] * WIDTH] * NUM_ROWS)
+    numbers = pa.array(np.arange(NUM_ROWS) / 2)
+    word = write_table(path, vectors, whole=whole, numbers=numbers, text=IDS["texts"])
+    for message, *more in (
+        (rf"^elm: column: {path} has no column 'embeding', did you mean embedding\?; its columns "
+         "are embedding, whole, numbers, text$", "column=embeding"),
+        (rf"^elm: id: {path} has no column 'txt', did you mean text\?; its columns are ", "id=txt"),
+        (f"^elm: column: whole of {path} is of type list<.*int64>, not of lists of floats$",
+         "column=whole"),
+        (f"^elm: column: numbers of {path} is of type double, not of lists of floats$",
+         "column=numbers"),
+        (f"^elm: column: text of {path} is of type string, not", "column=text"),
+        (f"^elm: id: numbers of {path} is of type double, not of integers or texts$",
+         "id=numbers"),
+        (f"^elm: id: embedding of {path} is of type list<.*>, not of integers", "id=embedding"),
+        (f"^elm: id: {files / 'vectors.safetensors'} has no columns; only a .parquet file has$",
+         f"embeddings={files / 'vectors.safetensors'}", "id=text"),
+        ("^elm: rows: no row 80; the table has rows 0 to 79$", "rows=[0, 80]"),
+    ):
+        refused(message, *words, word, *more)
+
+
+def test_bad_files(vectors, start, tmp_path):
+    words = [*start, "query=Why?", "rows=none", f"llm={tmp_path / 'gone'}"]
+    path = tmp_path / "x.parquet"
+    word = write_table(path, [])
+    refused(f"^elm: {path}: has no rows$", *words, word)
+    write_table(path, vectors)
+    path.write_bytes(path.read_bytes()[:-9])
+    refused(f"^elm: {path}: not a whole Parquet file: ", *words, word)
+    path.write_bytes(b"")
+    refused(f"^elm: {path}: not a whole Parquet file: ", *words, word)
+    refused("^elm: embeddings: there is no file nowhere.parquet here",
+            *words, "embeddings=nowhere.parquet")
+    write_table(path, vectors[:, :100])
+    refused(rf"^elm: {path}: \[80, 100\], but the adapter reads \[n, 128\]", *words, word)
+    write_table(path, 9 * vectors)
+    refused(f"^elm: {path}: the vectors' norm was 1 in training and is 9 here", *words, word)
+    write_table(path, vectors, metadata={"embed": '{"model": "someone/other"}'})
+    refused(f"^elm: {path}: its vectors are of someone/other, those of the adapter of {EMBEDDER}; ",
+            *words, word)
+    # The same by another path, or another program's metadata.
+    for stored in ('{"model": "x/embedder"}', "[7]", "true", "{"):
+        write_table(path, vectors, metadata={"embed": stored})
+        refused("gone", *words, word)
+
+
+@pytest.mark.parametrize("kind", ["list", "large", "fixed"])
+def test_bad_vectors_are_named_by_row_and_id(vectors, start, tmp_path, kind):
+    words = [*start, "query=Why?", f"llm={tmp_path / 'gone'}"]
+    path = tmp_path / "x.parquet"
+    good = [row.float().tolist() for row in vectors]
+    for bad, message in (
+        (None, "has no vector; leave such rows out$"),
+        ([None, *good[71][1:]], "has a vector with null in it; embed its text again$"),
+        ([*good[71][:-1], None], "has a vector with null in it; embed its text again$"),
+        (good[71][:-1], "has a vector of width 127, the first row one of 128$"),
+        ([float("nan"), *good[71][1:]], "is zero, NaN or infinite; embed its text again$"),
+        ([float("inf"), *good[71][1:]], "is zero, NaN or infinite; embed its text again$"),
+        ([0.0] * WIDTH, "is zero, NaN or infinite; embed its text again$"),
+    ):
+        if kind == "fixed" and bad is not None and len(bad) < WIDTH:
+            continue
+        rows = [*good[:71], bad, *good[72:]]
+        word = write_table(path, rows, kind, group_size=50, key=IDS["coded texts"])
+        refused(rf"^elm: {path}: row 71 {message}", *words, word)
+        refused(rf"^elm: {path}: row 71 \(id 'a71'\) {message}", *words, word, "id=key")
+        refused(rf"^elm: {path}: row 71 \(id 'a71'\) {message}", *words, word, "id=key",
+                "rows=[79, 71, 2]")
+        refused("gone", *words, word, "rows=[79, 70, 2]")  # others are not read
+    write_table(path, [None, *good[1:]], kind)
+    refused(f"^elm: {path}: row 0 has no vector; leave such rows out$", *words, word)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_while_a_large_row_group_is_read(tmp_path):
+    """Of 200,000 vectors of 256 numbers, 205 MB, in one group."""
+    path = tmp_path / "x.parquet"
+    schema = pa.schema({"embedding": pa.list_(pa.float32()), "key": pa.string()})
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(200_000, 256, generator=generator)
+    offsets = pa.array(np.arange(0, vectors.numel() + 1, 256, dtype=np.int32))
+    lists = pa.ListArray.from_arrays(offsets, pa.array(vectors.flatten().numpy()))
+    keys = pa.array([f"key {i}" for i in range(len(vectors))])
+    with parquet.ParquetWriter(path, schema) as writer:
+        writer.write_table(pa.table([lists, keys], schema), row_group_size=len(vectors))
+    assert parquet.ParquetFile(path).metadata.num_row_groups == 1
+    last = vectors[-1].clone()
+    del vectors, lists, offsets, keys
+    pa.default_memory_pool().release_unused()
+
+    table = elm.open_table(path, "embedding", "key")
+    before = anonymous_memory()
+    most = 0
+    for i, block in enumerate(elm.read_blocks(table, range(len(table)))):
+        if i % 20 == 0:
+            most = max(most, anonymous_memory())
+    assert torch.equal(block.vectors[-1], last)
+    assert block.ids[-1] == "key 199999"
+    assert most - before < 60e6
