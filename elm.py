@@ -6840,9 +6840,10 @@ def generate(options: GenerateOptions) -> None:
 
     start_distributed()
     job = {
-        "adapter": weights_hash(adapter), "vectors": vectors_hash, "query": list(options.query),
-        "id": options.id, "bf16": bf16, "max_new_tokens": options.max_new_tokens,
-        "temperature": options.temperature, "seed": options.seed, "score": scoring_model}
+        "adapter": weights_hash(adapter), "query": list(options.query), "id": options.id,
+        "bf16": bf16, "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature, "seed": options.seed, "score": scoring_model,
+        "vectors": vectors_hash}  # last, as other ids make another hash
     num_questions = len(row_ids) * len(options.query)
     with opened_answers(options.out, job) as file:
         first = run_on_rank0(lambda: file.num_answers if file else 0)
