@@ -6154,11 +6154,12 @@ class VectorServer:
         self.dtype = dtype
         self.concurrency = concurrency
 
-    def answer(self, questions: Iterable[VectorQuestion], temperature: float,
-               seed: int) -> Iterator[VectorAnswer]:
+    def answer(self, questions: Iterable[VectorQuestion], temperature: float, seed: int,
+               goes_on: bool) -> Iterator[VectorAnswer]:
         """In the order of the questions, several at a time. An answer has a `refusal` where the
-        server refuses the question, but not while it has not answered any. Raises: UserError if it
-        refuses all, cannot be reached, or does not read the soft tokens."""
+        server refuses the question, but not while it has not answered any. Of a job that goes on,
+        the last few questions may all be refused. Raises: UserError if it refuses all, cannot be
+        reached, or does not read the soft tokens."""
 
         def ask(sent: tuple[VectorQuestion, Tensor]) -> VectorAnswer:
             question, soft_tokens = sent
@@ -6176,9 +6177,12 @@ class VectorServer:
                 has_answered = True
                 yield from refused
             yield answer
-        if refused and not has_answered:
+        if has_answered or not refused:
+            return
+        if len(refused) == REFUSALS_TO_STOP or not goes_on:
             raise UserError(f"endpoint: {self.server.endpoint} refuses all: {refused[0].refusal}; "
                             f"{self._advice()}")
+        yield from refused
 
     @torch.no_grad()
     def _with_soft_tokens(
@@ -6860,7 +6864,8 @@ def generate(options: GenerateOptions) -> None:
                                     options.temperature, options.seed)
         else:
             server = make_vector_server(options, adapter, trained, bf16)
-            answers = server.answer(questions_from(first), options.temperature, options.seed)
+            answers = server.answer(
+                questions_from(first), options.temperature, options.seed, goes_on=first > 0)
         scorer = None
         if scoring_model and rank() == 0:
             model = load_embedder(scoring_model, bf16, find_device(), "embedder")
