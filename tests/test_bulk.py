@@ -218,7 +218,7 @@ def test_a_file_of_no_job_is_refused(start, tmp_path):
     Path(f"{out}.job").write_text("[")
     refused(f"^elm: {out}.job: is broken", *words)
     refused(f"^elm: out: {tmp_path} is a folder, not a file$", *words, f"out={tmp_path}")
-    refused(f"^elm: {out}/x: cannot be written .*: Not a directory$", *words, f"out={out}/x")
+    refused(f"^elm: {out}/x: cannot be written .*: File exists$", *words, f"out={out}/x")
 
 
 def test_two_commands_do_not_write_one_file(start, tmp_path):
@@ -311,7 +311,7 @@ def test_other_ids_are_another_job(vectors, start, tmp_path):
     words.append(write_table(path, vectors, key=IDS["integers"], other=IDS["texts"]))
     command(*words)
     refused('its id was "key" and is null here', *words, "id=none")
-    refused("its id was .* and is .*; choose another", *words, "id=other")
+    refused('its id was "key" and is "other" here', *words, "id=other")
     write_table(path, vectors, key=IDS["texts"])
     refused("its vectors was .* and is .* here; choose another file", *words)
     write_table(path, vectors, key=IDS["integers"], group_size=9)
@@ -436,3 +436,248 @@ def test_memory_stays_flat_while_a_large_row_group_is_read(tmp_path):
     assert torch.equal(block.vectors[-1], last)
     assert block.ids[-1] == "key 199999"
     assert most - before < 60e6
+
+
+# -----------------------------------------------------------------------------
+# A server
+
+HOW_TO_START = f"start `vllm serve {TINY / 'llm'} --enable-prompt-embeds`$"
+
+
+def soft_tokens_in(body: dict) -> torch.Tensor:
+    """[K, D] of a request."""
+    return decode_part(body["messages"][0]["content"][0])
+
+
+@pytest.mark.parametrize("concurrency", [1, 7])
+def test_a_servers_answers_are_those_of_this_process(start, start_server, capsys, concurrency):
+    """In the same order, though that of the requests is another. No LLM is loaded here."""
+    words = [*start, ASK_BOTH, "rows=[70, 3, 4, 5, 6, 7, 8, 9, 10]"]
+    here = printed(capsys, *words)
+    server = start_server()
+    there = printed(capsys, *words, server.endpoint, f"concurrency={concurrency}")
+    assert there == here
+    assert set(server.num_asked.values()) == {1}
+    assert server.most_open == concurrency
+
+
+def test_a_server_is_asked_about_more_vectors_than_the_adapter_reads_at_once(
+        start, start_server, capsys):
+    words = [*start, "query=Why?", "max_new_tokens=1"]
+    here = printed(capsys, *words)
+    assert [line["row"] for line in here] == list(range(NUM_ROWS))
+    assert printed(capsys, *words, start_server().endpoint) == here
+
+
+def test_what_a_server_is_sent(model, vectors, start, start_server, capsys):
+    """Soft tokens alone, not the whole batch that they are a view of, in the LLM's dtype."""
+    server = start_server(served_model="alias")
+    words = [*start, ASK_BOTH, "rows=[4, 2]", server.endpoint, "served_model=alias"]
+    printed(capsys, *words, "concurrency=1")
+    bodies = server.bodies
+    assert [body["messages"][0]["content"][1]["text"] for body in bodies] == 2 * QUERIES
+    for body in bodies:
+        (message,) = body["messages"]
+        assert message["role"] == "user"
+        assert [part["type"] for part in message["content"]] == ["prompt_embeds", "text"]
+        assert body["max_tokens"] == 8
+        assert body["temperature"] == 0
+        assert "seed" not in body
+        assert body["model"] == "alias"
+    with torch.no_grad():
+        expected = model.adapter(vectors[[4, 4, 2, 2]].float())
+    for body, soft_tokens in zip(bodies, expected, strict=True):
+        assert torch.allclose(soft_tokens_in(body), soft_tokens, atol=1e-6)
+        data = body["messages"][0]["content"][0]["data"]
+        assert len(base64.b64decode(data)) < 4 * 2 * 128 + 2000
+    printed(capsys, *words, "bf16=true", "max_new_tokens=1")
+    assert soft_tokens_in(server.bodies[-1]).dtype == torch.bfloat16
+
+
+def test_each_question_has_a_seed_of_its_own(start, start_server, tmp_path):
+    """The same, where a command goes on."""
+    out = tmp_path / "answers.jsonl"
+    server = start_server()
+    words = [*start, "query=Why?", "rows=[4, 2, 9]", "temperature=0.5", "concurrency=1",
+             server.endpoint, f"out={out}"]
+    command(*words)
+    seeds = [body["seed"] for body in server.bodies]
+    assert len(set(seeds)) == 3
+    assert {body["temperature"] for body in server.bodies} == {0.5}
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text(lines[0])
+    command(*words)
+    assert [body["seed"] for body in server.bodies[3:]] == seeds[1:]
+    command(*words, f"out={tmp_path / 'other'}", "seed=43")
+    assert not set(seeds) & {body["seed"] for body in server.bodies[5:]}
+
+
+def test_a_servers_key_is_sent(start, start_server, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    server = start_server()
+    printed(capsys, *start, "query=Why?", "rows=[0]", server.endpoint)
+    assert server.keys == {"Bearer sk-secret"}
+
+
+def test_a_server_that_does_not_read_the_vectors_is_refused(start, start_server, tmp_path):
+    """At its first answer, of which nothing is written."""
+    query = "Summarize the text."
+    tokenizer = elm.load_tokenizer(str(TINY / "llm"))
+    turn = {"role": "user", "content": f"\n{query}"}
+    rendered = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    expected = len(tokenizer(rendered)["input_ids"]) + 2
+    other = "it leaves the vector out, or has another chat template than that of training"
+    for message, behaviour in (
+        (f"reads a prompt of {expected - 3} tokens, not of {expected}: {other}",
+         {"reads_parts": False}),
+        (f"reads a prompt of {expected + 1} tokens, not of {expected}: {other}",
+         {"template_end": "\n"}),
+        ("does not tell how many tokens a prompt has, so there is no knowing whether it reads the "
+         "vectors", {"tells_usage": False}),
+    ):
+        server = start_server(**behaviour)
+        url = server.endpoint.removeprefix("endpoint=")
+        out = tmp_path / str(len(behaviour))
+        refused(f"^elm: endpoint: {url} {message}; {HOW_TO_START}", *start, f"query={query}",
+                "rows=[0, 1]", server.endpoint, f"out={out}")
+        assert not out.exists()
+
+
+def test_an_adapter_of_another_llm_is_refused_without_the_llm(start, tmp_path):
+    """Its tokenizer tells."""
+    other = make_llm(tmp_path / "other")
+    (other / "model.safetensors").unlink()
+    refused("hash of the tokenizer's ids was .* in training and is .* here", *start, "query=Why?",
+            f"llm={other}", "endpoint=http://127.0.0.1:9/v1")
+
+
+def test_settings_that_do_not_go_with_a_server(start):
+    words = [*start, "rows=[0]", "query=Why?"]
+    endpoint = "endpoint=http://127.0.0.1:9/v1"
+    refused("^elm: endpoint: a query with <EMB> in it needs the LLM in this process; leave endpoint "
+            "out, or the placeholder$", *words, endpoint, 'query=["Why?", "Is <EMB> long?"]')
+    refused("^elm: zero_stage: is of the LLM in this process", *words, endpoint, "zero_stage=3")
+    refused("^elm: served_model: is the name of a server's model", *words, "served_model=alias")
+    refused("^elm: endpoint: localhost:8000 is no address", *words, "endpoint=localhost:8000")
+    refused("^elm: concurrency = 0: ", *words, endpoint, "concurrency=0")
+
+
+def test_a_busy_server_is_waited_for(start, start_server, capsys):
+    """The standard output stays free of that."""
+    words = [*start, "query=Why?", "rows=[0, 1, 2]"]
+    here = printed(capsys, *words)
+    server = start_server("429", "503", "429/0.05")
+    assert printed(capsys, *words, server.endpoint) == here
+    assert set(server.num_asked.values()) == {4}
+
+
+def test_a_wait_is_not_said_among_the_answers(
+        start, start_server, capsys, give_up_at_once):
+    server = start_server("429/0.05")
+    words = [*start, "query=Why?", "rows=[0]", server.endpoint]
+    elm.main(words)
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1 and json.loads(out)["row"] == 0
+    assert "is busy and asks to wait 1 s\n" in err
+
+
+def test_refused_questions_have_an_error(start, start_server, tmp_path):
+    """The first, and one in the middle, of which both queries are refused; the others have their
+    answers. It is said once, and the file counts as whole."""
+    server = start_server()
+    words = [*start, ASK_BOTH, "rows=[0, 1, 2, 3]", server.endpoint]
+    whole = ask(tmp_path / "whole", *words, "concurrency=1")
+    for row in (0, 2):
+        server.refused_soft_tokens = soft_tokens_in(server.bodies[2 * row])
+        out = tmp_path / str(row)
+        code, said = command(*words, f"out={out}")
+        assert code == 0
+        warnings = [line for line in said.splitlines() if line.startswith("elm: warning")]
+        (warning,) = [line for line in warnings if "refuses" in line]
+        assert re.search("the server refuses a question, which gets an error in place of an "
+                         "answer; the others go on: .*400.*maximum context length", warning)
+        lines = read_jsonl(out)
+        for line, answered in zip(lines, whole, strict=True):
+            if line["row"] != row:
+                assert line == answered
+                continue
+            assert list(line) == ["row", "query", "error"]
+            assert line["query"] == answered["query"]
+            assert "maximum context length exceeded" in line["error"]
+        code, said = command(*words, f"out={out}")
+        assert (code, said) == (0, f"{out}: has all 8 answers; nothing to do\n")
+
+
+@pytest.mark.parametrize("rows", ["[0]", "[0, 1, 2]", "none"])
+def test_a_server_that_refuses_all_ends_the_command(start, start_server, tmp_path, rows):
+    """As vLLM does without --enable-prompt-embeds. Few are asked, and nothing is written."""
+    server = start_server()
+    server.refused_text = ""
+    out = tmp_path / "answers.jsonl"
+    refused(f"^elm: endpoint: http://.*/v1 refuses all: .*maximum context.*; {HOW_TO_START}",
+            *start, "query=Why?", f"rows={rows}", server.endpoint, f"out={out}", "concurrency=2")
+    assert not out.exists()
+    assert server.num_asked.total() < 16
+
+
+def test_a_job_whose_last_question_is_refused_ends(start, start_server, tmp_path):
+    """Though the command that goes on asks only this one."""
+    server = start_server()
+    out = tmp_path / "answers.jsonl"
+    words = [*start, "query=Why?", "rows=[0, 1, 2]", server.endpoint, "concurrency=1"]
+    whole = ask(tmp_path / "whole", *words)
+    server.refused_soft_tokens = soft_tokens_in(server.bodies[2])
+    ask(out, *words)
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:2]))
+    assert [line.get("answer") for line in ask(out, *words)] == [
+        whole[0]["answer"], whole[1]["answer"], None]
+    assert out.read_text() == "".join(lines)
+
+
+def test_a_server_that_dies_loses_no_answer(start, start_server, tmp_path, give_up_at_once):
+    words = [*start, ASK_BOTH, f"rows={list(range(12))}"]
+    whole = ask(tmp_path / "whole", *words)
+    out = tmp_path / "answers.jsonl"
+    server = start_server(dies_at=15)
+    words += ["concurrency=4", f"out={out}"]
+    refused("^elm: endpoint: http://.*/v1 about row [0-9]+: Connection error", *words,
+            server.endpoint)
+    kept = read_jsonl(out)
+    assert 8 <= len(kept) <= 15
+    assert kept == whole[: len(kept)]
+    again = start_server()
+    assert ask(out, *words, again.endpoint) == whole
+    assert again.num_asked.total() == 24 - len(kept)
+
+
+@pytest.mark.parametrize("failure, message", [
+    ("404", "about row 0: .*404.*; is .*/llm the server's name of the model .served_model=NAME., "
+            "and does the address end in /v1.$"),
+    ("401", "about row 0: .*401"), ("500", "about row 0: .*500"),
+    ("half", "about row 0: "), ("nothing", "about row 0: "), ("garbage", "about row 0: "),
+    ("overloaded", "about row 0: no chat completion: .*no instance is free")])
+def test_a_server_that_fails_is_told(start, start_server, give_up_at_once, failure, message):
+    server = start_server(*[failure] * 9)
+    refused(f"^elm: endpoint: http://.*/v1 {message}", *start, "query=Why?", "rows=[0, 1]",
+            server.endpoint, "concurrency=1")
+
+
+def test_a_server_that_has_another_model_is_told(start, start_server):
+    server = start_server(served_model="mine")
+    words = [*start, "query=Why?", "rows=[0]", server.endpoint]
+    refused("is other the server's name of the model", *words, "served_model=other")
+    assert command(*words, "served_model=mine")[0] == 0
+
+
+def test_lost_connections_are_retried(start, start_server, capsys):
+    words = [*start, "query=Why?", "rows=[0, 1]"]
+    here = printed(capsys, *words)
+    server = start_server("half", "nothing")
+    assert printed(capsys, *words, server.endpoint) == here
+    assert set(server.num_asked.values()) == {3}
+
+
+def test_a_server_that_is_not_there_is_told(start, give_up_at_once):
+    refused("^elm: endpoint: http://127.0.0.1:9/v1 about row 0: Connection error", *start,
+            "query=Why?", "rows=[0]", "endpoint=http://127.0.0.1:9/v1")

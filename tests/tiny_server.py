@@ -51,6 +51,7 @@ class TinyServer(ThreadingHTTPServer):
         self.dies_at = dies_at  # the number of the request, from 0, that finds nobody there
         self.answers_about = []  # texts; requests about these do not fail
         self.refused_text = None  # requests about it fail with status 400; "": all
+        self.refused_soft_tokens = None  # [K, D]; also
         self.num_asked = Counter()  # by message
         self.num_open = 0  # requests that wait for their answer
         self.most_open = 0
@@ -69,12 +70,16 @@ class TinyServer(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def failure_of(self, message: str) -> str:
+    def failure_of(self, message: str, content: str | list[dict]) -> str:
         """How to fail at this request, or ""."""
         self.num_asked[message] += 1
         number = self.num_asked[message] - 1
         if self.refused_text is not None and self.refused_text in message:
             return "400"
+        if self.refused_soft_tokens is not None:
+            (soft_tokens,) = [decode_part(part) for part in content if part["type"] != "text"]
+            if torch.allclose(soft_tokens, self.refused_soft_tokens, atol=1e-4):
+                return "400"
         if any(text in message for text in self.answers_about):
             return ""
         return self.failures[number] if number < len(self.failures) else ""
@@ -140,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
             number = len(server.bodies)
             server.keys.add(self.headers["Authorization"])
             server.bodies.append(body)
-            failure = server.failure_of(message)
+            failure = server.failure_of(message, content)
             server.num_open += 1
             server.most_open = max(server.most_open, server.num_open)
         if server.dies_at is not None and number >= server.dies_at:
@@ -149,21 +154,22 @@ class Handler(BaseHTTPRequestHandler):
         if server.served_model not in ("", body["model"]):
             failure = "404"
         time.sleep(server.seconds)
-        self.reply(failure, content, body["max_tokens"])
+        failure, _, retry_after = failure.partition("/")
+        reply = b""
+        if failure in ("", "half"):
+            reply = server.answer(content, body["max_tokens"])
         with server.lock:
             server.num_open -= 1
+        if failure != "nothing":
+            self.reply(failure, retry_after, reply)
 
-    def reply(self, failure: str, content: str | list[dict], max_tokens: int) -> None:
-        failure, _, retry_after = failure.partition("/")
-        if failure == "nothing":
-            return
-        if failure in ("", "half"):
-            reply = self.server.answer(content, max_tokens)
-        elif failure == "400":
+    def reply(self, failure: str, retry_after: str, reply: bytes) -> None:
+        """Send an answer, or what stands for one in this kind of failure."""
+        if failure == "400":
             reply = json.dumps({"message": "maximum context length exceeded"}).encode()
         elif failure in REPLIES_WITHOUT_ANSWER:
             reply = json.dumps(REPLIES_WITHOUT_ANSWER[failure]).encode()
-        else:
+        elif failure not in ("", "half"):
             reply = b"<garbage\xff"
         status = int(failure) if failure.isdecimal() else 200
         missing = 9 if failure == "half" else 0
