@@ -1,9 +1,7 @@
 """`generate` by the thousand: Parquet, several queries, a file that goes on, a server, scores."""
 
 import base64
-import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,7 +17,6 @@ from conftest import (
     ROOT,
     anonymous_memory,
     command,
-    free_port,
     make_llm,
     read_jsonl,
     refused,
@@ -430,11 +427,11 @@ def test_memory_stays_flat_while_a_large_row_group_is_read(tmp_path):
     table = elm.open_table(path, "embedding", "key")
     before = anonymous_memory()
     most = 0
-    for i, block in enumerate(elm.read_blocks(table, range(len(table)))):
-        if i % 20 == 0:
-            most = max(most, anonymous_memory())
-    assert torch.equal(block.vectors[-1], last)
-    assert block.ids[-1] == "key 199999"
+    for block in elm.read_blocks(table, range(len(table))):
+        most = max(most, anonymous_memory())
+        last_block = block
+    assert torch.equal(last_block.vectors[-1], last)
+    assert last_block.ids[-1] == "key 199999"
     assert most - before < 60e6
 
 
@@ -554,8 +551,9 @@ def test_an_adapter_of_another_llm_is_refused_without_the_llm(start, tmp_path):
 def test_settings_that_do_not_go_with_a_server(start):
     words = [*start, "rows=[0]", "query=Why?"]
     endpoint = "endpoint=http://127.0.0.1:9/v1"
-    refused("^elm: endpoint: a query with <EMB> in it needs the LLM in this process; leave endpoint "
-            "out, or the placeholder$", *words, endpoint, 'query=["Why?", "Is <EMB> long?"]')
+    refused("^elm: endpoint: a query with <EMB> in it needs the LLM in this process; leave "
+            "endpoint out, or the placeholder$",
+            *words, endpoint, 'query=["Why?", "Is <EMB> long?"]')
     refused("^elm: zero_stage: is of the LLM in this process", *words, endpoint, "zero_stage=3")
     refused("^elm: served_model: is the name of a server's model", *words, "served_model=alias")
     refused("^elm: endpoint: localhost:8000 is no address", *words, "endpoint=localhost:8000")
@@ -681,3 +679,165 @@ def test_lost_connections_are_retried(start, start_server, capsys):
 def test_a_server_that_is_not_there_is_told(start, give_up_at_once):
     refused("^elm: endpoint: http://127.0.0.1:9/v1 about row 0: Connection error", *start,
             "query=Why?", "rows=[0]", "endpoint=http://127.0.0.1:9/v1")
+
+
+# -----------------------------------------------------------------------------
+# Scores
+
+
+def cosines(texts: list[str], vectors: torch.Tensor) -> np.ndarray:
+    """[n, m] of n texts, embedded by sentence-transformers alone, with m vectors."""
+    fp32 = {"dtype": torch.float32}
+    embedder = SentenceTransformer(EMBEDDER, device="cpu", model_kwargs=fp32)
+    embedded = embedder.encode(texts).astype(np.float64)
+    own = vectors.numpy().astype(np.float64)
+    lengths = np.linalg.norm(embedded, axis=1)[:, None] * np.linalg.norm(own, axis=1)
+    return embedded @ own.T / lengths
+
+
+def drawn_rows(row_ids: list[int]) -> list[int]:
+    """The rows that answers are compared with, as the documentation of `score` says."""
+    places = np.random.default_rng(0).choice(len(row_ids), 65, replace=False)
+    return [row_ids[place] for place in sorted(places)]
+
+
+def test_scores_are_cosines_with_the_own_and_with_others(vectors, start, capsys):
+    """By hand; the answers are the same as without."""
+    rows = list(range(NUM_ROWS - 1, 5, -1))
+    words = [*start, "query=Summarize the text.", f"rows={rows}", "max_new_tokens=3"]
+    lines = printed(capsys, *words, "score=true")
+    assert [list(line) for line in lines] == len(rows) * [
+        ["row", "query", "answer", "consistency", "consistency_others"]]
+    expected = cosines([line["answer"] for line in lines], vectors)
+    compared = drawn_rows(rows)
+    for line, cosines_of_answer in zip(lines, expected, strict=True):
+        assert line["consistency"] == pytest.approx(cosines_of_answer[line["row"]], abs=1e-4)
+        others = [row for row in compared if row != line["row"]][:64]
+        assert len(others) == 64
+        mean = cosines_of_answer[others].mean()
+        assert line["consistency_others"] == pytest.approx(mean, abs=1e-4)
+        del line["consistency"], line["consistency_others"]
+    assert lines == printed(capsys, *words)
+
+
+def test_a_servers_answers_are_scored(start, start_server, capsys):
+    words = [*start, ASK_BOTH, "rows=[9, 60, 30]", "score=true"]
+    here = printed(capsys, *words)
+    assert printed(capsys, *words, start_server().endpoint) == here
+
+
+def test_a_score_does_not_depend_on_the_length_of_a_vector(vectors, start, tmp_path, capsys):
+    lengths = torch.linspace(0.8, 1.25, NUM_ROWS)[:, None]
+    word = write_table(tmp_path / "x.parquet", lengths * vectors, key=IDS["texts"])
+    words = [*start, word, "query=Why?", "rows=[9, 60, 30]", "id=key"]
+    lines = printed(capsys, *words, f"embedder={EMBEDDER}")
+    expected = cosines([line["answer"] for line in lines], vectors)
+    for line, row, others in zip(lines, (9, 60, 30), ([60, 30], [9, 30], [9, 60]), strict=True):
+        own = expected[lines.index(line)]
+        assert line["id"] == f"né{row}"
+        assert line["consistency"] == pytest.approx(own[row], abs=1e-4)
+        assert line["consistency_others"] == pytest.approx(own[others].mean(), abs=1e-4)
+
+
+def test_one_vector_has_no_others(start, capsys):
+    (line,) = printed(capsys, *start, "query=Why?", "rows=[5]", "score=true")
+    assert list(line) == ["row", "query", "answer", "consistency"]
+
+
+def test_empty_answers_and_refused_questions(model, vectors, files, start, start_server, capsys,
+                                             tmp_path):
+    """An answer of no words is about nothing; of a refused question there is no score."""
+    embedder = elm.load_embedder(EMBEDDER, False, CPU)
+    table = elm.open_table(files / "vectors.safetensors", "", None)
+    scorer = elm.AnswerScorer(embedder, elm.VectorOrigin(), table, range(NUM_ROWS))
+    questions = list(elm.vector_questions(table, [4, 5, 6, 7], ["Why?"], 0))
+    texts = ["", " \n", "They study polymers.", ""]
+    answers = [elm.VectorAnswer(*pair) for pair in zip(questions, texts, strict=True)]
+    answers[3] = elm.VectorAnswer(questions[3], "", "too long")
+    empty, blank, full, refusal = scorer.score(answers)
+    assert empty == blank == {"consistency": 0, "consistency_others": 0}
+    assert full["consistency"] != 0 and full["consistency_others"] != 0
+    assert refusal == {}
+    assert scorer.score(answers[3:]) == [{}]
+
+    server = start_server()
+    words = [*start, "query=Why?", "rows=[0, 1, 2]", server.endpoint, "concurrency=1"]
+    before = printed(capsys, *words, "score=true")
+    server.refused_soft_tokens = soft_tokens_in(server.bodies[1])
+    after = printed(capsys, *words, "score=true")
+    assert list(after[1]) == ["row", "query", "error"]
+    assert [after[0], after[2]] == [before[0], before[2]]
+
+
+def test_a_file_of_scored_answers_goes_on(start, tmp_path):
+    """It is scored by the same others."""
+    out = tmp_path / "answers.jsonl"
+    words = [*start, "query=Why?", "score=true", f"out={out}", "max_new_tokens=3"]
+    command(*words)
+    whole = read_jsonl(out)
+    assert len(whole) == NUM_ROWS
+    assert "consistency_others" in whole[79]
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:40]))
+    assert command(*words)[0] == 0
+    for line, expected in zip(read_jsonl(out), whole, strict=True):
+        for key in ("consistency", "consistency_others"):
+            assert line.pop(key) == pytest.approx(expected.pop(key), abs=2e-4)
+        assert line == expected
+    refused("its score was .*embedder. and is null here", *words, "score=false")
+
+
+def test_the_embedder_of_the_scores(model, vectors, start, tmp_path, capsys):
+    """The one that is named, else of the adapter, else of the table; all before the LLM."""
+    words = [*start, "query=Why?", "rows=[3, 4]"]
+    gone = f"llm={tmp_path / 'gone'}"
+    nameless = elm.ELM(model.llm, model.adapter, model.prompt)
+    nameless.save(tmp_path / "nameless.safetensors")
+    adapter = f"adapter={tmp_path / 'nameless.safetensors'}"
+    expected = printed(capsys, *words, "score=true")
+    refused("^elm: score: neither the adapter nor the table says which model made the vectors; "
+            "name it by embedder=NAME$", *words, "score=true", adapter, gone)
+    assert printed(capsys, *words, adapter, f"embedder={EMBEDDER}") == expected
+    origin = json.dumps({"model": EMBEDDER})
+    word = write_table(tmp_path / "x.parquet", vectors, metadata={"embed": origin})
+    assert printed(capsys, *words, adapter, word, "score=true") == expected
+
+    refused("^elm: embedder: .*no folder /nowhere/x$", *words, "embedder=/nowhere/x", gone)
+    refused("^elm: embedder: .*tiny/llm", *words, f"embedder={TINY / 'llm'}")
+
+
+# -----------------------------------------------------------------------------
+# Kills
+
+
+@pytest.mark.parametrize("by_server", [False, True], ids=["here", "by a server"])
+def test_killed_and_started_again_ends_with_the_same_bytes(
+        vectors, start, start_server, tmp_path, processes, by_server):
+    word = write_table(tmp_path / "x.parquet", vectors, group_size=30, key=IDS["texts"])
+    words = [*start, word, "id=key", ASK_BOTH, f"rows={list(range(40))}"]
+    if by_server:
+        words += [start_server(seconds=0.02).endpoint, "concurrency=2"]
+    else:
+        words += ["temperature=0.8", "max_new_tokens=64"]
+    ask(tmp_path / "whole", *words)
+    whole = (tmp_path / "whole").read_bytes()
+    out = tmp_path / "new" / "answers.jsonl"
+
+    def num_answers() -> int:
+        return out.read_bytes().count(b"\n") if out.exists() else 0
+
+    command_line = [sys.executable, ROOT / "elm.py", *words, f"out={out}"]
+    with subprocess.Popen(command_line, stdout=subprocess.PIPE) as child:
+        while num_answers() < 20:
+            assert child.poll() is None, "it ended before it could be killed"
+            time.sleep(0.002)
+        child.kill()
+        assert child.stdout.read() == b""
+    before = num_answers()
+    assert 20 <= before < 80
+    with open(out, "ab") as f:
+        f.write(b'{"row": 1, "qu')
+    code, said = command(*words, f"out={out}")
+    assert code == 0
+    assert f"{out}: has {before} of 80 answers; going on\n" in said
+    assert out.read_bytes() == whole

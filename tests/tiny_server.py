@@ -4,6 +4,7 @@ import base64
 import functools
 import io
 import json
+import sys
 import threading
 import time
 from collections import Counter
@@ -69,6 +70,11 @@ class TinyServer(ThreadingHTTPServer):
         """From now on connections are refused."""
         self.shutdown()
         self.server_close()
+
+    def handle_error(self, request, client_address):
+        """Where a client was killed, there is nobody to answer."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     def failure_of(self, message: str, content: str | list[dict]) -> str:
         """How to fail at this request, or ""."""
