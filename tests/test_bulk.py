@@ -451,11 +451,11 @@ def test_a_servers_answers_are_those_of_this_process(start, start_server, capsys
     """In the same order, though that of the requests is another. No LLM is loaded here."""
     words = [*start, ASK_BOTH, "rows=[70, 3, 4, 5, 6, 7, 8, 9, 10]"]
     here = printed(capsys, *words)
-    server = start_server()
+    server = start_server(seconds=0.1)
     there = printed(capsys, *words, server.endpoint, f"concurrency={concurrency}")
     assert there == here
     assert set(server.num_asked.values()) == {1}
-    assert server.most_open == concurrency
+    assert min(concurrency, 2) <= server.most_open <= concurrency
 
 
 def test_a_server_is_asked_about_more_vectors_than_the_adapter_reads_at_once(
