@@ -239,7 +239,7 @@ def test_every_type_of_lists_is_read(vectors, tmp_path, kind, value_type):
     are the same in all types."""
     path = tmp_path / "x.parquet"
     write_table(path, vectors, kind, value_type, group_size=7)
-    table = elm.open_table(path, "embedding", None)
+    table = elm.open_table(path, "embeddings", "embedding", None)
     assert len(table) == NUM_ROWS
     assert table.shape == (NUM_ROWS, WIDTH)
     for row_ids in ([0], list(range(NUM_ROWS)), [79, 3, 3, 40, 0], [6, 7, 13, 14, 78, 79], [12]):
@@ -259,7 +259,7 @@ def test_groups_larger_than_a_block_and_empty_groups(tmp_path):
         for start, stop in ((0, 2500), (2500, 2500), (2500, 2503), (2503, 5000)):
             writer.write_table(whole.slice(start, stop - start))
     assert parquet.ParquetFile(path).metadata.num_row_groups >= 3
-    table = elm.open_table(path, "embedding", "number")
+    table = elm.open_table(path, "embeddings", "embedding", "number")
     rng = np.random.default_rng(0)
     for row_ids in (range(5000), range(4999, -1, -1), rng.permutation(5000)[:3000].tolist()):
         row_ids = list(row_ids)
@@ -424,7 +424,7 @@ def test_memory_stays_flat_while_a_large_row_group_is_read(tmp_path):
     del vectors, lists, offsets, keys
     pa.default_memory_pool().release_unused()
 
-    table = elm.open_table(path, "embedding", "key")
+    table = elm.open_table(path, "embeddings", "embedding", "key")
     before = anonymous_memory()
     most = 0
     for block in elm.read_blocks(table, range(len(table))):
@@ -748,7 +748,7 @@ def test_empty_answers_and_refused_questions(model, vectors, files, start, start
                                              tmp_path):
     """An answer of no words is about nothing; of a refused question there is no score."""
     embedder = elm.load_embedder(EMBEDDER, False, CPU)
-    table = elm.open_table(files / "vectors.safetensors", "", None)
+    table = elm.open_table(files / "vectors.safetensors", "embeddings", "", None)
     scorer = elm.AnswerScorer(embedder, elm.VectorOrigin(), table, range(NUM_ROWS))
     questions = list(elm.vector_questions(table, [4, 5, 6, 7], ["Why?"], 0))
     texts = ["", " \n", "They study polymers.", ""]
