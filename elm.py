@@ -659,7 +659,8 @@ def progress(items: Iterable[T] | None, label: str, **options: Any) -> tqdm[T]:
     from tqdm import tqdm
 
     quiet = rank() > 0 or not log.isEnabledFor(logging.INFO) or sys.stderr is None
-    return tqdm(items, label, leave=False, disable=True if quiet else None, **options)
+    options.setdefault("disable", True if quiet else None)
+    return tqdm(items, label, leave=False, **options)
 
 
 @functools.cache
@@ -836,6 +837,13 @@ def run_on_rank0(function: Callable[[], T]) -> T:
     if error:
         raise error
     return result
+
+
+def keep_on_rank0(function: Callable[[], T]) -> T | None:
+    """As run_on_rank0, for what cannot be sent: other processes get None."""
+    kept = []
+    run_on_rank0(lambda: kept.append(function()))
+    return kept[0] if kept else None
 
 
 def prefetch(function: Callable[[S], T], items: Iterable[S], num_threads: int) -> Iterator[T]:
@@ -1495,7 +1503,10 @@ def table_metadata(path: Path) -> dict[str, str]:
     if is_parquet(path):
         schema = open_parquet(path).schema_arrow
         stored = schema.metadata or {}
-        return {key.decode(): value.decode(errors="replace") for key, value in stored.items()}
+        metadata = {}
+        for key, value in stored.items():
+            metadata[key.decode(errors="replace")] = value.decode(errors="replace")
+        return metadata
     message = f"{path}: not a whole table"
     with user_error(message, OSError, SafetensorError), safe_open(path, framework="pt") as f:
         return f.metadata() or {}
@@ -1557,6 +1568,7 @@ def agree_on_origin(origins: dict[str, VectorOrigin]) -> VectorOrigin:
 # Parquet
 
 ROWS_OF_BLOCK = 1024  # of a table that are read at a time
+VECTOR_COLUMN = "embedding"
 
 
 def is_parquet(path: Path) -> bool:
@@ -1579,15 +1591,18 @@ def find_column(file: parquet.ParquetFile, name: str, key: str, path: Path) -> p
         hint = did_you_mean(name, schema.names)
         raise UserError(f"{key}: {path} has no column {name!r}{hint}; its columns are "
                         f"{clip(', '.join(schema.names))}")
+    if schema.names.count(name) > 1:
+        raise UserError(f"{key}: {path} has several columns {name!r}; name them differently")
     return schema.field(name).type
 
 
 def is_integer_or_text(column_type: pa.DataType) -> bool:
+    """Also of a column that has nothing but nulls."""
     types = import_optional("pyarrow").types
     if types.is_dictionary(column_type):
         column_type = column_type.value_type
     return (types.is_integer(column_type) or types.is_string(column_type)
-            or types.is_large_string(column_type))
+            or types.is_large_string(column_type) or types.is_null(column_type))
 
 
 Id = int | str | None  # of a row of a Parquet file
@@ -1602,9 +1617,12 @@ class VectorBlock(NamedTuple):
 
     def name(self, i: int) -> str:
         """What messages call the vector at place i."""
-        if self.ids is None:
-            return f"row {self.row_ids[i]}"
-        return f"row {self.row_ids[i]} (id {self.ids[i]!r})"
+        return name_row(self.row_ids[i], self.ids, i)
+
+
+def name_row(row_id: int, ids: list[Id] | None, i: int) -> str:
+    """What messages call a row, whose id, if the table has any, is ids[i]."""
+    return f"row {row_id}" if ids is None else f"row {row_id} (id {ids[i]!r})"
 
 
 class ParquetTable:
@@ -1615,19 +1633,20 @@ class ParquetTable:
     def __init__(self, path: Path, key: str, column: str, id_column: str | None):
         """`key` names the file in messages. Raises: UserError if there is no such file or column,
         or if it has another type."""
-        types = import_optional("pyarrow").types
+        self._pyarrow = import_optional("pyarrow")
+        self._compute = import_optional("pyarrow.compute")
+        types = self._pyarrow.types
         self.path = path
         self._file = open_parquet(path, key)
-        self._columns = [column]
+        self._column = column
+        self._id_column = id_column
         column_type = find_column(self._file, column, "column", path)
         is_list = (types.is_list(column_type) or types.is_large_list(column_type)
                    or types.is_fixed_size_list(column_type))
         if not is_list or not types.is_floating(column_type.value_type):
             raise UserError(f"column: {column} of {path} is of type {column_type}, not of lists of "
                             "floats")
-        self.has_ids = id_column is not None
         if id_column is not None:
-            self._columns.append(id_column)
             id_type = find_column(self._file, id_column, "id", path)
             if not is_integer_or_text(id_type):
                 raise UserError(f"id: {id_column} of {path} is of type {id_type}, not of integers "
@@ -1641,11 +1660,7 @@ class ParquetTable:
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._batch: pa.RecordBatch | None = None
         self._start = 0  # the row at which _batch begins
-        self._seek(0)
-        (first,) = self._batch.column(0).slice(0, 1).to_pylist()
-        if not first:
-            raise UserError(f"{path}: row 0 has no vector; leave such rows out")
-        self.width = len(first)
+        self.width = self._find_width()
 
     def __len__(self) -> int:
         return int(self._group_starts[-1])
@@ -1654,13 +1669,28 @@ class ParquetTable:
     def shape(self) -> tuple[int, int]:
         return len(self), self.width
 
+    def _find_width(self) -> int:
+        """Of the first vector. Raises: UserError if there is none."""
+        row_id = 0
+        while row_id < len(self):
+            with user_error(f"{self.path}: cannot be read", OSError, ValueError):
+                self._seek(row_id)
+            for length in self._compute.list_value_length(self._batch[self._column]).to_pylist():
+                if length:
+                    return length
+            row_id = self._start + len(self._batch)
+        raise UserError(f"{self.path}: no row of {self._column} has a vector")
+
     def _seek(self, row_id: int) -> None:
         """Make _batch the one that has the row."""
         group = int(np.searchsorted(self._group_starts, row_id, side="right")) - 1
         if group != self._group or row_id < self._start:
+            columns = [self._column]
+            if self._id_column is not None:
+                columns.append(self._id_column)
             self._group = group
             self._start = int(self._group_starts[group])
-            self._batches = self._file.iter_batches(ROWS_OF_BLOCK, [group], self._columns)
+            self._batches = self._file.iter_batches(ROWS_OF_BLOCK, [group], columns)
             self._batch = next(self._batches)
         while row_id >= self._start + len(self._batch):
             self._start += len(self._batch)
@@ -1669,41 +1699,43 @@ class ParquetTable:
     def read(self, row_ids: Sequence[int]) -> VectorBlock:
         """Rows in any order; ascending ones are read once. Raises: UserError at a row without a
         vector, or with one of another width."""
-        row_ids = np.asarray(row_ids, np.int64)
-        vectors = torch.empty(len(row_ids), self.width)
-        ids: list[Id] = [None] * len(row_ids)
-        places = np.argsort(row_ids, kind="stable")  # in which the rows are read
+        rows = np.asarray(row_ids, np.int64)
+        vectors = torch.empty(len(rows), self.width)
+        ids: list[Id] = [None] * len(rows)
+        places = np.argsort(rows, kind="stable")  # in which the rows are read
         while len(places):
             with user_error(f"{self.path}: cannot be read", OSError, ValueError):
-                self._seek(int(row_ids[places[0]]))
+                self._seek(int(rows[places[0]]))
             end = self._start + len(self._batch)
-            num_found = int(np.searchsorted(row_ids[places], end))
+            num_found = int(np.searchsorted(rows[places], end))
             found = places[:num_found]
             places = places[num_found:]
-            part = self._batch.take(import_optional("pyarrow").array(row_ids[found] - self._start))
-            ids_of_part = part.column(1).to_pylist() if self.has_ids else None
-            names = VectorBlock(row_ids[found].tolist(), vectors, ids_of_part)
-            vectors[torch.from_numpy(found)] = self._to_tensor(part.column(0), names)
-            for place, own_id in zip(found.tolist(), ids_of_part or [], strict=False):
-                ids[place] = own_id
-        return VectorBlock(row_ids.tolist(), vectors, ids if self.has_ids else None)
+            part = self._batch.take(self._pyarrow.array(rows[found] - self._start))
+            ids_of_part = None
+            if self._id_column is not None:
+                ids_of_part = part[self._id_column].to_pylist()
+                for place, own_id in zip(found.tolist(), ids_of_part, strict=True):
+                    ids[place] = own_id
+            names = [name_row(row, ids_of_part, i) for i, row in enumerate(rows[found].tolist())]
+            vectors[torch.from_numpy(found)] = self._to_tensor(part[self._column], names)
+        return VectorBlock(rows.tolist(), vectors, None if self._id_column is None else ids)
 
-    def _to_tensor(self, lists: pa.Array, block: VectorBlock) -> Tensor:
-        """n lists -> [n, E] fp32; `block` has their names."""
-        lengths = import_optional("pyarrow.compute").list_value_length(lists)
-        for i, length in enumerate(lengths.to_pylist()):
-            where = f"{self.path}: {block.name(i)}"
+    def _to_tensor(self, lists: pa.Array, names: list[str]) -> Tensor:
+        """n lists, of rows of these names -> [n, E] fp32."""
+        lengths = self._compute.list_value_length(lists).to_pylist()
+        for name, length in zip(names, lengths, strict=True):
             if length is None:
-                raise UserError(f"{where} has no vector; leave such rows out")
+                raise UserError(f"{self.path}: {name} has no vector; leave such rows out")
             if length != self.width:
-                raise UserError(f"{where} has a vector of width {length}, the first row one of "
-                                f"{self.width}")
+                raise UserError(f"{self.path}: {name} has a vector of width {length}, the first "
+                                f"row one of {self.width}")
         values = lists.flatten()
         if values.null_count:
             i = int(np.flatnonzero(values.is_null().to_numpy(False))[0]) // self.width
-            raise UserError(f"{self.path}: {block.name(i)} has a vector with null in it; embed its "
-                            "text again")
-        array = values.to_numpy(zero_copy_only=False).astype(np.float32)
+            raise UserError(f"{self.path}: {names[i]} has a vector with null in it; embed its text "
+                            "again")
+        with np.errstate(over="ignore"):  # infinite numbers are refused where vectors are checked
+            array = values.to_numpy(zero_copy_only=False).astype(np.float32)
         return torch.from_numpy(array).view(-1, self.width)
 
 
@@ -1717,6 +1749,8 @@ def open_table(path: Path, key: str, column: str, id_column: str | None = None) 
         return ParquetTable(path, key, column, id_column)
     if id_column is not None:
         raise UserError(f"id: {path} has no columns; only a .parquet file has")
+    if column != VECTOR_COLUMN:
+        raise UserError(f"column: {path} has no columns; only a .parquet file has")
     return open_vectors(path, key, allow_one=True)
 
 
@@ -2370,25 +2404,30 @@ def fp32_array(array: np.ndarray) -> Tensor:
 
 
 def check_vectors(embeddings: Vectors, adapter: Adapter, where: Path | str = "vectors") -> Tensor:
-    """[n, E] or [E], see as_tensor -> [n, E] fp32. Raises: UserError, see check_blocks."""
+    """[n, E] or [E], see as_tensor -> [n, E] fp32. Raises: UserError at a vector that is zero, NaN
+    or infinite, and if the norm of all is far from those of training."""
     vectors = torch.atleast_2d(as_tensor(embeddings, where))
     check_width(vectors, adapter, where)
-    check_blocks(read_blocks(vectors, range(len(vectors))), adapter, where)
+    total_square = 0.0
+    for block in read_blocks(vectors, range(len(vectors))):
+        total_square += check_block(block, where)
+    check_norm_of_all(total_square, len(vectors), adapter, where)
     return vectors
 
 
-def check_blocks(blocks: Iterable[VectorBlock], adapter: Adapter, where: Path | str) -> None:
-    """Raises: UserError at a vector that is zero, NaN or infinite, and if the norm of all is far
-    from those of training."""
-    total_square = 0.0
-    num_vectors = 0
-    for block in blocks:
-        invalid = (~block.vectors.isfinite().all(1) | ~block.vectors.any(1)).nonzero()
-        if len(invalid):
-            name = block.name(int(invalid[0]))
-            raise UserError(f"{where}: {name} is zero, NaN or infinite; embed its text again")
-        total_square += block.vectors.double().square().sum().item()
-        num_vectors += len(block.row_ids)
+def check_block(block: VectorBlock, where: Path | str) -> float:
+    """The sum of the squared norms of its vectors. Raises: UserError at one that is zero, NaN or
+    infinite."""
+    invalid = (~block.vectors.isfinite().all(1) | ~block.vectors.any(1)).nonzero()
+    if len(invalid):
+        name = block.name(int(invalid[0]))
+        raise UserError(f"{where}: {name} is zero, NaN or infinite; embed its text again")
+    return block.vectors.double().square().sum().item()
+
+
+def check_norm_of_all(total_square: float, num_vectors: int, adapter: Adapter,
+                      where: Path | str) -> None:
+    """As check_norm, of vectors by the sum of their squared norms. No vectors pass."""
     if num_vectors:
         check_norm(adapter.norms, math.sqrt(total_square / num_vectors), where)
 
@@ -4418,14 +4457,16 @@ def open_inputs(cfg: Config, names: tuple[str, ...], num_soft_tokens: int,
     check_model_name(cfg.model.llm, "model.llm")
     if cfg.eval.samples:
         check_model_name(cfg.eval.bertscore_model, "eval.bertscore_model")
-    check_embedder_name(cfg.eval, choose_embedder(cfg.eval, {}))  # one that is set, at once
+    if cfg.eval.embedder is not None:  # at once, before the tables that may name another
+        check_embedder_name(cfg.eval, choose_embedder(cfg.eval, VectorOrigin()))
     check_report_packages(cfg.eval)
     prompt = Prompt(load_tokenizer(cfg.model.llm), cfg.model.template, stored_prompt)
     encoder = Encoder(prompt, num_soft_tokens, cfg.data.max_seq_length)
     splits = open_splits(cfg.data, drop_repeats(names), encoder)
     splits = name_origins(splits, cfg.data.embedder, trained or VectorOrigin())
     check_splits(splits, cfg.data.dir)
-    check_embedder_name(cfg.eval, choose_embedder(cfg.eval, splits))
+    origin = next(iter(splits.values())).origin
+    check_embedder_name(cfg.eval, choose_embedder(cfg.eval, origin))
     return splits
 
 
@@ -5295,6 +5336,15 @@ def embed_texts(model: SentenceTransformer, texts: list[str], **options: Any) ->
     return F.normalize(vectors.float().cpu(), dim=1)
 
 
+def check_embedder_width(model: SentenceTransformer, name: str, width: int) -> None:
+    """Raises: UserError if a model's vectors are narrower than those that it is to be compared
+    with. Wider ones are cut."""
+    full_width = model.get_embedding_dimension() or width
+    if full_width < width:
+        raise UserError(f"{name} makes vectors of width {full_width}, not of {width} as the "
+                        "table's; name the model that made these")
+
+
 def compare_embedder(name: str, bf16: bool, device: torch.device,
                      splits: dict[str, Split]) -> None:
     """Embed some texts of each split, as its table says, and compare with their stored vectors. The
@@ -5305,10 +5355,7 @@ def compare_embedder(name: str, bf16: bool, device: torch.device,
     for split_name, split in splits.items():
         origin = split.origin
         width = split.vectors.shape[1]
-        full_width = model.get_embedding_dimension() or width
-        if full_width < width:
-            raise UserError(f"eval.embedder: {name} makes vectors of width {full_width}, data.dir "
-                            f"has {width}")
+        check_embedder_width(model, f"eval.embedder: {name}", width)
         if origin.model and last_part(origin.model) != last_part(name):
             log.warning(f"eval.embedder = {name}: {split.table_path} says that {origin.model} made "
                         "its vectors")
@@ -5351,24 +5398,21 @@ def check_stored_vectors(name: str, vectors: Tensor, split_name: str, split: Spl
                     "stand in other rows' places; its consistency and MRR mean little")
 
 
-def choose_embedder(cfg: EvalConfig, splits: dict[str, Split]) -> str | None:
+def choose_embedder(cfg: EvalConfig, origin: VectorOrigin) -> str | None:
     """The model that embeds answers again: the one set, else the one that made the vectors, if it
     is known, else none."""
     if cfg.embedder == NO_EMBEDDER:
         return None
-    if cfg.embedder is not None:
-        return cfg.embedder
-    for split in splits.values():
-        if split.origin.model:
-            return split.origin.model
-    return None
+    return cfg.embedder or origin.model
 
 
 def check_embedder(cfg: EvalConfig, bf16: bool, device: torch.device,
                    splits: dict[str, Split]) -> None:
     """Compare the embedder that the report will use, on process 0. All processes take part. Raises:
     UserError."""
-    name = choose_embedder(cfg, splits)
+    # Where one split's origin names a model, all do: see name_origins.
+    origin = next(iter(splits.values())).origin
+    name = choose_embedder(cfg, origin)
     if cfg.samples and name:
         run_on_rank0(lambda: compare_embedder(name, bf16, device, splits))
 
@@ -5489,7 +5533,7 @@ def score(measured: Measured, references: list[str], split: Split, cfg: EvalConf
         scores = scores.join(pd.DataFrame(values_of, row_ids).add_suffix(suffix))
     del scorer
     free_memory()
-    name = choose_embedder(cfg, {"": split})
+    name = choose_embedder(cfg, split.origin)
     if name is None:
         return scores
 
@@ -6082,7 +6126,7 @@ def retry_after_seconds(header: str | None) -> float:
 
 # Answers about the vectors of a table, by the thousand
 
-REFUSALS_TO_STOP = 8  # of a server that has not answered anything
+REFUSALS_TO_STOP = 64  # in a row: then it is not the questions that are refused
 SOFT_TOKENS_AT_ONCE = 64  # vectors that the adapter reads at once, for a server
 NUM_OTHERS = 64  # vectors that an answer is compared with beside its own
 ANSWERS_SCORED_AT_ONCE = 32
@@ -6157,31 +6201,30 @@ class VectorServer:
     def answer(self, questions: Iterable[VectorQuestion], temperature: float, seed: int,
                goes_on: bool) -> Iterator[VectorAnswer]:
         """In the order of the questions, several at a time. An answer has a `refusal` where the
-        server refuses the question, but not while it has not answered any. Of a job that goes on,
-        the last few questions may all be refused. Raises: UserError if it refuses all, cannot be
-        reached, or does not read the soft tokens."""
+        server refuses the question. Refusals in a row are held back until an answer follows.
+        Raises: UserError if the server refuses REFUSALS_TO_STOP in a row, or all questions of a
+        job that does not go on, if it cannot be reached, or does not read the soft tokens."""
 
         def ask(sent: tuple[VectorQuestion, Tensor]) -> VectorAnswer:
             question, soft_tokens = sent
             return self._ask(question, soft_tokens, temperature, seed)
 
-        refused: list[VectorAnswer] = []  # before the first answer
-        has_answered = False
+        refused: list[VectorAnswer] = []  # since the last answer
+        has_answered = goes_on
         for answer in prefetch(ask, self._with_soft_tokens(questions), self.concurrency):
-            if answer.refusal and not has_answered:
+            if answer.refusal:
                 refused.append(answer)
                 if len(refused) == REFUSALS_TO_STOP:
                     break
-                continue
-            if not has_answered:
+            else:
                 has_answered = True
                 yield from refused
-            yield answer
-        if has_answered or not refused:
-            return
-        if len(refused) == REFUSALS_TO_STOP or not goes_on:
-            raise UserError(f"endpoint: {self.server.endpoint} refuses all: {refused[0].refusal}; "
-                            f"{self._advice()}")
+                refused = []
+                yield answer
+        if refused and (len(refused) == REFUSALS_TO_STOP or not has_answered):
+            raise UserError(
+                f"endpoint: {self.server.endpoint} refuses {len(refused)} questions in a row: "
+                f"{refused[0].refusal}; if it does not take prompt_embeds, {self._advice()}")
         yield from refused
 
     @torch.no_grad()
@@ -6234,7 +6277,9 @@ class AnswerScorer:
 
     def __init__(self, model: SentenceTransformer, origin: VectorOrigin, table: VectorTable,
                  row_ids: Sequence[int]):
-        """`origin` is of the table's vectors. Others are drawn from `row_ids`."""
+        """`origin` is of the table's vectors. Others are drawn from `row_ids`. Raises: UserError if
+        the model's vectors are narrower."""
+        check_embedder_width(model, "embedder: it", table.shape[1])
         limit_tokens(model, model.max_seq_length, origin.max_tokens)
         self.embed = functools.partial(
             embed_texts, model, truncate_dim=table.shape[1],
@@ -6301,8 +6346,6 @@ class AnswerFile:
 
 def check_is_job(path: Path, job_path: Path, job: Json) -> None:
     """Raises: UserError unless the answers at `path` are of this job."""
-    if not path.is_file():
-        raise UserError(f"out: {path} is a folder, not a file")
     if not job_path.exists():
         raise UserError(f"out: {path} exists, but no {job_path} says of which job; choose another "
                         "file")
@@ -6747,7 +6790,7 @@ class GenerateOptions(Table):
     embeddings: PathStr  # a .safetensors or .npy file of one table, or a .parquet file
     query: Queries  # about each vector, or several: 'query=["…", "…"]'; <EMB> in it is where the
     #   vector goes
-    column: str = "embedding"  # of a .parquet file: the vectors
+    column: str = VECTOR_COLUMN  # of a .parquet file: the vectors
     id: str | None = None  # of a .parquet file: a column that each answer carries
     rows: RowIds | None = None  # of the table: 'rows=[0, 7]'; none: all
     out: PathStr | None = None  # a file that answers are appended to; killed, the same command goes
@@ -6835,44 +6878,45 @@ def generate(options: GenerateOptions) -> None:
     for row_id in row_ids:
         if not 0 <= row_id < len(table):
             raise UserError(f"rows: no row {row_id}; the table has rows 0 to {len(table) - 1}")
-    origin = agree_on_origin({
-        "the adapter": adapter_origin(metadata, options.adapter), str(path): table_origin(path)})
+    origin = origin_of_table(path, metadata, options.adapter)
     trained = read_trained_llm(metadata, options.adapter)
     bf16 = trained.bf16 if options.bf16 is None else options.bf16
     scoring_model = choose_scoring_model(options, origin)
     vectors_hash = scan_rows(table, row_ids, adapter, path)  # before the first answer
 
-    start_distributed()
+    device = start_distributed()
     job = {
-        "adapter": weights_hash(adapter), "query": list(options.query), "id": options.id,
-        "bf16": bf16, "max_new_tokens": options.max_new_tokens,
-        "temperature": options.temperature, "seed": options.seed, "score": scoring_model,
+        "adapter": sha256_short(find_adapter(options.adapter).read_bytes()),
+        "query": list(options.query), "id": options.id, "bf16": bf16,
+        "max_new_tokens": options.max_new_tokens, "temperature": options.temperature,
+        "seed": options.seed, "score": scoring_model,
         "vectors": vectors_hash}  # last, as other ids make another hash
     num_questions = len(row_ids) * len(options.query)
     with opened_answers(options.out, job) as file:
-        first = run_on_rank0(lambda: file.num_answers if file else 0)
-        if first >= num_questions:
+        num_done = run_on_rank0(lambda: file.num_answers if file else 0)
+        if num_done >= num_questions:
             log.info(f"{options.out}: has all {num_questions} answers; nothing to do")
             return
-        if first:
-            log.info(f"{options.out}: has {first} of {num_questions} answers; going on")
+        if num_done:
+            log.info(f"{options.out}: has {num_done} of {num_questions} answers; going on")
         questions_from = functools.partial(vector_questions, table, row_ids, options.query)
+        scorer = None
+        if scoring_model:
+            scorer = keep_on_rank0(lambda: AnswerScorer(
+                load_embedder(scoring_model, bf16, device, "embedder"), origin, table, row_ids))
         if options.endpoint is None:
             zero = DeepSpeedConfig(zero_stage=options.zero_stage)
             elm = ELM.from_adapter(adapter, metadata, options.adapter, options.llm, bf16, zero)
-            answers = answer_by_llm(elm, questions_from, first, options.max_new_tokens,
+            answers = answer_by_llm(elm, questions_from, num_done, options.max_new_tokens,
                                     options.temperature, options.seed)
         else:
             server = make_vector_server(options, adapter, trained, bf16)
-            answers = server.answer(
-                questions_from(first), options.temperature, options.seed, goes_on=first > 0)
-        scorer = None
-        if scoring_model and rank() == 0:
-            model = load_embedder(scoring_model, bf16, find_device(), "embedder")
-            scorer = AnswerScorer(model, origin, table, row_ids)
-        write_answers(answers, scorer, file, options.id is not None, first, num_questions)
+            answers = server.answer(questions_from(num_done), options.temperature, options.seed,
+                                    goes_on=num_done > 0)
+        writer = AnswerWriter(file, scorer, has_ids=options.id is not None)
+        writer.write_all(answers, num_done, num_questions)
         if file is not None:
-            log.info(f"{options.out}: {num_questions} answers")
+            log.info(f"{options.out}: {num_questions} answers{writer.describe_refused()}")
 
 
 def check_generate_options(options: GenerateOptions) -> None:
@@ -6888,6 +6932,20 @@ def check_generate_options(options: GenerateOptions) -> None:
             raise UserError("zero_stage: is of the LLM in this process; leave it or endpoint out")
     elif options.served_model:
         raise UserError("served_model: is the name of a server's model; give its endpoint, too")
+    if options.out is not None:
+        path = Path(options.out)
+        if path.exists() and not path.is_file():
+            raise UserError(f"out: {path} is no regular file; name one")
+        check_can_write(path.parent, "out")
+
+
+def origin_of_table(path: Path, metadata: Json, adapter: str) -> VectorOrigin:
+    """As the table says, else as the adapter does, which was trained on vectors of one embedder.
+    Raises: UserError if they name different ones."""
+    origin = table_origin(path)
+    known = agree_on_origin({
+        "the adapter": adapter_origin(metadata, adapter), str(path): origin})
+    return origin if origin.model else known
 
 
 def choose_scoring_model(options: GenerateOptions, origin: VectorOrigin) -> str | None:
@@ -6901,24 +6959,26 @@ def choose_scoring_model(options: GenerateOptions, origin: VectorOrigin) -> str 
                         "vectors; name it by embedder=NAME")
     check_model_name(name, "embedder")
     import_optional("sentence_transformers")
+    if embedders_differ(VectorOrigin(model=name), origin):
+        log.warning(f"embedder = {name}: the vectors are of {origin.model}; cosines of vectors of "
+                    "two models mean nothing")
     return name
 
 
 def scan_rows(table: VectorTable, row_ids: Sequence[int], adapter: Adapter, path: Path) -> str:
-    """Read the vectors of rows once: a hash of row numbers, ids and first components. Says how many
-    ids repeat. Raises: UserError at a vector that cannot be read, and as check_blocks."""
+    """Read and check the vectors of rows once: returns a hash of row numbers, ids and vectors. Says
+    how many ids repeat. Raises: UserError at a vector that is missing, of another width, zero, NaN
+    or infinite, and if the norm of all is far from those of training."""
     digest = hashlib.sha256()
+    total_square = 0.0
     hashes_of_ids: list[np.ndarray] = []  # of their texts: Python's hashes of -1 and -2 are equal
-
-    def hashed_blocks() -> Iterator[VectorBlock]:
-        for block in read_blocks(table, row_ids):
-            digest.update(json.dumps([block.row_ids, block.ids]).encode())
-            digest.update(block.vectors[:, :8].contiguous().numpy().tobytes())
-            if block.ids is not None:
-                hashes_of_ids.append(np.array([hash(repr(own_id)) for own_id in block.ids]))
-            yield block
-
-    check_blocks(hashed_blocks(), adapter, path)
+    for block in read_blocks(table, row_ids):
+        total_square += check_block(block, path)
+        digest.update(json.dumps([block.row_ids, block.ids]).encode())
+        digest.update(block.vectors.contiguous().numpy())
+        if block.ids is not None:
+            hashes_of_ids.append(np.array([hash(repr(own_id)) for own_id in block.ids]))
+    check_norm_of_all(total_square, len(row_ids), adapter, path)
     if hashes_of_ids:
         num_ids = len(np.unique(np.concatenate(hashes_of_ids)))
         if num_ids < len(row_ids):
@@ -6932,18 +6992,15 @@ def opened_answers(out: str | None, job: Json) -> Iterator[AnswerFile | None]:
     """The file of answers, locked; None where there is none, and on other processes than 0. All
     processes take part. Raises: UserError; OSError."""
 
-    def claim() -> None:
+    def claim() -> AnswerFile:
         path = Path(out)
         with report_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
-        files.append(AnswerFile(path, job))
+        return AnswerFile(path, job)
 
-    files: list[AnswerFile] = []
     with contextlib.ExitStack() as stack:
-        if out is not None:
-            run_on_rank0(claim)
-        yield files[0] if files else None
+        yield None if out is None else keep_on_rank0(claim)
 
 
 def make_vector_server(options: GenerateOptions, adapter: Adapter, trained: TrainedLLM,
@@ -6953,43 +7010,84 @@ def make_vector_server(options: GenerateOptions, adapter: Adapter, trained: Trai
     prompt = Prompt(load_tokenizer(name, "llm"), trained.template, trained.template_parts)
     found = {TOKENIZER_HASH: prompt.ids_hash(), **adapter.settings}
     check_trained_for(trained.trained_for, found, f"{options.adapter}: {name}")
+    for query in options.query:
+        for token in prompt.tokenizer.added_tokens_decoder.values():
+            if token.content.strip() and token.content in query:
+                raise UserError(f"endpoint: a server takes {token.content} in a query for a "
+                                "control token; leave endpoint out, or the token")
     server = ChatServer(options.endpoint, options.served_model or name, trained.template,
                         options.max_new_tokens)
     dtype = torch.bfloat16 if bf16 else torch.float32
     return VectorServer(server, adapter.to(find_device()), prompt, dtype, options.concurrency)
 
 
-def write_answers(answers: Iterable[VectorAnswer], scorer: AnswerScorer | None,
-                  file: AnswerFile | None, has_ids: bool, first: int, total: int) -> None:
-    """Take the answers, on all processes, and write them, on process 0: to the file, else as lines
-    of the standard output. A bar shows how many of `total` there are, unless answers appear on the
-    same terminal; `first` are there already."""
-    has_bar = file is not None or not sys.stdout.isatty()
-    is_utf8 = str(sys.stdout.encoding).lower() == "utf-8"
-    has_refused = False
-    bar = contextlib.nullcontext()
-    if has_bar:
-        bar = progress(None, "answers", total=total, initial=first, unit="answer")
-    block_size = 1 if scorer is None else ANSWERS_SCORED_AT_ONCE
-    with bar as shown:
-        for block in in_blocks(answers, block_size):
-            if rank() > 0:
-                continue
-            scores = [{}] * len(block) if scorer is None else scorer.score(block)
-            entries = []
-            for answer, scores_of_answer in zip(block, scores, strict=True):
-                entries.append(describe_answer(answer, has_ids) | scores_of_answer)
-                if answer.refusal and not has_refused:
-                    has_refused = True
-                    log.warning("endpoint: the server refuses a question, which gets an error in "
-                                f"place of an answer; the others go on: {answer.refusal}")
-            if file is not None:
-                file.append(entries)
-            else:
-                for entry in entries:
-                    print(json.dumps(entry, ensure_ascii=not is_utf8), flush=True)
-            if shown is not None:
-                shown.update(len(block))
+class AnswerWriter:
+    """Scores answers and writes them, on process 0: to a file, else as lines of the standard
+    output."""
+
+    def __init__(self, file: AnswerFile | None, scorer: AnswerScorer | None, has_ids: bool):
+        self.file = file
+        self.scorer = scorer
+        self.has_ids = has_ids
+        self.num_refused = 0
+        self.is_utf8 = str(sys.stdout.encoding).lower() == "utf-8"
+
+    def write_all(self, answers: Iterator[VectorAnswer], num_done: int, total: int) -> None:
+        """Take the answers, on all processes, and write them. A bar shows how many of `total` there
+        are, unless answers appear on the same terminal; num_done are there already. Raises:
+        UserError of `answers`, after those before it are written; or if writing fails."""
+        is_mixed = self.file is None and sys.stdout.isatty()
+        options = {"disable": True} if is_mixed else {}
+        block_size = 1 if self.scorer is None else ANSWERS_SCORED_AT_ONCE
+        with progress(None, "answers", total=total, initial=num_done, unit="answer",
+                      **options) as bar:
+            for block in blocks_to_the_last(answers, block_size):
+                if rank() == 0:
+                    self._write(block)
+                    bar.update(len(block))
+
+    def _write(self, answers: list[VectorAnswer]) -> None:
+        scores: list[Json] = [{} for _ in answers]
+        if self.scorer is not None:
+            scores = self.scorer.score(answers)
+        entries = []
+        for answer, scores_of_answer in zip(answers, scores, strict=True):
+            entries.append(describe_answer(answer, self.has_ids) | scores_of_answer)
+            if answer.refusal:
+                self._count_refusal(answer.refusal)
+        if self.file is not None:
+            self.file.append(entries)
+            return
+        for entry in entries:
+            print(json.dumps(entry, ensure_ascii=not self.is_utf8), flush=True)
+
+    def _count_refusal(self, refusal: str) -> None:
+        if self.num_refused == 0:
+            log.warning("endpoint: the server refuses a question, which gets an error in place of "
+                        f"an answer; the others go on: {refusal}")
+        self.num_refused += 1
+
+    def describe_refused(self) -> str:
+        if self.num_refused == 0:
+            return ""
+        return f"; {self.num_refused} of the questions asked now were refused"
+
+
+def blocks_to_the_last(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    """As in_blocks; but the items before an error are a block, too. Raises: what `items` raises."""
+    block = []
+    try:
+        for item in items:
+            block.append(item)
+            if len(block) == size:
+                yield block
+                block = []
+    except UserError:
+        if block:
+            yield block
+        raise
+    if block:
+        yield block
 
 
 def describe_answer(answer: VectorAnswer, has_ids: bool) -> Json:
@@ -7098,6 +7196,7 @@ PLAIN_WORDS = {
     "Queries": "text or list of texts",
     "TaskNames": "list of texts", "ServerURL": "URL", "dict[str, Any]": "table",
     "TemplateArguments": "table", "elm.TemplateArguments": "table",
+    "VECTOR_COLUMN": '"embedding"', "elm.VECTOR_COLUMN": '"embedding"', "TEXT_COLUMN": '"text"',
     "TASKS": "all 13", "elm.TASKS": "all 13", "None": "none", "True": "true", "False": "false"}
 
 

@@ -111,6 +111,9 @@ def read_parquet_texts(path: Path, text_column: str) -> Iterator[SourceText]:
     for field in file.schema_arrow:
         if elm.is_integer_or_text(field.type):
             columns.append(field.name)
+        elif field.name in ("group", "split"):
+            raise UserError(f"{path}: its column {field.name} is of type {field.type}, not of "
+                            "integers or texts")
     if text_column not in columns:
         raise UserError(f"text_column: {text_column} of {path} is of type {column_type}, not of "
                         "texts")
@@ -317,7 +320,7 @@ def write_embeddings(model: SentenceTransformer, texts: Iterable[str], num_texts
 
 
 class ConvertOptions(Table):
-    column: str = "embedding"  # of a .parquet file: lists of floats
+    column: str = elm.VECTOR_COLUMN  # of a .parquet file: lists of floats
     model: PathStr | None = None  # the embedder that made the vectors; none: as the table says
     instruction: str | None = None  # with which it made them
     fp16: bool = False  # of the vectors, which are fp32 else
@@ -325,7 +328,8 @@ class ConvertOptions(Table):
 
 def convert(options: ConvertOptions, table_path: Path, out: Path) -> None:
     """Write a table of another format, or of another program, as one of elm's, in the same order.
-    Raises: OSError; UserError."""
+    Raises: OSError; UserError, also at a vector that is zero, NaN or infinite, or becomes so in
+    fp16."""
     check_places(table_path, out, "TABLE")
     check_is_safetensors(out)
     table = elm.open_table(table_path, "TABLE", options.column)
@@ -340,7 +344,9 @@ def convert(options: ConvertOptions, table_path: Path, out: Path) -> None:
     def read_vectors() -> Iterator[Tensor]:
         with elm.progress(None, "vectors", total=num_vectors, unit="vector") as bar:
             for block in elm.read_blocks(table, range(num_vectors)):
-                yield block.vectors.half() if options.fp16 else block.vectors
+                vectors = block.vectors.half() if options.fp16 else block.vectors
+                elm.check_block(block._replace(vectors=vectors.float()), table_path)
+                yield vectors
                 bar.update(len(block.row_ids))
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -610,7 +616,8 @@ def answer_rows(engine: elm.LLMEngine | elm.ServerEngine, rows: list[DraftRow],
 
 def answer_key(engine_name: str, row: DraftRow, attempt: int, options: SynthesizeOptions) -> str:
     """A hash of all that an answer depends on."""
-    settings = (engine_name, options.model, options.template, options.max_new_tokens,
+    model = options.served_model or options.model
+    settings = (engine_name, model, options.template, options.max_new_tokens,
                 options.temperature, options.seed)
     return elm.sha256_short(repr((settings, attempt, row.query, row.text)))
 

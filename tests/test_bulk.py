@@ -214,7 +214,7 @@ def test_a_file_of_no_job_is_refused(start, tmp_path):
     assert out.read_text() == "mine\n"
     Path(f"{out}.job").write_text("[")
     refused(f"^elm: {out}.job: is broken", *words)
-    refused(f"^elm: out: {tmp_path} is a folder, not a file$", *words, f"out={tmp_path}")
+    refused(f"^elm: out: {tmp_path} is no regular file; name one", *words, f"out={tmp_path}")
     refused(f"^elm: {out}/x: cannot be written .*: File exists$", *words, f"out={out}/x")
 
 
