@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from conftest import (
 from pyarrow import parquet
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
+from test_evaluation import make_embedder
 from tiny_server import decode_part
 
 import elm
@@ -215,7 +217,7 @@ def test_a_file_of_no_job_is_refused(start, tmp_path):
     Path(f"{out}.job").write_text("[")
     refused(f"^elm: {out}.job: is broken", *words)
     refused(f"^elm: out: {tmp_path} is no regular file; name one", *words, f"out={tmp_path}")
-    refused(f"^elm: {out}/x: cannot be written .*: File exists$", *words, f"out={out}/x")
+    refused(f"^elm: out: {out} is a file, not a folder", *words, f"out={out}/x")
 
 
 def test_two_commands_do_not_write_one_file(start, tmp_path):
@@ -616,10 +618,29 @@ def test_a_server_that_refuses_all_ends_the_command(start, start_server, tmp_pat
     server = start_server()
     server.refused_text = ""
     out = tmp_path / "answers.jsonl"
-    refused(f"^elm: endpoint: http://.*/v1 refuses all: .*maximum context.*; {HOW_TO_START}",
+    refused("^elm: endpoint: http://.*/v1 refuses [0-9]+ questions in a row: .*maximum context.*; "
+            f"if it does not take prompt_embeds, {HOW_TO_START}",
             *start, "query=Why?", f"rows={rows}", server.endpoint, f"out={out}", "concurrency=2")
     assert not out.exists()
-    assert server.num_asked.total() < 16
+
+
+def test_a_server_that_begins_to_refuse_all_ends_the_command(start, start_server, tmp_path,
+                                                              monkeypatch):
+    """As one that was started again without its flag. What it refused is asked again."""
+    monkeypatch.setattr(elm, "REFUSALS_TO_STOP", 4)
+    server = start_server()
+    out = tmp_path / "answers.jsonl"
+    words = [*start, "query=Why?", server.endpoint, "concurrency=1"]
+    whole = ask(tmp_path / "whole", *words)
+    assert len(whole) > 6
+    lines = Path(tmp_path / "whole").read_text().splitlines(keepends=True)
+    ask(out, *words)
+    out.write_text("".join(lines[:2]))
+    server.refused_text = ""
+    refused("refuses 4 questions in a row", *words, f"out={out}")
+    assert out.read_text() == "".join(lines[:2])
+    server.refused_text = None
+    assert ask(out, *words) == whole
 
 
 def test_a_job_whose_last_question_is_refused_ends(start, start_server, tmp_path):
@@ -752,7 +773,7 @@ def test_empty_answers_and_refused_questions(model, vectors, files, start, start
                                              tmp_path):
     """An answer of no words is about nothing; of a refused question there is no score."""
     embedder = elm.load_embedder(EMBEDDER, False, CPU)
-    table = elm.open_table(files / "vectors.safetensors", "embeddings", "", None)
+    table = elm.open_table(files / "vectors.safetensors", "embeddings", elm.VECTOR_COLUMN)
     scorer = elm.AnswerScorer(embedder, elm.VectorOrigin(), table, range(NUM_ROWS))
     questions = list(elm.vector_questions(table, [4, 5, 6, 7], ["Why?"], 0))
     texts = ["", " \n", "They study polymers.", ""]
@@ -771,6 +792,29 @@ def test_empty_answers_and_refused_questions(model, vectors, files, start, start
     after = printed(capsys, *words, "score=true")
     assert list(after[1]) == ["row", "query", "error"]
     assert [after[0], after[2]] == [before[0], before[2]]
+
+
+def test_scored_answers_before_an_error_are_kept(start, start_server, tmp_path, monkeypatch):
+    """Though they are scored by 32."""
+    monkeypatch.setattr(elm, "SERVER_RETRIES", 0)
+    server = start_server()
+    words = [*start, "query=Why?", "score=true", server.endpoint, "concurrency=1"]
+    whole = ask(tmp_path / "whole", *words)
+    server.dies_at = len(server.bodies) + 3
+    out = tmp_path / "answers.jsonl"
+    refused("endpoint: .*", *words, f"out={out}")
+    assert read_jsonl(out) == whole[:3]
+
+
+def test_an_embedder_of_another_model_is_told(start, tmp_path):
+    """A narrower one is refused before the first answer."""
+    words = [*start, "query=Why?", "rows=[0]"]
+    shutil.copytree(EMBEDDER, tmp_path / "other")
+    code, said = command(*words, f"embedder={tmp_path / 'other'}")
+    assert code == 0
+    assert "other: the vectors are of" in said and "mean nothing" in said
+    refused("^elm: embedder: it makes vectors of width 32, not of 128", *words,
+            f"embedder={make_embedder(tmp_path / 'narrow', 32)}")
 
 
 def test_a_file_of_scored_answers_goes_on(start, tmp_path):

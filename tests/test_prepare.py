@@ -368,6 +368,9 @@ def test_texts_of_a_parquet_file(tmp_path):
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     columns["split"] = pa.array(columns["split"], pa.string())
     columns["group"] = pa.array(columns["group"]).dictionary_encode()
+    columns["nothing"] = pa.nulls(6)
+    for row in rows:
+        row["nothing"] = None
     columns["body"] = columns.pop("text")
     columns["embedding"] = [[0.1, 0.2]] * 6
     path = write_parquet(tmp_path / "texts.parquet", columns, row_group_size=4)
@@ -392,6 +395,13 @@ def test_bad_texts_of_a_parquet_file(tmp_path):
                    "text_column=n")
     assert_refused("x.parquet: row 2: not a text, or an empty one", "embed", path, out,
                    "text_column=body")
+    # Of pandas, where one of some whole numbers is missing.
+    floats = write_parquet(tmp_path / "f.parquet", {"text": ["a", "b"], "group": [1.0, None]})
+    assert_refused("its column group is of type double, not of integers", "embed", floats, out)
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    assert_refused("text_column: .* has several columns 'text'", "embed",
+                   tmp_path / "twice.parquet", out)
     empty = write_parquet(tmp_path / "empty.parquet", {"text": pa.array([], pa.string())})
     assert_refused("empty.parquet: is empty", "embed", empty, out)
     torn = tmp_path / "torn.parquet"
@@ -415,7 +425,8 @@ def test_convert_brings_vectors_of_other_programs(tmp_path, suffix):
     else:
         save_file({"any": torch.from_numpy(vectors)}, path, {"embed": '{"model": "old"}'})
     out = tmp_path / "mine" / "embeddings" / "train_embeddings.safetensors"
-    options = ["column=v", "model=all/MiniLM", "instruction=Find it"]
+    column = ["column=v"] if suffix == "parquet" else []
+    options = [*column, "model=all/MiniLM", "instruction=Find it"]
     assert run_prepare("convert", path, out, *options)[0] == 0
     table = elm.open_vectors(out)
     assert table.dtype == torch.float32
@@ -423,7 +434,7 @@ def test_convert_brings_vectors_of_other_programs(tmp_path, suffix):
     assert elm.table_origin(out) == elm.VectorOrigin(model="all/MiniLM", instruction="Find it")
 
     half = tmp_path / "half.safetensors"
-    _, printed = run_prepare("convert", path, half, "column=v", "fp16=true")
+    _, printed = run_prepare("convert", path, half, *column, "fp16=true")
     assert torch.equal(elm.open_vectors(half), torch.from_numpy(vectors).half())
     name = "old" if suffix == "safetensors" else None
     assert elm.table_origin(half).model == name
@@ -435,6 +446,11 @@ def test_bad_input_of_convert(tmp_path):
     columns = {"embedding": [[1.0, 2.0], None, [1.0]], "t": [1, 2, 3]}
     path = write_parquet(tmp_path / "x.parquet", columns)
     assert_refused("x.parquet: row 1 has no vector", "convert", path, out)
+    large = tmp_path / "large.npy"
+    np.save(large, np.array([[1.0, 2.0], [1e5, 2.0]], np.float32))
+    assert_refused("large.npy: row 1 is zero, NaN or infinite", "convert", large, out, "fp16=true")
+    assert_refused("column: .*only a .parquet", "convert", large, out, "column=t")
+    large.unlink()
     assert_refused("column: t of .* is of type int64", "convert", path, out, "column=t")
     assert_refused("instruction: .*give model=NAME", "convert", path, out, "instruction=x")
     assert_refused("written as safetensors", "convert", path, tmp_path / "out.npy")

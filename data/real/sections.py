@@ -56,9 +56,15 @@ def read_sections(split: str) -> dict[int, str]:
     return sections
 
 
-def read_answers(path: str) -> list[elm.Json]:
+def read_answers(path: str) -> dict[int, elm.Json]:
+    """By row, but for those that a server refused. One question was asked."""
+    answers = {}
     with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+        for line in f:
+            entry = json.loads(line)
+            if "answer" in entry:
+                answers[entry["row"]] = entry
+    return answers
 
 
 def name_sections(answers: list[elm.Json], sections: list[str], embedder: str) -> list[str]:
@@ -71,7 +77,10 @@ def name_sections(answers: list[elm.Json], sections: list[str], embedder: str) -
 
 def trust(answers_path: str, embedder: str) -> None:
     section_of = read_sections("test")
-    answers = [answer for answer in read_answers(answers_path) if answer["row"] in section_of]
+    answers = []
+    for row, answer in read_answers(answers_path).items():
+        if row in section_of:
+            answers.append(answer)
     named = name_sections(answers, sorted(NAMES), embedder)
     is_wrong = np.array([name != section_of[answer["row"]]
                          for name, answer in zip(named, answers, strict=True)])
@@ -79,6 +88,8 @@ def trust(answers_path: str, embedder: str) -> None:
     others = np.array([answer["consistency_others"] for answer in answers])
     num_least = round(len(answers) / 10)
     print(f"{len(answers)} answers, {is_wrong.sum()} of another section ({is_wrong.mean():.2f})")
+    if not is_wrong.any():
+        return
     orders = {
         "least consistency": own,
         "greatest consistency_others": -others,
@@ -131,7 +142,8 @@ def write_means(path: str) -> None:
 
 def subjects(answers_path: str, embedder: str, means_path: str) -> None:
     table = pq.read_table(means_path, columns=["group", "section", "purity", "size"]).to_pylist()
-    answers = read_answers(answers_path)
+    answer_of_row = read_answers(answers_path)
+    answers = [answer_of_row[i] for i in range(len(table))]
     sections = sorted({row["section"] for row in table if row["group"].startswith("section")})
     named = name_sections(answers, sections, embedder)
     num_right: Counter[str] = Counter()
