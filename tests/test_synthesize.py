@@ -1,5 +1,6 @@
 """synthesize: from texts alone to a trained adapter, on the embedded default; servers that fail."""
 
+import contextlib
 import email.utils
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import make
 import prepare
 import pytest
 import torch
-from conftest import CPU, ROOT, read_jsonl, rows_path, vectors_path
+from conftest import CPU, ROOT, free_port, read_jsonl, refused, rows_path, vectors_path
 from test_prepare import TINY, assert_refused, names_in, run_prepare
 
 import elm
@@ -599,6 +601,43 @@ def test_a_full_disk_loses_nothing_and_other_texts_keep_the_answers(
     asked_again = [message for message in before if server.num_asked[message] > before[message]]
     assert len(asked_again) <= 4  # those on their way
     assert there == synthesize(source, tmp_path / "whole", "tasks=all")
+
+
+@pytest.fixture(scope="module")
+def transformers_server():
+    """`transformers serve` of the tiny LLM, in fp32."""
+    port = free_port()
+    words = [Path(sys.executable).parent / "transformers", "serve", TINY / "llm",
+             "--dtype", "float32", "--device", "cpu", "--port", port]
+    process = subprocess.Popen(
+        [str(word) for word in words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://localhost:{port}/v1"
+    deadline = time.monotonic() + 300
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/models"):
+            break
+        time.sleep(0.5)
+    yield f"endpoint={address}"
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_transformers_serve_answers_as_this_process(texts, tmp_path, transformers_server):
+    there = synthesize(texts, tmp_path / "there", transformers_server, "tasks=2", "concurrency=4")
+    assert there == synthesize(texts, tmp_path / "here", "tasks=2")
+
+
+@pytest.mark.slow
+def test_transformers_serve_leaves_soft_tokens_out(tmp_path, transformers_server):
+    """It answers with status 200, and is found out by the number of tokens."""
+    vectors = elm.open_vectors(TINY / "embeddings" / "test_embeddings.safetensors")
+    adapter = tmp_path / "adapter.safetensors"
+    elm.ELM.create(str(TINY / "llm"), vectors, bf16=False, hidden_dim=8).save(adapter)
+    table = f"embeddings={TINY / 'embeddings' / 'test_embeddings.safetensors'}"
+    refused("endpoint: .* reads a prompt of .* tokens, not of ", "generate", f"adapter={adapter}",
+            table, "query=Why?", "rows=[0]", transformers_server)
 
 
 # -----------------------------------------------------------------------------
