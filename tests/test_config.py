@@ -134,7 +134,7 @@ def test_an_empty_text_is_given_in_quotes():
     overrides = ["adapter=a", "embeddings=b"]
     for query in ("query=''", 'query=""'):
         options = elm.load_config(None, [*overrides, query], elm.GenerateOptions)
-        assert options.query == ""
+        assert options.query == ("",)
 
 
 def test_the_file_of_a_sweep_is_no_trainings():

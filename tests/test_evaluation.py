@@ -1221,7 +1221,7 @@ def test_bad_input_of_eval(trained, tmp_path):
         (r"data.dir: test: \[10, 12\], but the adapter reads \[n, 8\]", f"adapter={narrow}"),
         (r"the vectors' norm was 3\.", f"data.dir={far}"),
         ("llm2: hash of the LLM's weights was .* in training", f"model.llm={other_llm}"),
-        ("eval.embedder: .* makes vectors of width 8, data.dir has 12", f"eval.embedder={thin}"),
+        ("eval.embedder: .* makes vectors of width 8, not of 12", f"eval.embedder={thin}"),
     ):
         words = [*settings, f"adapter={folder}", f"report_dir={new}", *more]
         refused(message, "eval", NO_TABLES, *words)

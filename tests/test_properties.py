@@ -136,7 +136,7 @@ def test_shuffled_vectors(source_ids):
     index = np.zeros(len(source_ids), elm.ROW_INDEX)
     index["source_id"] = source_ids
     split = elm.Split(
-        path=Path("rows.jsonl"), index=index, table_path=Path("table"), origin=elm.TableOrigin(),
+        path=Path("rows.jsonl"), index=index, table_path=Path("table"), origin=elm.VectorOrigin(),
         vectors=torch.ones(31, 4), sources=np.unique(source_ids), statistics={},
         counts=Counter(), tasks=elm.TASKS, encoder=elm.Encoder(PROMPT, 1, 256))  # fmt: skip
     other = elm.shuffled_vectors(split)
