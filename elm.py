@@ -6024,6 +6024,8 @@ class ChatServer:
         with user_error(where, self._openai.OpenAIError, ValueError):
             try:
                 reply = self._complete(content, seed, temperature)
+            except self._openai.APIConnectionError as e:  # of the last try, or a timeout
+                raise UserError(f"{where}: {clip(str(e))} Does a server run there?") from None
             except self._openai.NotFoundError as e:
                 raise UserError(
                     f"{where}: {clip(str(e))}; is {self.model} the server's name of the model "

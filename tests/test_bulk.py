@@ -702,8 +702,8 @@ def test_lost_connections_are_retried(start, start_server, capsys):
 
 
 def test_a_server_that_is_not_there_is_told(start, give_up_at_once):
-    refused("^elm: endpoint: http://127.0.0.1:9/v1 about row 0: Connection error", *start,
-            "query=Why?", "rows=[0]", "endpoint=http://127.0.0.1:9/v1")
+    refused("^elm: endpoint: http://127.0.0.1:9/v1 about row 0: Connection error. Does a server",
+            *start, "query=Why?", "rows=[0]", "endpoint=http://127.0.0.1:9/v1")
 
 
 # -----------------------------------------------------------------------------
