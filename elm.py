@@ -811,6 +811,15 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
+def least_of_all(number: int) -> int:
+    """The least of the processes' numbers. All take part."""
+    if world_size() == 1:
+        return number
+    least = torch.tensor(number)
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    return int(least)
+
+
 def broadcast_from_rank0(x: Tensor) -> Tensor:
     """Return process 0's x. All processes take part."""
     if world_size() == 1:
@@ -2668,6 +2677,32 @@ def count_parameters(model: nn.Module) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
+def memory_beside_weights(llm: PreTrainedModel) -> float:
+    """Bytes of the LLM's GPU that its weights leave: of the whole card, not of what is free at the
+    moment, so that no report depends on other users of the card. Infinite on a CPU."""
+    if llm.device.type != "cuda":
+        return math.inf
+    weights = count_parameters(llm) * llm.dtype.itemsize
+    if is_partitioned(llm):
+        weights /= world_size()
+    return torch.cuda.get_device_properties(llm.device).total_memory - weights
+
+
+def bytes_of_a_token(llm: PreTrainedModel) -> int:
+    """That a pass without a gradient holds at once, its logits aside: the hidden states of one
+    layer, the widest those of its MLP."""
+    return 16 * llm.config.get_text_config().hidden_size * llm.dtype.itemsize
+
+
+def bytes_of_a_cached_token(llm: PreTrainedModel) -> int:
+    """Keys and values of all layers. Layers with sliding windows hold fewer tokens: for them it is
+    a bound."""
+    config = llm.config.get_text_config()
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * num_heads * head_dim * llm.dtype.itemsize
+
+
 def max_positions(llm: PreTrainedModel) -> int:
     """The LLM's maximum context length, in tokens; with LongRoPE longrope_length."""
     limit = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
@@ -2997,12 +3032,46 @@ def choose_sampling(options: Json) -> Json:
     return chosen
 
 
+# Answers that are generated at once, at most.
+GENERATION_BATCH = {"cpu": 16, "cuda": 256}
+# Tokens that the LLM reads at once where no gradient is needed, at most.
+TOKENS_AT_ONCE = 32768
+
+
 def generate_batch(llm: PreTrainedModel, prompt: Prompt, prompt_embeds: list[Tensor],
                    max_new_tokens: int, synced_gpus: bool = False,
                    **options: Any) -> list[Answer]:
-    """n prompts [T, D] of any lengths -> n answers; greedy, unless `options` of the LLM's own
-    `generate` say otherwise, see choose_sampling. Raises: UserError if a prompt leaves no room for
-    an answer, or if transformers refuses an option."""
+    """n prompts [T, D] of any lengths -> n answers, on a GPU as many at once as its memory holds;
+    greedy, unless `options` of the LLM's own `generate` say otherwise, see choose_sampling. Raises:
+    UserError if a prompt leaves no room for an answer, or if transformers refuses an option."""
+    longest = max(map(len, prompt_embeds))
+    size = answers_at_once(llm, longest, max_new_tokens)
+    if synced_gpus:
+        size = least_of_all(size)
+    answers = []
+    for part in in_blocks(prompt_embeds, size):
+        answers += generate_at_once(llm, prompt, part, max_new_tokens, synced_gpus, **options)
+    return answers
+
+
+def answers_at_once(llm: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int) -> int:
+    """How many fit into the LLM's memory. Keys and values take half of what the weights leave, the
+    pass over the prompts and the logits some of the other half."""
+    most = GENERATION_BATCH[llm.device.type]
+    num_tokens = num_prompt_tokens + max_new_tokens
+    by_cache = memory_beside_weights(llm) / 2 / (num_tokens * bytes_of_a_cached_token(llm))
+    by_prompts = tokens_at_once(llm) / num_prompt_tokens
+    return max(1, int(min(most, by_cache, by_prompts)))
+
+
+def tokens_at_once(llm: PreTrainedModel) -> float:
+    """Tokens of a pass without a gradient: in a quarter of what the weights leave."""
+    return min(TOKENS_AT_ONCE, memory_beside_weights(llm) / 4 / bytes_of_a_token(llm))
+
+
+def generate_at_once(llm: PreTrainedModel, prompt: Prompt, prompt_embeds: list[Tensor],
+                     max_new_tokens: int, synced_gpus: bool, **options: Any) -> list[Answer]:
+    """See generate_batch."""
     from transformers import GenerationConfig
 
     longest_prompt = max(prompt_embeds, key=len)
@@ -3056,10 +3125,6 @@ def decode_answers(ids_of_answers: list[list[int]], ends: set[int],
 
 # -----------------------------------------------------------------------------
 # ELM
-
-# Answers that are generated at once.
-GENERATION_BATCH = {"cpu": 16, "cuda": 64}
-
 
 class ELM(nn.Module):
     """A frozen LLM and the adapter that lets it read vectors. Several threads may use one; it can
@@ -3231,7 +3296,7 @@ class ELM(nn.Module):
         fp32."""
         hidden = hidden.index_select(0, batch.label_positions - 1)
         vocab_size = self.llm.config.get_text_config().vocab_size
-        num_chunks = math.ceil(len(hidden) * vocab_size / MAX_LOGITS_AT_ONCE[hidden.device.type])
+        num_chunks = math.ceil(len(hidden) * vocab_size / logits_at_once(self.llm))
         if self.lockstep:  # ZeRO 3 gathers the head for each chunk: equally often on every process
             most = torch.tensor(num_chunks)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
@@ -3489,8 +3554,15 @@ def check_packed_equals_alone(packed: float, alone: float, tolerance: float,
 #        + drift_weight * (summed drift of all rows) / (number of rows),
 # each sum and number over all micro-batches and processes of the step: never a mean of means.
 
-# Logits that exist at once, in the cross-entropy.
-MAX_LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**25}
+# Logits that exist at once in the cross-entropy, at most.
+MAX_LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
+BYTES_OF_A_LOGIT = 10  # itself in bf16, its copy and its log-probability in fp32
+
+
+def logits_at_once(llm: PreTrainedModel) -> float:
+    """In an eighth of what the weights leave of a GPU's memory."""
+    most = MAX_LOGITS_AT_ONCE[llm.device.type]
+    return min(most, memory_beside_weights(llm) / 8 / BYTES_OF_A_LOGIT)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -4946,9 +5018,8 @@ def train(cfg: Config) -> Json:
 # row's own text; answers by the first two, the nearest answer of train, and their scores. measure()
 # needs the LLM, score() the answers alone, write_report() the scores.
 
-# A batch has this many rows, fewer if they could have more than EVAL_BATCH_TOKENS.
-EVAL_BATCH_ROWS = 16
-EVAL_BATCH_TOKENS = 32768
+# Rows whose losses are computed at once, at most.
+EVAL_BATCH_ROWS = {"cpu": 16, "cuda": 64}
 EMBEDDER_CHECK_TEXTS = 32  # texts of each split whose vectors are compared with the stored ones
 NO_EMBEDDER = "off"  # in the place of an embedder's name
 QUERIES_AT_ONCE = 8192  # vectors whose nearest ones are found in one reading of the table of train
@@ -5016,12 +5087,19 @@ def losses_by_texts(elm: ELM, split: Split, texts: Texts) -> RowLosses:
     return evaluate_nll(elm, split, np.flatnonzero(texts.row_ids != NO_ROW), load)
 
 
+def rows_at_once(elm: ELM, max_tokens: int) -> int:
+    """Rows of an evaluation, if each may have max_tokens. The same on all processes, which all take
+    part."""
+    most = EVAL_BATCH_ROWS[elm.device.type]
+    return least_of_all(max(1, int(min(most, tokens_at_once(elm.llm) / max_tokens))))
+
+
 @torch.no_grad()
 def evaluate_nll(elm: ELM, split: Split, row_ids: np.ndarray,
                  load: Callable[[np.ndarray], EvalBatch]) -> RowLosses:
     """The losses of these rows of a split, of which `load` makes batches. All processes take part;
     the result is the same for any number of them."""
-    size = max(1, min(EVAL_BATCH_ROWS, EVAL_BATCH_TOKENS // split.encoder.max_tokens))
+    size = rows_at_once(elm, split.encoder.max_tokens)
     blocks = [np.array(block) for block in in_blocks(row_ids, size)]
 
     def load_own(first: int) -> EvalBatch:

@@ -28,23 +28,32 @@ def make_parts(tmp_path, kind="qwen3", bf16=True, **shape):
     return build_elm(folder, split, "cuda", bf16), split, folder
 
 
+def relative_error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
 @pytest.mark.parametrize("head_dim", [8, 64, 128, 256])
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma3_text"])
-@pytest.mark.parametrize("recomputed", [0, 2])
-def test_packed_rows_agree_with_the_naive_reference(tmp_path, kind, head_dim, recomputed):
-    """In fp32 by segments to 1e-4, in bf16 by varlen_attn to what bf16 can hold; Gemma's layers
-    have sliding windows."""
+def test_packed_rows_agree_with_the_naive_reference(tmp_path, kind, head_dim):
+    """In fp32 by segments to 1e-4; in bf16 by varlen_attn with at most twice the error that the
+    naive loop itself has in bf16. Gemma's layers have sliding windows."""
     rows = np.arange(12)
-    naive, split, folder = make_parts(tmp_path, kind, False, head_dim=head_dim)
-    loss, gradient = naive_step(naive.llm, naive.adapter, [token_rows(split, rows)])
-    for bf16, tolerance in ((False, 1e-4), (True, 5e-2)):
-        model = build_elm(folder, split, "cuda", bf16)
-        elm.check_llm(model)
-        elm.recompute_layers(model.llm, recomputed / 2)
-        for budget in (100_000, 150):
-            found, at_adapter, _ = elm_step(model, split, rows, budget)
-            assert abs(found - loss) / loss < tolerance
-            assert (at_adapter - gradient).norm() / gradient.norm() < tolerance
+    exact, split, folder = make_parts(tmp_path, kind, False, head_dim=head_dim)
+    examples = token_rows(split, rows)
+    loss, gradient = naive_step(exact.llm, exact.adapter, [examples])
+    rounded = build_elm(folder, split, "cuda", bf16=True)
+    _, rounded_gradient = naive_step(rounded.llm, rounded.adapter, [examples])
+    own_error = relative_error(rounded_gradient, gradient)
+    assert 0 < own_error < 0.2
+    for bf16, loss_tolerance, tolerance in ((False, 1e-4, 1e-4), (True, 1e-2, 2 * own_error)):
+        for share in (0, 1):
+            model = build_elm(folder, split, "cuda", bf16)
+            elm.check_llm(model)
+            elm.recompute_layers(model.llm, share)
+            for budget in (100_000, 150):
+                found, at_adapter, _ = elm_step(model, split, rows, budget)
+                assert found == pytest.approx(loss, rel=loss_tolerance)
+                assert relative_error(at_adapter, gradient) < tolerance
 
 
 def test_a_step_waits_for_the_device_once(tmp_path):

@@ -458,6 +458,71 @@ def test_generation_is_the_same_in_batches_and_from_prompt_embeds(parts):
         assert tok.batch_decode(out, skip_special_tokens=True) == [answer]
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2", "gemma"])
+@torch.no_grad()
+def test_a_cached_token_has_the_bytes_that_a_cache_holds(tmp_path, kind):
+    llm = elm.load_llm(str(make_llm(tmp_path / "llm", kind)), CPU, bf16=True)
+    cache = llm(torch.zeros(1, 7, dtype=torch.long), use_cache=True).past_key_values
+    num_bytes = 0
+    for layer in cache.layers:
+        num_bytes += layer.keys.nbytes + layer.values.nbytes
+    assert num_bytes == 7 * elm.bytes_of_a_cached_token(llm)
+
+
+def test_answers_are_given_as_many_at_once_as_memory_holds(plain, monkeypatch):
+    model, split = plain
+    queries = [f"What? {i * 'x'}" for i in range(7)]
+    together = model.generate(split.vectors[:7], queries, 12)
+    num_prompt_tokens = max(map(len, model.prompt_embeds(split.vectors[:7], queries)))
+    bytes_of_an_answer = (num_prompt_tokens + 12) * elm.bytes_of_a_cached_token(model.llm)
+    sizes = []
+    own_generate = model.llm.generate
+
+    def counted(**options):
+        sizes.append(len(options["inputs_embeds"]))
+        return own_generate(**options)
+
+    monkeypatch.setattr(model.llm, "generate", counted)
+    for num_fitting, expected in ((3.5, [3, 3, 1]), (0.1, [1] * 7), (100, [7])):
+        beside = 2 * num_fitting * bytes_of_an_answer
+        monkeypatch.setattr(elm, "memory_beside_weights", lambda llm, beside=beside: beside)
+        # Only what is cached is to matter here.
+        monkeypatch.setattr(elm, "tokens_at_once", lambda llm: math.inf)
+        sizes.clear()
+        assert model.generate(split.vectors[:7], queries, 12) == together
+        assert sizes == expected
+
+
+def test_prompts_are_read_as_many_at_once_as_memory_holds(plain, monkeypatch):
+    model, _ = plain
+    bytes_of_a_token = elm.bytes_of_a_token(model.llm)
+    assert elm.answers_at_once(model.llm, 100, 50) == elm.GENERATION_BATCH["cpu"]
+    monkeypatch.setattr(elm, "memory_beside_weights", lambda llm: 4 * 350 * bytes_of_a_token)
+    assert elm.tokens_at_once(model.llm) == 350
+    assert elm.answers_at_once(model.llm, 100, 1) == 3
+    assert elm.rows_at_once(model, 100) == 3
+    assert elm.rows_at_once(model, 10) == elm.EVAL_BATCH_ROWS["cpu"]
+    assert elm.rows_at_once(model, 1000) == 1
+
+
+@torch.no_grad()
+def test_little_memory_changes_no_loss(plain, monkeypatch):
+    """Rows at once, and logits at once."""
+    model, split = plain
+    vector_ids = split.index["vector_id"]
+    expected = elm.losses_by_vectors(model, split, vector_ids)
+    for num_rows, num_logits in ((1, 2**24), (7, 2**24), (16, 3000), (3, 3000)):
+        monkeypatch.setattr(elm, "EVAL_BATCH_ROWS", {"cpu": num_rows})
+        beside = 8 * elm.BYTES_OF_A_LOGIT * num_logits
+        monkeypatch.setattr(elm, "memory_beside_weights", lambda llm, beside=beside: beside)
+        monkeypatch.setattr(elm, "tokens_at_once", lambda llm: math.inf)
+        assert elm.rows_at_once(model, 256) == num_rows
+        assert elm.logits_at_once(model.llm) == num_logits
+        found = elm.losses_by_vectors(model, split, vector_ids)
+        np.testing.assert_allclose(found.nll, expected.nll, rtol=1e-6)
+        np.testing.assert_array_equal(found.num_tokens, expected.num_tokens)
+
+
 @torch.no_grad()
 def test_prompt_embeds_are_what_training_reads(parts):
     """Followed by the answer's embeddings, through the LLM as it is: the loss of the row."""
