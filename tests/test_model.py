@@ -387,6 +387,75 @@ def test_recomputation_is_as_configured(plain):
         assert sum("forward" in vars(m) for m in model.llm.modules()) == num_layers
 
 
+def bytes_kept(function) -> int:
+    """Of all storages that autograd keeps for the backward pass of what `function` returns."""
+    storages = {}
+    tensors = []  # alive, so that no address is used twice
+
+    def pack(tensor):
+        tensors.append(tensor)
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind, num_modules", [
+    ("qwen3", 11),  # of two layers: four norms and an MLP each, and the last norm
+    ("llama", 7),
+    ("gemma3_text", 15),
+    pytest.param("gemma2", 11, marks=pytest.mark.slow),
+    pytest.param("granite", 7, marks=pytest.mark.slow),
+    pytest.param("cohere", 2, marks=pytest.mark.slow),  # a LayerNorm of its own form
+    ("gpt2", 0),
+])
+def test_layers_that_keep_less_give_the_same(tmp_path, data_dir, kind, num_modules, bf16):
+    """The loss to the bit; gradients as far as the order of sums allows."""
+    split = open_train(data_dir, PROMPT, 2)
+    model = build_elm(make_llm(tmp_path / "llm", kind), split, bf16=bf16)
+    batch = elm.collate(split.examples(range(12)))
+    soft_tokens = torch.zeros(12, 2, 32, requires_grad=True)
+    rows = np.arange(12)
+    expected_loss, expected, _ = elm_step(model, split, rows, 1000)
+    kept = bytes_kept(lambda: model.forward_hidden(batch, soft_tokens))
+    assert elm.keep_less(model.llm) == num_modules
+    loss, gradient, _ = elm_step(model, split, rows, 1000)
+    assert loss == expected_loss
+    error = ((gradient - expected).norm() / expected.norm()).item()
+    assert error < (2e-3 if bf16 else 1e-6)
+    kept_now = bytes_kept(lambda: model.forward_hidden(batch, soft_tokens))
+    if num_modules > 2:  # in fp32 the input of a norm is no smaller
+        assert kept_now < (0.9 if bf16 else 1.0) * kept
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("is_gemma", [False, True])
+def test_the_gradient_of_a_lean_norm_is_that_of_its_formula_in_fp64(dtype, tolerance, is_gemma):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(5, 64)).to(dtype).requires_grad_()
+    weight = torch.randn(64).to(dtype)
+    scale = 1.0 + weight.float() if is_gemma else weight
+    upstream = torch.randn(5, 64).to(dtype)
+    (found,) = torch.autograd.grad(elm.FrozenNorm.apply(x, scale, 1e-6), x, upstream)
+    exact = x.detach().double().requires_grad_()
+    normalised = exact / (exact.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    (expected,) = torch.autograd.grad(scale.double() * normalised, exact, upstream.double())
+    assert (found - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh", "relu"])
+def test_the_gradient_of_a_gated_product_is_right(name):
+    torch.manual_seed(0)
+    activation = transformers.activations.ACT2FN[name]
+    gate = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    up = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda a, b: elm.GatedProduct.apply(a, b, activation), (gate, up))
+
+
 def test_a_trial_pass_says_whether_memory_suffices(plain, monkeypatch):
     """It leaves gradients alone."""
     model, _ = plain
