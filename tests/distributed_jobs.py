@@ -141,6 +141,34 @@ def traffic(folder: str, *words: str) -> int:
     return code
 
 
+def persistent_gathers(folder: str, kind: str, *words: str) -> int:
+    """Leaves numbers: `parameters` small enough to stay gathered, and `gathers`, how often one of
+    them was not there when its module began. `kind` is "mended", or "plain": as DeepSpeed alone
+    does it."""
+    counts = {"parameters": 0, "gathers": 0}
+    fetch = PartitionedParameterCoordinator.fetch_sub_module
+
+    def count_and_fetch(coordinator, module, *rest, **options):
+        for parameter in module.parameters(recurse=False):
+            if parameter.ds_persist and parameter.ds_status.name == "NOT_AVAILABLE":
+                counts["gathers"] += 1
+        return fetch(coordinator, module, *rest, **options)
+
+    class CountingTrainer(elm.Trainer):
+        def load_llm(self):
+            llm = super().load_llm()
+            for parameter in llm.parameters():
+                counts["parameters"] += parameter.ds_persist
+                if kind == "plain":
+                    parameter.is_external_param = False
+            return llm
+
+    PartitionedParameterCoordinator.fetch_sub_module = count_and_fetch
+    code = train_with(CountingTrainer, words)
+    leave(folder, kind, counts)
+    return code
+
+
 # ------------------------------------------------------------------ what breaks on process 1 alone
 
 
@@ -181,7 +209,7 @@ def failing(_, *words: str) -> int:
     return train_with(FailingTrainer, words)
 
 
-JOBS = (trainings, memory_shares, traffic, spoiled_gradient, killed, failing)
+JOBS = (trainings, memory_shares, traffic, persistent_gathers, spoiled_gradient, killed, failing)
 
 
 def main() -> None:

@@ -239,3 +239,18 @@ offload_param = {device = 'cpu'}
     assert losses(tmp_path / "out") == pytest.approx(losses(alone), rel=1e-5)
     expected = final_adapter(alone)
     assert (final_adapter(tmp_path / "out") - expected).norm() / expected.norm() < 1e-4
+
+
+def test_parameters_that_are_to_persist_are_gathered_once(settings, tmp_path):
+    """ZeRO 3 on two processes. DeepSpeed alone gathers them again in each pass."""
+    counts = {}
+    for kind in ("mended", "plain"):
+        launch_job("persistent_gathers", tmp_path, kind, NO_TABLES, *settings, "eval.samples=0",
+                   "train.batch_size=8", "deepspeed.zero_stage=3",
+                   "deepspeed.zero_optimization.stage3_param_persistence_threshold=100",
+                   f"output.dir={tmp_path / f'{kind}-run'}")
+        counts[kind], _ = left_by_each(tmp_path, kind)
+        print(kind, counts[kind])
+    assert counts["mended"]["parameters"] > 5
+    assert counts["mended"]["gathers"] <= counts["mended"]["parameters"]
+    assert counts["plain"]["gathers"] > 5 * counts["mended"]["parameters"]

@@ -646,3 +646,21 @@ def test_a_run_where_a_file_system_lacks_locks_modes_and_syncs(settings, monkeyp
     _, out = go(settings, "eval.samples=0")
     assert (out / "eval.json").exists()
     assert capsys.readouterr().err.count("has no locks") == 1
+
+
+def test_a_launcher_may_show_each_process_its_own_gpu_alone(monkeypatch):
+    """Process 3 of the host sees one device, number 0. DeepSpeed would look for number 3."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    device = elm.find_device()
+    assert device == torch.device("cuda", 0)
+
+    def import_nothing(name):
+        assert name == "deepspeed"
+        raise ImportError(os.environ["LOCAL_RANK"])
+
+    monkeypatch.setattr(elm, "import_optional", import_nothing)
+    with pytest.raises(ImportError, match="^0$"):
+        elm.load_llm_zero3("none", device, True, "model.llm", elm.DeepSpeedConfig(zero_stage=3))
