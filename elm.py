@@ -88,7 +88,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, ModuleType, TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import pydantic
@@ -1578,6 +1578,7 @@ def agree_on_origin(origins: dict[str, VectorOrigin]) -> VectorOrigin:
 
 ROWS_OF_BLOCK = 1024  # of a table that are read at a time
 VECTOR_COLUMN = "embedding"
+PARQUET_ERRORS = (OSError, ValueError, LookupError)  # that a damaged file raises where it is read
 
 
 def is_parquet(path: Path) -> bool:
@@ -1611,7 +1612,8 @@ def is_integer_or_text(column_type: pa.DataType) -> bool:
     if types.is_dictionary(column_type):
         column_type = column_type.value_type
     return (types.is_integer(column_type) or types.is_string(column_type)
-            or types.is_large_string(column_type) or types.is_null(column_type))
+            or types.is_large_string(column_type) or types.is_string_view(column_type)
+            or types.is_null(column_type))
 
 
 Id = int | str | None  # of a row of a Parquet file
@@ -1679,19 +1681,22 @@ class ParquetTable:
         return len(self), self.width
 
     def _find_width(self) -> int:
-        """Of the first vector. Raises: UserError if there is none."""
+        """Of the first vector, up to which the file is read. Raises: UserError if there is
+        none."""
         row_id = 0
         while row_id < len(self):
-            with user_error(f"{self.path}: cannot be read", OSError, ValueError):
+            with user_error(f"{self.path}: cannot be read", *PARQUET_ERRORS):
                 self._seek(row_id)
-            for length in self._compute.list_value_length(self._batch[self._column]).to_pylist():
+                lists = self._batch[self._column]
+                lengths = self._compute.list_value_length(lists).to_pylist()
+            for length in lengths:
                 if length:
                     return length
             row_id = self._start + len(self._batch)
         raise UserError(f"{self.path}: no row of {self._column} has a vector")
 
     def _seek(self, row_id: int) -> None:
-        """Make _batch the one that has the row."""
+        """Make _batch the one that has the row. Raises: UserError if the file ends before."""
         group = int(np.searchsorted(self._group_starts, row_id, side="right")) - 1
         if group != self._group or row_id < self._start:
             columns = [self._column]
@@ -1700,10 +1705,15 @@ class ParquetTable:
             self._group = group
             self._start = int(self._group_starts[group])
             self._batches = self._file.iter_batches(ROWS_OF_BLOCK, [group], columns)
-            self._batch = next(self._batches)
+            self._read_batch()
         while row_id >= self._start + len(self._batch):
             self._start += len(self._batch)
-            self._batch = next(self._batches)
+            self._read_batch()
+
+    def _read_batch(self) -> None:
+        self._batch = next(self._batches, None)
+        if self._batch is None:
+            raise UserError(f"{self.path}: has fewer rows than it says")
 
     def read(self, row_ids: Sequence[int]) -> VectorBlock:
         """Rows in any order; ascending ones are read once. Raises: UserError at a row without a
@@ -1713,39 +1723,42 @@ class ParquetTable:
         ids: list[Id] = [None] * len(rows)
         places = np.argsort(rows, kind="stable")  # in which the rows are read
         while len(places):
-            with user_error(f"{self.path}: cannot be read", OSError, ValueError):
+            with user_error(f"{self.path}: cannot be read", *PARQUET_ERRORS):
                 self._seek(int(rows[places[0]]))
-            end = self._start + len(self._batch)
-            num_found = int(np.searchsorted(rows[places], end))
-            found = places[:num_found]
-            places = places[num_found:]
-            part = self._batch.take(self._pyarrow.array(rows[found] - self._start))
-            ids_of_part = None
-            if self._id_column is not None:
-                ids_of_part = part[self._id_column].to_pylist()
-                for place, own_id in zip(found.tolist(), ids_of_part, strict=True):
+                end = self._start + len(self._batch)
+                num_found = int(np.searchsorted(rows[places], end))
+                found = places[:num_found]
+                part = self._read_part(rows[found].tolist())
+            vectors[torch.from_numpy(found)] = part.vectors
+            if part.ids is not None:
+                for place, own_id in zip(found.tolist(), part.ids, strict=True):
                     ids[place] = own_id
-            names = [name_row(row, ids_of_part, i) for i, row in enumerate(rows[found].tolist())]
-            vectors[torch.from_numpy(found)] = self._to_tensor(part[self._column], names)
+            places = places[num_found:]
         return VectorBlock(rows.tolist(), vectors, None if self._id_column is None else ids)
 
-    def _to_tensor(self, lists: pa.Array, names: list[str]) -> Tensor:
-        """n lists, of rows of these names -> [n, E] fp32."""
-        lengths = self._compute.list_value_length(lists).to_pylist()
-        for name, length in zip(names, lengths, strict=True):
+    def _read_part(self, row_ids: list[int]) -> VectorBlock:
+        """Rows of _batch."""
+        part = self._batch.take(self._pyarrow.array(np.array(row_ids) - self._start))
+        ids = None
+        if self._id_column is not None:
+            ids = part[self._id_column].to_pylist()
+        lists = part[self._column]
+        for i, length in enumerate(self._compute.list_value_length(lists).to_pylist()):
+            if length == self.width:
+                continue
+            where = f"{self.path}: {name_row(row_ids[i], ids, i)}"
             if length is None:
-                raise UserError(f"{self.path}: {name} has no vector; leave such rows out")
-            if length != self.width:
-                raise UserError(f"{self.path}: {name} has a vector of width {length}, the first "
-                                f"row one of {self.width}")
+                raise UserError(f"{where} has no vector; leave such rows out")
+            raise UserError(f"{where} has a vector of width {length}, the first row one of "
+                            f"{self.width}")
         values = lists.flatten()
         if values.null_count:
             i = int(np.flatnonzero(values.is_null().to_numpy(False))[0]) // self.width
-            raise UserError(f"{self.path}: {names[i]} has a vector with null in it; embed its text "
-                            "again")
+            raise UserError(f"{self.path}: {name_row(row_ids[i], ids, i)} has a vector with null "
+                            "in it; embed its text again")
         with np.errstate(over="ignore"):  # infinite numbers are refused where vectors are checked
             array = values.to_numpy(zero_copy_only=False).astype(np.float32)
-        return torch.from_numpy(array).view(-1, self.width)
+        return VectorBlock(row_ids, torch.from_numpy(array).view(-1, self.width), ids)
 
 
 VectorTable = Tensor | ParquetTable  # [N, E] of any float
@@ -6376,33 +6389,41 @@ class VectorServer:
         self.concurrency = concurrency
 
     def answer(self, questions: Iterable[VectorQuestion], temperature: float, seed: int,
-               goes_on: bool) -> Iterator[VectorAnswer]:
+               answered_before: VectorQuestion | None) -> Iterator[VectorAnswer]:
         """In the order of the questions, several at a time. An answer has a `refusal` where the
-        server refuses the question. Refusals in a row are held back until an answer follows.
-        Raises: UserError if the server refuses REFUSALS_TO_STOP in a row, or all questions of a
-        job that does not go on, if it cannot be reached, or does not read the soft tokens."""
+        server refuses the question. Refusals in a row are held back until an answer follows. If
+        none does, the server is asked again what was `answered_before`, in a job that goes on.
+        Raises: UserError if the server refuses REFUSALS_TO_STOP in a row, or all that it is asked,
+        if it cannot be reached, or does not read the soft tokens."""
 
         def ask(sent: tuple[VectorQuestion, Tensor]) -> VectorAnswer:
             question, soft_tokens = sent
             return self._ask(question, soft_tokens, temperature, seed)
 
         refused: list[VectorAnswer] = []  # since the last answer
-        has_answered = goes_on
+        has_answered = False
         for answer in prefetch(ask, self._with_soft_tokens(questions), self.concurrency):
-            if answer.refusal:
-                refused.append(answer)
-                if len(refused) == REFUSALS_TO_STOP:
-                    break
-            else:
+            if not answer.refusal:
                 has_answered = True
                 yield from refused
                 refused = []
                 yield answer
-        if refused and (len(refused) == REFUSALS_TO_STOP or not has_answered):
-            raise UserError(
-                f"endpoint: {self.server.endpoint} refuses {len(refused)} questions in a row: "
-                f"{refused[0].refusal}; if it does not take prompt_embeds, {self._advice()}")
+                continue
+            refused.append(answer)
+            if len(refused) == REFUSALS_TO_STOP:
+                self._stop(refused)
+        if refused and not has_answered and answered_before is not None:
+            (again,) = map(ask, self._with_soft_tokens([answered_before]))
+            has_answered = not again.refusal
+        if refused and not has_answered:
+            self._stop(refused)
         yield from refused
+
+    def _stop(self, refused: list[VectorAnswer]) -> NoReturn:
+        """Raises: UserError."""
+        raise UserError(
+            f"endpoint: {self.server.endpoint} refuses {len(refused)} questions in a row: "
+            f"{refused[0].refusal}; if it does not take prompt_embeds, {self._advice()}")
 
     @torch.no_grad()
     def _with_soft_tokens(
@@ -6495,12 +6516,16 @@ class AnswerScorer:
 
 class AnswerFile:
     """The answers of a job as lines of JSON, in the order of its questions, and beside them, in
-    PATH.job, what the job is. A command that was killed goes on after the last whole line."""
+    PATH.job, what the job is. A command that was killed goes on after the last whole line.
 
-    def __init__(self, path: Path, job: Json):
-        """Drops a torn last line. Raises: UserError if the file is of another job."""
+    Attributes: num_answers; last_answered, the number of the last question that was not refused."""
+
+    def __init__(self, path: Path, job: Json, row_ids: Sequence[int]):
+        """All queries of the job are asked about each of the rows. Drops a torn last line. Raises:
+        UserError if the file is of another job, or lacks a line."""
         self.path = path
         self.num_answers = 0
+        self.last_answered: int | None = None
         job_path = path.with_name(f"{path.name}.job")
         if not path.exists():
             write_text(job_path, json.dumps(job, indent=1) + "\n")
@@ -6510,11 +6535,28 @@ class AnswerFile:
         with open(path, "rb") as f:
             for line in f:
                 if line.endswith(b"\n"):
-                    self.num_answers += 1
+                    self._count(line, row_ids, job["query"])
                     end += len(line)
         if end < path.stat().st_size:
             with report_write_errors(path):
                 os.truncate(path, end)
+
+    def _count(self, line: bytes, row_ids: Sequence[int], queries: Sequence[str]) -> None:
+        """Raises: UserError if the line is not the answer to the next question."""
+        where = f"out: line {self.num_answers + 1} of {self.path}"
+        with user_error(f"{where} is no answer", ValueError, TypeError):
+            entry = dict(json.loads(line))
+        row_number, query_number = divmod(self.num_answers, len(queries))
+        expected = None
+        if row_number < len(row_ids):
+            expected = (row_ids[row_number], queries[query_number])
+        found = (entry.get("row"), entry.get("query"))
+        if found != expected:
+            raise UserError(f"{where} is about row {found[0]}, and is not the next one of the job: "
+                            "lines were removed, added or moved; choose another file")
+        if "answer" in entry:
+            self.last_answered = self.num_answers
+        self.num_answers += 1
 
     def append(self, entries: list[Json]) -> None:
         """Raises: UserError if the file cannot be written."""
@@ -7069,7 +7111,7 @@ def generate(options: GenerateOptions) -> None:
         "seed": options.seed, "score": scoring_model,
         "vectors": vectors_hash}  # last, as other ids make another hash
     num_questions = len(row_ids) * len(options.query)
-    with opened_answers(options.out, job) as file:
+    with opened_answers(options.out, job, row_ids) as file:
         num_done = run_on_rank0(lambda: file.num_answers if file else 0)
         if num_done >= num_questions:
             log.info(f"{options.out}: has all {num_questions} answers; nothing to do")
@@ -7088,8 +7130,11 @@ def generate(options: GenerateOptions) -> None:
                                     options.temperature, options.seed)
         else:
             server = make_vector_server(options, adapter, trained, bf16)
+            answered_before = None
+            if file is not None and file.last_answered is not None:
+                answered_before = next(questions_from(file.last_answered))
             answers = server.answer(questions_from(num_done), options.temperature, options.seed,
-                                    goes_on=num_done > 0)
+                                    answered_before)
         writer = AnswerWriter(file, scorer, has_ids=options.id is not None)
         writer.write_all(answers, num_done, num_questions)
         if file is not None:
@@ -7099,6 +7144,8 @@ def generate(options: GenerateOptions) -> None:
 def check_generate_options(options: GenerateOptions) -> None:
     """Raises: UserError at settings that do not go together."""
     for query in options.query:
+        with user_error(f"query: {query!a} is not of UTF-8", UnicodeEncodeError):
+            query.encode()
         Prompt.split_query(query)
         if options.endpoint and PLACEHOLDER in query:
             raise UserError(f"endpoint: a query with {PLACEHOLDER} in it needs the LLM in this "
@@ -7165,16 +7212,17 @@ def scan_rows(table: VectorTable, row_ids: Sequence[int], adapter: Adapter, path
 
 
 @contextlib.contextmanager
-def opened_answers(out: str | None, job: Json) -> Iterator[AnswerFile | None]:
-    """The file of answers, locked; None where there is none, and on other processes than 0. All
-    processes take part. Raises: UserError; OSError."""
+def opened_answers(out: str | None, job: Json,
+                   row_ids: Sequence[int]) -> Iterator[AnswerFile | None]:
+    """The file of answers about these rows, locked; None where there is none, and on other
+    processes than 0. All processes take part. Raises: UserError; OSError."""
 
     def claim() -> AnswerFile:
         path = Path(out)
         with report_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
-        return AnswerFile(path, job)
+        return AnswerFile(path, job, row_ids)
 
     with contextlib.ExitStack() as stack:
         yield None if out is None else keep_on_rank0(claim)

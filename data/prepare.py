@@ -43,6 +43,7 @@ import elm
 from elm import RECONSTRUCT, SPLITS, PathStr, Seed, ServerURL, Table, TaskNames, UserError
 
 if TYPE_CHECKING:
+    from pyarrow import parquet
     from sentence_transformers import SentenceTransformer
 
 # -----------------------------------------------------------------------------
@@ -118,8 +119,8 @@ def read_parquet_texts(path: Path, text_column: str) -> Iterator[SourceText]:
         raise UserError(f"text_column: {text_column} of {path} is of type {column_type}, not of "
                         "texts")
     number = 0
-    for batch in file.iter_batches(elm.ROWS_OF_BLOCK, columns=columns):
-        for fields in batch.to_pylist():
+    for rows in read_row_blocks(file, columns, path):
+        for fields in rows:
             fields["text"] = fields.pop(text_column)
             with elm.user_error(f"{path}: row {number}: not a text, or an empty one", ValueError):
                 source = elm.validate_row(fields, SourceText)
@@ -127,6 +128,19 @@ def read_parquet_texts(path: Path, text_column: str) -> Iterator[SourceText]:
             yield source
     if number == 0:
         raise UserError(f"{path}: is empty")
+
+
+def read_row_blocks(file: parquet.ParquetFile, columns: list[str],
+                    path: Path) -> Iterator[list[dict[str, Any]]]:
+    """Raises: UserError if the file is damaged."""
+    batches = file.iter_batches(elm.ROWS_OF_BLOCK, columns=columns)
+    while True:
+        with elm.user_error(f"{path}: cannot be read", *elm.PARQUET_ERRORS):
+            batch = next(batches, None)
+            if batch is None:
+                return
+            rows = batch.to_pylist()
+        yield rows
 
 
 def normalize(text: str) -> str:

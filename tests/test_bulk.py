@@ -220,6 +220,42 @@ def test_a_file_of_no_job_is_refused(start, tmp_path):
     refused(f"^elm: out: {out} is a file, not a folder", *words, f"out={out}/x")
 
 
+@pytest.mark.parametrize("change, message", [
+    (lambda lines: lines[:2] + lines[3:], "line 3 of .* is about row 1, and is not the next one"),
+    (lambda lines: lines[1:2] + lines[:1] + lines[2:], "line 1 of .* is about row 0, and is not"),
+    (lambda lines: [*lines, lines[-1]], "line 9 of .* is about row 3, and is not the next one"),
+    (lambda lines: [*lines[:2], "mine\n", *lines[2:]], "line 3 of .* is no answer: "),
+    (lambda lines: ["[]\n", *lines], "line 1 of .* is about row None, and is not the next one"),
+    (lambda lines: ["7\n", *lines], "line 1 of .* is no answer: "),
+])
+def test_a_file_whose_lines_are_not_those_of_the_job_is_refused(start, tmp_path, change, message):
+    """As when somebody takes out refused questions to have them asked again."""
+    out = tmp_path / "answers.jsonl"
+    words = [*start, ASK_BOTH, "rows=[0, 1, 2, 3]"]
+    ask(out, *words)
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(change(lines)))
+    before = out.read_bytes()
+    refused(f"^elm: out: {message}", *words, f"out={out}")
+    assert out.read_bytes() == before
+
+
+def test_a_full_disk_loses_no_answer(start, small_disk, tmp_path):
+    words = [*start, ASK_BOTH]
+    whole = ask(tmp_path / "whole", *words)
+    out = small_disk / "answers.jsonl"
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(285_000))
+    refused(f"^elm: {out}: cannot be written .*No space left", *words, f"out={out}")
+    assert out.read_text()
+    ballast.unlink()
+    assert ask(out, *words) == whole
+
+
+def test_a_query_that_is_no_text_is_refused(start):
+    refused(r"^elm: query: 'Wh\\udcff\?' is not of UTF-8", *start, "query=Wh\udcff?", "rows=[0]")
+
+
 def test_two_commands_do_not_write_one_file(start, tmp_path):
     out = tmp_path / "answers.jsonl"
     with elm.locked(tmp_path / ".answers.jsonl.lock"):
@@ -380,6 +416,28 @@ def test_bad_files(vectors, start, tmp_path):
     for stored in ('{"model": "x/embedder"}', "[7]", "true", "{"):
         write_table(path, vectors, metadata={"embed": stored})
         refused("gone", *words, word)
+
+
+def test_a_damaged_file_is_refused(vectors, start, tmp_path):
+    """Where a byte of an id is no UTF-8, and wherever else a byte is another."""
+    path = tmp_path / "x.parquet"
+    ids = [f"key-{i:03d}" for i in range(NUM_ROWS)]
+    columns = {"embedding": list(vectors.float().numpy()), "key": ids}
+    parquet.write_table(pa.table(columns), path, use_dictionary=False, compression="none")
+    words = [*start, "query=Why?", "id=key", f"llm={tmp_path / 'gone'}", f"embeddings={path}"]
+    refused("gone", *words)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"key-041", b"key-\xff41"))
+    refused(f"^elm: {path}: cannot be read: ", *words)
+    rng = np.random.default_rng(0)
+    num_refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        said = refused("", *words)  # of the LLM that is not there, if nothing else is wrong
+        num_refused += "gone" not in said
+    assert num_refused
 
 
 @pytest.mark.parametrize("kind", ["list", "large", "fixed"])
@@ -639,6 +697,21 @@ def test_a_server_that_begins_to_refuse_all_ends_the_command(start, start_server
     server.refused_text = ""
     refused("refuses 4 questions in a row", *words, f"out={out}")
     assert out.read_text() == "".join(lines[:2])
+    server.refused_text = None
+    assert ask(out, *words) == whole
+
+
+def test_a_server_that_refuses_all_of_the_rest_ends_the_command(start, start_server, tmp_path):
+    """As one that was started again without its flag, near the end of a job."""
+    server = start_server()
+    out = tmp_path / "answers.jsonl"
+    words = [*start, "query=Why?", "rows=[0, 1, 2, 3, 4]", server.endpoint, "concurrency=1"]
+    whole = ask(out, *words)
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:3]))
+    server.refused_text = ""
+    refused("refuses 2 questions in a row", *words, f"out={out}")
+    assert out.read_text() == "".join(lines[:3])
     server.refused_text = None
     assert ask(out, *words) == whole
 

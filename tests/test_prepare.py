@@ -385,6 +385,14 @@ def test_texts_of_a_parquet_file(tmp_path):
     assert torch.equal(elm.open_vectors(outs[0]), elm.open_vectors(outs[1]))
 
 
+def test_a_damaged_parquet_file_of_texts_is_refused(tmp_path):
+    path = write_parquet(tmp_path / "x.parquet", {"text": [f"text-{i}" for i in range(20)]},
+                         use_dictionary=False, compression="none")
+    path.write_bytes(path.read_bytes().replace(b"text-7", b"text\xff7"))
+    assert_refused("x.parquet: cannot be read: ", "embed", path, tmp_path / "out.safetensors",
+                   f"model={ROOT / 'data/tiny/embedder'}")
+
+
 def test_bad_texts_of_a_parquet_file(tmp_path):
     out = tmp_path / "new" / "out.safetensors"
     path = write_parquet(tmp_path / "x.parquet", {"body": ["a", "b", None], "n": [1.5, 2.5, 3.5]})

@@ -1,0 +1,196 @@
+"""Memory of a run at the shape of Qwen3-4B on cards of 12 to 141 GB, by a simulated GPU.
+
+    python tests/plan_4b.py              all cards: some minutes on a CPU, and 3 GB of memory
+    python tests/plan_4b.py 24 141       these
+
+Nothing is computed and no weights are needed: tensors have shapes alone, see simulated_cuda.py,
+which also says what it does not see. A line for each card: the plan that plan_memory chooses for
+rows of up to 2,048 tokens, and the peak in GiB, weights included, of each part of a run, from the
+loading of the LLM to the report. The warm start is of 32,768 vectors, 4 soft tokens each, and
+150,000 distinct words. For the H200, whose rates the simulation has, also the least time of a step.
+
+Not part of the suite.
+"""
+
+import argparse
+import gc
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import numpy as np
+import torch
+from conftest import byte_tokenizer
+from full_size import SHAPE
+from simulated_cuda import GIB, SimulatedCuda
+from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+
+import elm
+
+# What CUDA's context leaves of a card, in GiB, by its name in GB.
+CARDS = {12: 11.4, 16: 15.1, 24: 23.0, 40: 38.8, 80: 78.5, 141: 139.0}
+H200 = 141
+WIDTH = 2560
+NUM_SOFT_TOKENS = 4
+LONGEST_ROW = 2048  # tokens, the default of data.max_seq_length
+USUAL_ROW = 200
+NUM_WARM_START_VECTORS = 32768
+NUM_WORDS = 150_000
+WORDS_OF_TEXT = 220
+NEW_TOKENS = 256  # of an answer, the default of eval.max_new_tokens
+PROMPTS = (100, 2000)  # their lengths, in tokens
+EMBEDDED_TEXTS = 32  # at once, the default of sentence-transformers
+EMBEDDED_TOKENS = 512
+
+
+def load_on_card(model_class: type[nn.Module]) -> nn.Module:
+    """In bf16, with no weights."""
+    with torch.device("meta"):
+        model = model_class(Qwen3Config(**SHAPE)).to(torch.bfloat16)
+    if hasattr(model, "lm_head"):
+        model.tie_weights()
+    return model.eval().requires_grad_(False).to("cuda")
+
+
+def build_elm() -> elm.ELM:
+    llm = load_on_card(Qwen3ForCausalLM)
+    statistics = {
+        "mean": torch.zeros(WIDTH), "std": torch.ones(WIDTH), "norms": torch.ones(3)}
+    adapter = elm.fresh_adapter(llm, statistics, hidden_dim=4096, tokens=NUM_SOFT_TOKENS)
+    return elm.ELM(llm, adapter.to("cuda"), elm.Prompt(byte_tokenizer())).train()
+
+
+def warm_start(model: elm.ELM) -> None:
+    """On texts whose words have Zipf's frequencies, about as natural ones."""
+    rng = np.random.default_rng(0)
+    words = []
+    for _ in range(NUM_WARM_START_VECTORS * NUM_SOFT_TOKENS):
+        ids = rng.zipf(1.15, WORDS_OF_TEXT // NUM_SOFT_TOKENS) % NUM_WORDS
+        words.append(np.unique(ids))
+    split = SimpleNamespace(
+        index={"source_id": np.arange(NUM_WARM_START_VECTORS)},
+        embeddings=lambda vector_ids: torch.ones(len(vector_ids), WIDTH))
+    with mock.patch.object(elm, "read_words", lambda *_: words):
+        elm.warm_start(model, split)
+
+
+def make_batch(num_rows: int, num_tokens: int) -> elm.Batch:
+    """Rows of a prompt of which all tokens but the soft ones have labels."""
+    ids = np.zeros(num_tokens, np.int64)
+    ids[:NUM_SOFT_TOKENS] = elm.SOFT_TOKEN
+    example = elm.Example(ids, num_tokens - NUM_SOFT_TOKENS, truncated=False)
+    return elm.collate([example] * num_rows, torch.ones(num_rows, WIDTH))
+
+
+def run_steps(model: elm.ELM, gpu: SimulatedCuda, micro_batch_tokens: int) -> float:
+    """Two steps of two micro-batches, as Trainer.train_step makes them. Returns the least seconds
+    of a token of the second, in which the optimizer has its state."""
+    num_rows = micro_batch_tokens // USUAL_ROW
+    batches = [make_batch(num_rows, USUAL_ROW) for _ in range(2)]
+    num_labels = sum(len(batch.labels) for batch in batches)
+    num_tokens = 2 * num_rows * USUAL_ROW
+    rows = elm.RowsOfStep(epoch=0, position=0, row_ids=np.arange(2 * num_rows))
+    optimizer = torch.optim.AdamW(model.adapter.parameters(), fused=True)
+    for _ in range(2):
+        gpu.costs.clear()
+        step = elm.Step(rows, batches, num_labels, num_tokens).to(model.device)
+        soft_tokens = model(torch.cat([batch.embeddings for batch in step.batches]))
+        _, gradient = elm.soft_gradient(model, soft_tokens, step, elm.LossConfig(), None)
+        optimizer.zero_grad()
+        soft_tokens.backward(gradient)
+        nn.utils.clip_grad_norm_(model.adapter.parameters(), 1.0)
+        optimizer.step()
+    return sum(gpu.costs.seconds.values()) / num_tokens
+
+
+@torch.no_grad()
+def evaluate(model: elm.ELM) -> None:
+    num_rows = elm.rows_at_once(model, LONGEST_ROW)
+    model.nll(make_batch(num_rows, LONGEST_ROW)).tolist()
+
+
+@torch.no_grad()
+def generate(model: elm.ELM) -> None:
+    for length in PROMPTS:
+        num_answers = elm.answers_at_once(model.llm, length, NEW_TOKENS)
+        prompts = [torch.zeros(length, WIDTH, dtype=torch.bfloat16, device="cuda")] * num_answers
+        elm.generate_batch(model.llm, model.prompt, prompts, NEW_TOKENS)
+
+
+@torch.no_grad()
+def embed() -> None:
+    """With Qwen3-Embedding-4B, which has the LLM's shape without its head."""
+    embedder = load_on_card(Qwen3Model)
+    ids = torch.zeros(EMBEDDED_TEXTS, EMBEDDED_TOKENS, dtype=torch.int64, device="cuda")
+    embedder(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+
+class Card:
+    """A run on one card."""
+
+    def __init__(self, gib: float):
+        self.gib = gib
+        self.peaks: dict[str, float] = {}  # GiB, of each part
+        self.plan = ""
+        self.seconds_of_token = math.nan
+
+    def measure(self, gpu: SimulatedCuda, part: str) -> None:
+        """Since the last call."""
+        self.peaks[part] = gpu.peak / GIB
+        gc.collect()
+        gpu.reset_peak()
+
+    def run(self) -> None:
+        """Raises: OutOfMemoryError where a part does not fit."""
+        with SimulatedCuda(values=False, limit=int(self.gib * GIB)) as gpu:
+            model = build_elm()
+            self.measure(gpu, "loading")
+            warm_start(model)
+            self.measure(gpu, "warm start")
+            budget = elm.plan_memory(model, LONGEST_ROW, "auto", elm.LossConfig(), None)
+            layers = model.llm.base_model.layers
+            num_recomputed = sum("forward" in vars(layer) for layer in layers)
+            self.plan = f"{budget} tokens, {num_recomputed} of {len(layers)} layers recomputed"
+            gc.collect()
+            gpu.reset_peak()
+            self.seconds_of_token = run_steps(model, gpu, budget)
+            self.measure(gpu, "steps")
+            evaluate(model)
+            self.measure(gpu, "losses")
+            generate(model)
+            self.measure(gpu, "answers")
+            del model
+            gc.collect()
+            gpu.reset_peak()
+            embed()
+            self.measure(gpu, "embedder")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cards", nargs="*", type=int, default=list(CARDS), help="in GB")
+    names = parser.parse_args().cards
+    torch.set_num_threads(1)
+    print("| card | plan | loading | warm start | steps | losses | answers | embedder |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in names:
+        card = Card(CARDS[name])
+        card.run()
+        peaks = " | ".join(f"{peak:.1f}" for peak in card.peaks.values())
+        print(f"| {name} GB | {card.plan} | {peaks} |", flush=True)
+        if name == H200:
+            tokens_per_second = 1 / card.seconds_of_token
+            hours = 1e6 * USUAL_ROW / tokens_per_second / 3600
+            print(f"\nH200: at most {tokens_per_second:,.0f} tokens a second; a million rows of "
+                  f"{USUAL_ROW} tokens in {hours:.1f} hours or more")
+
+
+if __name__ == "__main__":
+    main()
