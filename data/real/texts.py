@@ -4,8 +4,8 @@
     python data/real/texts.py data/real/texts.jsonl
 
 Writes lines of {"text", "split", "group", "package", "section"} for data/prepare.py synthesize: the
-synopsis and the whole description of one package of each source package, drawn at random, always
-the same ones of the same package lists. The group is the source package.
+synopsis and the whole description of the first package of source packages that are drawn at random,
+always the same ones of the same package lists. The group is the source package.
 """
 
 import json
