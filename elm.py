@@ -1598,9 +1598,8 @@ def find_column(file: parquet.ParquetFile, name: str, key: str, path: Path) -> p
     """The type of a column. Raises: UserError that names the config key, if there is none."""
     schema = file.schema_arrow
     if name not in schema.names:
-        hint = did_you_mean(name, schema.names)
-        raise UserError(f"{key}: {path} has no column {name!r}{hint}; its columns are "
-                        f"{clip(', '.join(schema.names))}")
+        raise UserError(f"{key}: {path} has no column {name!r}; its columns are "
+                        f"{clip(', '.join(schema.names))}{did_you_mean(name, schema.names)}")
     if schema.names.count(name) > 1:
         raise UserError(f"{key}: {path} has several columns {name!r}; name them differently")
     return schema.field(name).type
@@ -4699,7 +4698,7 @@ def fits_in_memory(elm: ELM, num_tokens: int, max_seq_length: int, loss_cfg: Los
         run_trial_pass()
     except torch.OutOfMemoryError:
         failed += 1
-    torch.cuda.empty_cache()
+    free_memory()  # also of the reference cycles that a failed pass leaves
     torch.cuda.reset_peak_memory_stats()  # memory_gib is of training
     return all_reduce_sum(failed).item() == 0
 
@@ -6218,6 +6217,9 @@ class ChatServer:
                 raise UserError(
                     f"{where}: {clip(str(e))}; is {self.model} the server's name of the model "
                     "(served_model=NAME), and does the address end in /v1?") from None
+            except self._openai.AuthenticationError as e:
+                raise UserError(f"{where}: {clip(str(e))}; its key is taken from "
+                                "OPENAI_API_KEY") from None
             except self._openai.APIStatusError as e:
                 if e.status_code not in REFUSAL_STATUSES:
                     raise
@@ -6574,8 +6576,8 @@ def check_is_job(path: Path, job_path: Path, job: Json) -> None:
         if stored.get(key) != value:
             was = clip(json.dumps(stored.get(key), ensure_ascii=False), 100)
             now = clip(json.dumps(value, ensure_ascii=False), 100)
-            raise UserError(f"out: {path} has answers of another job: its {key} was {was} and is "
-                            f"{now} here; choose another file")
+            raise UserError(f"out: {path} has answers of another job: {key} was {was} and is {now} "
+                            "here; choose another file")
 
 
 class AnswerLog:
@@ -7105,11 +7107,12 @@ def generate(options: GenerateOptions) -> None:
 
     device = start_distributed()
     job = {
-        "adapter": sha256_short(find_adapter(options.adapter).read_bytes()),
+        "hash of the adapter": sha256_short(find_adapter(options.adapter).read_bytes()),
         "query": list(options.query), "id": options.id, "bf16": bf16,
         "max_new_tokens": options.max_new_tokens, "temperature": options.temperature,
         "seed": options.seed, "score": scoring_model,
-        "vectors": vectors_hash}  # last, as other ids make another hash
+        "rows": None if options.rows is None else list(options.rows),
+        "hash of the vectors": vectors_hash}  # last: other ids or rows make another one
     num_questions = len(row_ids) * len(options.query)
     with opened_answers(options.out, job, row_ids) as file:
         num_done = run_on_rank0(lambda: file.num_answers if file else 0)

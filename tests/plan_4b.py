@@ -2,6 +2,7 @@
 
     python tests/plan_4b.py              all cards: some minutes on a CPU, and 3 GB of memory
     python tests/plan_4b.py 24 141       these
+    python tests/plan_4b.py --plans      the peaks that first_gpu.py expects on an H200
 
 Nothing is computed and no weights are needed: tensors have shapes alone, see simulated_cuda.py,
 which also says what it does not see. A line for each card: the plan that plan_memory chooses for
@@ -26,10 +27,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np
 import torch
 from conftest import byte_tokenizer
+from first_gpu import EXPECTED_PEAKS, trial_peak
 from full_size import SHAPE
 from simulated_cuda import GIB, SimulatedCuda
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 import elm
 
@@ -117,10 +119,31 @@ def evaluate(model: elm.ELM) -> None:
 
 @torch.no_grad()
 def generate(model: elm.ELM) -> None:
+    """The first and the last token of as many answers as are given at once."""
     for length in PROMPTS:
         num_answers = elm.answers_at_once(model.llm, length, NEW_TOKENS)
-        prompts = [torch.zeros(length, WIDTH, dtype=torch.bfloat16, device="cuda")] * num_answers
-        elm.generate_batch(model.llm, model.prompt, prompts, NEW_TOKENS)
+        generate_first_token(model.llm, num_answers, length)
+        generate_last_token(model.llm, num_answers, length + NEW_TOKENS)
+
+
+def generate_first_token(llm: nn.Module, num_answers: int, num_tokens: int) -> None:
+    """As transformers' `generate`, whose loop would not end: it looks at values."""
+    prompts = torch.zeros(num_answers, num_tokens, WIDTH, dtype=torch.bfloat16, device="cuda")
+    mask = torch.ones(num_answers, num_tokens, dtype=torch.int64, device="cuda")
+    llm(inputs_embeds=prompts, attention_mask=mask, use_cache=True, logits_to_keep=1)
+
+
+def generate_last_token(llm: nn.Module, num_answers: int, num_tokens: int) -> None:
+    """Of answers that have num_tokens with their prompts."""
+    config = llm.config
+    cache = DynamicCache()
+    for layer in range(config.num_hidden_layers):
+        shape = (num_answers, config.num_key_value_heads, num_tokens - 1, config.head_dim)
+        states = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+        cache.update(states, states.clone(), layer)
+    ids = torch.zeros(num_answers, 1, dtype=torch.int64, device="cuda")
+    mask = torch.ones(num_answers, num_tokens, dtype=torch.int64, device="cuda")
+    llm(ids, attention_mask=mask, past_key_values=cache)
 
 
 @torch.no_grad()
@@ -172,15 +195,33 @@ class Card:
             self.measure(gpu, "embedder")
 
 
+def print_plans() -> None:
+    """Peaks of the trial passes of plans, and of the warm start, on a card that holds them all."""
+    with SimulatedCuda(values=False, limit=int(CARDS[H200] * GIB)) as gpu:
+        model = build_elm()
+        elm.keep_less(model.llm)
+        for num_tokens, share in EXPECTED_PEAKS:
+            elm.recompute_layers(model.llm, share)
+            peak = trial_peak(model, num_tokens, LONGEST_ROW)
+            print(f"{num_tokens} tokens, {share:.0%} recomputed: {peak:.2f} GiB", flush=True)
+        gpu.reset_peak()
+        warm_start(model)
+        print(f"warm start: {gpu.peak / GIB:.2f} GiB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cards", nargs="*", type=int, default=list(CARDS), help="in GB")
-    names = parser.parse_args().cards
+    parser.add_argument("--plans", action="store_true")
+    options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.plans:
+        print_plans()
+        return
     print("| card | plan | loading | warm start | steps | losses | answers | embedder |")
     print("|---|---|---|---|---|---|---|---|")
-    for name in names:
+    for name in options.cards:
         card = Card(CARDS[name])
         card.run()
         peaks = " | ".join(f"{peak:.1f}" for peak in card.peaks.values())

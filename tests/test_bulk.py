@@ -189,10 +189,10 @@ def test_a_file_of_another_job_is_refused(model, vectors, files, start, tmp_path
     out.write_bytes(out.read_bytes()[:-9])
     before = out.read_bytes()
     for key, *more in (
-        ("adapter", f"adapter={tmp_path / 'other.safetensors'}"),
-        ("vectors", f"embeddings={tmp_path / 'flipped.safetensors'}"),
-        ("vectors", "rows=[1, 0]"),
-        ("vectors", "rows=[0, 1, 2]"),
+        ("hash of the adapter", f"adapter={tmp_path / 'other.safetensors'}"),
+        ("hash of the vectors", f"embeddings={tmp_path / 'flipped.safetensors'}"),
+        ("rows", "rows=[1, 0]"),
+        ("rows", "rows=[0, 1, 2]"),
         ("query", "query=Who?"),
         ("query", 'query=["Why?", "Who?"]'),
         ("max_new_tokens", "max_new_tokens=9"),
@@ -201,10 +201,10 @@ def test_a_file_of_another_job_is_refused(model, vectors, files, start, tmp_path
         ("bf16", "bf16=true"),
         ("score", "score=true"),
     ):
-        refused(f"^elm: out: {out} has answers of another job: its {key} was .* and is .* here; "
+        refused(f"^elm: out: {out} has answers of another job: {key} was .* and is .* here; "
                 "choose another file$", *words, *more, f"llm={tmp_path / 'gone'}")
         assert out.read_bytes() == before
-    refused(r"its query was \[\"Why\?\"\] and is \[\"Who\?\"\] here", *words, "query=Who?")
+    refused(r"job: query was \[\"Why\?\"\] and is \[\"Who\?\"\] here", *words, "query=Who?")
 
 
 def test_a_file_of_no_job_is_refused(start, tmp_path):
@@ -345,10 +345,10 @@ def test_other_ids_are_another_job(vectors, start, tmp_path):
     words = [*start, "query=Why?", "rows=[0, 1]", f"out={out}", "id=key"]
     words.append(write_table(path, vectors, key=IDS["integers"], other=IDS["texts"]))
     command(*words)
-    refused('its id was "key" and is null here', *words, "id=none")
-    refused('its id was "key" and is "other" here', *words, "id=other")
+    refused('job: id was "key" and is null here', *words, "id=none")
+    refused('job: id was "key" and is "other" here', *words, "id=other")
     write_table(path, vectors, key=IDS["texts"])
-    refused("its vectors was .* and is .* here; choose another file", *words)
+    refused("job: hash of the vectors was .* and is .* here; choose another file", *words)
     write_table(path, vectors, key=IDS["integers"], group_size=9)
     assert command(*words) == (0, f"{out}: has all 2 answers; nothing to do\n")
 
@@ -375,9 +375,9 @@ def test_bad_columns(vectors, files, start, tmp_path):
     numbers = pa.array(np.arange(NUM_ROWS) / 2)
     word = write_table(path, vectors, whole=whole, numbers=numbers, text=IDS["texts"])
     for message, *more in (
-        (rf"^elm: column: {path} has no column 'embeding', did you mean embedding\?; its columns "
-         "are embedding, whole, numbers, text$", "column=embeding"),
-        (rf"^elm: id: {path} has no column 'txt', did you mean text\?; its columns are ", "id=txt"),
+        (rf"^elm: column: {path} has no column 'embeding'; its columns "
+         r"are embedding, whole, numbers, text, did you mean embedding\?$", "column=embeding"),
+        (rf"^elm: id: {path} has no column 'txt'; its columns .*, did you mean text\?$", "id=txt"),
         (f"^elm: column: whole of {path} is of type list<.*int64>, not of lists of floats$",
          "column=whole"),
         (f"^elm: column: numbers of {path} is of type double, not of lists of floats$",
@@ -905,7 +905,7 @@ def test_a_file_of_scored_answers_goes_on(start, tmp_path):
         for key in ("consistency", "consistency_others"):
             assert line.pop(key) == pytest.approx(expected.pop(key), abs=2e-4)
         assert line == expected
-    refused("its score was .*embedder. and is null here", *words, "score=false")
+    refused("job: score was .*embedder. and is null here", *words, "score=false")
 
 
 def test_the_embedder_of_the_scores(model, vectors, start, tmp_path, capsys):
