@@ -55,6 +55,7 @@ PRIVATE_NAMES = (
     "_C._get_privateuse1_backend_name",
     "_C._only_lift_cpu_tensors",
     "_C._set_only_lift_cpu_tensors",
+    "autograd._engine_run_backward",
     "utils.backend_registration._setup_privateuseone_for_python_backend",
     "nn.attention.varlen._varlen_attn",
 )  # fmt: skip
@@ -467,6 +468,8 @@ class Memory:
         self.alive = 0
         self.peak = 0
         self.held: set[int] = set()  # storages, by address
+        self.is_in_backward = False
+        self.shortage: torch.OutOfMemoryError | None = None  # of a backward pass that still runs
 
     def hold(self, tensor: Tensor) -> None:
         """Count a tensor's storage until nothing refers to it. Raises: OutOfMemoryError."""
@@ -486,11 +489,30 @@ class Memory:
 
     def need(self, num_bytes: int) -> None:
         """For a moment, beside what is alive. Raises: OutOfMemoryError."""
-        if self.alive + num_bytes > self.limit:
-            raise torch.OutOfMemoryError(
-                f"CUDA out of memory (simulated): tried to allocate {num_bytes:,} bytes beside "
-                f"{self.alive:,} of {self.limit:,}")
         self.peak = max(self.peak, self.alive + num_bytes)
+        if self.alive + num_bytes <= self.limit:
+            return
+        error = torch.OutOfMemoryError(
+            f"CUDA out of memory (simulated): tried to allocate {num_bytes:,} bytes beside "
+            f"{self.alive:,} of {self.limit:,}")
+        if not self.is_in_backward:
+            raise error
+        self.shortage = self.shortage or error
+
+    @contextlib.contextmanager
+    def raise_after_backward(self):
+        """Around a backward pass: a shortage within it is raised when it has ended, as torch calls
+        Python for the backend while it unwinds, and aborts if recomputation has raised an error."""
+        was_in_backward = self.is_in_backward
+        self.is_in_backward = True
+        try:
+            yield
+        finally:
+            self.is_in_backward = was_in_backward
+        shortage = self.shortage
+        if shortage is not None and not was_in_backward:
+            self.shortage = None
+            raise shortage
 
     def reset_peak(self) -> None:
         self.peak = self.alive
@@ -704,6 +726,8 @@ class SimulatedCuda:
         self.stack.enter_context(mock.patch.object(nn.Module, "_apply", apply_and_tie))
         # A backward pass is to run in the thread that asks for it, where the modes are.
         self.stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        self.stack.enter_context(
+            mock.patch.object(torch.autograd, "_engine_run_backward", self.run_backward))
         # torch.tensor(…, device=…) is to copy by an operation.
         lifts_cpu_tensors_only = torch._C._only_lift_cpu_tensors()
         self.stack.callback(torch._C._set_only_lift_cpu_tensors, lifts_cpu_tensors_only)
@@ -738,6 +762,12 @@ class SimulatedCuda:
             "set_device": lambda device: None,
             "set_sync_debug_mode": self.set_sync_debug_mode,
             "synchronize": lambda *_: None}
+
+    def run_backward(self, *args, **kwargs):
+        """What torch.autograd.grad and backward call. They come here by DeviceNames, which torch
+        has left by then; recomputation needs it again."""
+        with DeviceNames(), self.memory.raise_after_backward():
+            return run_engine(*args, **kwargs)
 
     def set_sync_debug_mode(self, mode: str) -> None:
         self.sync_debug_mode = mode
@@ -892,6 +922,7 @@ class DeviceNames(TorchFunctionMode):
         return x
 
 
+run_engine = torch.autograd._engine_run_backward
 own_apply = nn.Module._apply
 
 

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -361,3 +365,195 @@ def test_a_mask_of_the_host_is_not_seen(monkeypatch, parts):
     check_probe(parts)
     leave_mask_on_the_host(monkeypatch)
     check_probe(parts)
+
+
+# -----------------------------------------------------------------------------
+# tests/test_gpu.py
+
+
+def test_the_tests_of_a_gpu_pass_on_it(processes):
+    """All but test_two_gpus: the simulation has one device, and no NCCL."""
+    words = ["-m", "pytest", "-p", "on_simulated_cuda", "-p", "no:cacheprovider", "-m", "", "-q",
+             "--deselect", "tests/test_gpu.py::test_two_gpus", "tests/test_gpu.py"]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=3600,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")})  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert re.search(r"\d+ passed, 1 deselected", done.stdout), done.stdout[-3000:]
+
+
+# -----------------------------------------------------------------------------
+# The simulation itself
+
+
+def attend(q, k, v, window: tuple[int, int]) -> list[torch.Tensor]:
+    """varlen_attn of rows of 5, 30 and 1 tokens on the device: its output and its gradients."""
+    with SimulatedCuda():
+        bounds = torch.tensor([0, 5, 35, 36], dtype=torch.int32, device="cuda")
+        inputs = [x.to("cuda").requires_grad_() for x in (q, k, v)]
+        options = {"enable_gqa": True} if elm.varlen_names_gqa() else {}
+        out = varlen.varlen_attn(
+            *inputs, bounds, bounds, 30, 30, scale=0.3, window_size=window, **options)
+        gradients = torch.autograd.grad(out.float().square().sum(), inputs)
+        return [x.detach().cpu().float() for x in (out, *gradients)]
+
+
+@pytest.mark.parametrize("sliding_window", [None, 1, 8])
+def test_varlen_attn_is_the_attention_of_the_cpu(sliding_window):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(36, heads, 16, generator=generator).bfloat16() for heads in (4, 2, 2))
+    window = (sliding_window - 1 if sliding_window else -1, 0)
+    found = attend(q, k, v, window)
+    inputs = [x.float().requires_grad_() for x in (q, k, v)]
+    out = elm.attention_by_example(
+        *(x.transpose(0, 1)[None] for x in inputs), 0.3, [5, 30, 1], sliding_window, None)[0]
+    expected = [out, *torch.autograd.grad(out.square().sum(), inputs)]
+    for x, y in zip(found, expected, strict=True):
+        assert (x - y).norm() < 1e-2 * y.norm()
+
+
+def test_the_memory_of_a_card():
+    """What does not fit is refused, and is counted while something refers to it."""
+    with SimulatedCuda(limit=2**20) as gpu:
+        assert torch.cuda.get_device_properties(0).total_memory == 2**20
+        kept = torch.empty(2**19, dtype=torch.uint8, device="cuda")
+        view = kept[10:]
+        assert gpu.alive == 2**19
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**19 + 1, dtype=torch.uint8, device="cuda")
+        del kept
+        assert gpu.alive == 2**19
+        del view
+        assert torch.cuda.mem_get_info() == (2**20, 2**20)
+        torch.empty(1, device="cuda")
+        assert gpu.alive == 0
+        gpu.reset_peak()
+        assert gpu.peak == 0
+
+
+@pytest.mark.parametrize("values", [True, False])
+def test_memory_that_a_backward_pass_lacks(values):
+    """The layer keeps nothing of its forward pass, and all when it is recomputed, where an error
+    would end the process."""
+
+    def layer(x):
+        return x.sin().sin().sin().sin()
+
+    with SimulatedCuda(values, limit=4 * 4096):
+        x = torch.ones(1024, device="cuda", requires_grad=True)
+        y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum()
+        with pytest.raises(torch.OutOfMemoryError):
+            y.backward()
+        assert torch.ones(4, device="cuda").sum().item() == 4
+
+
+def test_shapes_alone_cost_what_values_cost(parts):
+    """The same operations, and as much memory but for the workspace of varlen_attn's backward pass,
+    which is counted of shapes only."""
+    on_values = step_costs(parts, values=True)
+    on_shapes = step_costs(parts, values=False)
+    assert on_shapes.costs.num_kernels == on_values.costs.num_kernels
+    assert on_shapes.costs.flops == on_values.costs.flops
+    assert on_shapes.costs.num_bytes == on_values.costs.num_bytes
+    assert 1 <= on_shapes.peak / on_values.peak < 1.5
+
+
+def step_costs(parts: Parts, values: bool) -> SimulatedCuda:
+    """A device that has run a step in bf16."""
+    with SimulatedCuda(values) as gpu:
+        frozen = elm.load_llm(str(parts.llm), torch.device("cuda", 0), True)
+        adapter = elm.fresh_adapter(frozen, parts.split.statistics, hidden_dim=24, tokens=2)
+        model = elm.ELM(frozen, adapter.to("cuda"), parts.split.encoder.prompt)
+        gpu.costs.clear()
+        gpu.reset_peak()
+        elm_step(model, parts.split, np.arange(12), 200)
+    return gpu
+
+
+def test_flops_and_bytes():
+    """Of a product, and of attention in a row of 5, 30 and 1 tokens with a window of 8."""
+    with SimulatedCuda(values=False) as gpu:
+        a = torch.empty(10_000, 20_000, dtype=torch.bfloat16, device="cuda")
+        product = a @ a.T
+        assert product.shape == (10_000, 10_000)
+        assert gpu.costs.flops[torch.bfloat16] == 2 * 10_000 * 20_000 * 10_000
+        assert gpu.costs.num_bytes == 2 * (2 * a.numel() + product.numel())
+        assert gpu.costs.seconds["mm"] == pytest.approx(4e12 / 790e12)
+        gpu.costs.clear()
+        row = torch.empty(36, 4, 16, dtype=torch.bfloat16, device="cuda")
+        bounds = torch.tensor([0, 5, 35, 36], dtype=torch.int32).to("cuda")
+        varlen.varlen_attn(row, row, row, bounds, bounds, 30, 30, window_size=(7, 0))
+        num_pairs = 15 + (28 + 23 * 8) + 1
+        assert gpu.costs.flops[torch.bfloat16] == 2 * 2 * num_pairs * 4 * 16
+
+
+def test_integers_and_masks_keep_their_values_without_the_others():
+    with SimulatedCuda(values=False):
+        mask = torch.tensor([True, False, True]).to("cuda")
+        x = torch.zeros(3, 5, device="cuda")
+        assert x[~mask].shape == (1, 5)
+        assert (~mask).sum().item() == 1
+        failed = torch.zeros((), device="cuda")
+        failed += 1
+        assert failed.item() == 1
+        failed += x.sum()
+        assert failed.inner.device.type == "meta"
+
+
+def test_waits_of_the_host():
+    def reasons(operation) -> list[str]:
+        with SimulatedCuda() as gpu:
+            x = torch.zeros(4, device="cuda")
+            mask = torch.ones(4, device="cuda") > 0
+            num_before = len(gpu.waits)
+            operation(x, mask)
+            return [wait.reason for wait in gpu.waits[num_before:]]
+
+    pageable = torch.ones(4)
+    assert reasons(lambda x, mask: x + 1) == []
+    assert reasons(lambda x, mask: torch.full((), 2.0, device="cuda")) == []
+    assert reasons(lambda x, mask: torch.tensor(2.0, device="cuda")) == ["copy to the device"]
+    assert reasons(lambda x, mask: pageable.to("cuda", non_blocking=True)) == ["copy to the device"]
+    assert reasons(lambda x, mask: pageable.pin_memory().to("cuda")) == ["copy to the device"]
+    assert reasons(
+        lambda x, mask: pageable.pin_memory().to("cuda", non_blocking=True)) == []
+    assert reasons(lambda x, mask: x.copy_(pageable)) == ["copy to the device"]
+    assert reasons(lambda x, mask: pageable.copy_(x)) == ["copy to the host"]
+    assert reasons(lambda x, mask: x.cpu()) == ["copy to the host"]
+    assert reasons(lambda x, mask: x.tolist()) == ["copy to the host"]
+    assert reasons(lambda x, mask: bool(x[0])) == ["_local_scalar_dense"]
+    assert reasons(lambda x, mask: x[mask]) == ["index by a mask"]
+    assert reasons(lambda x, mask: x[torch.tensor([0, 1])]) == ["index of the host"]
+    assert reasons(lambda x, mask: x.nonzero()) == ["nonzero"]
+
+
+def test_a_wait_is_an_error_if_one_asks_for_it():
+    with SimulatedCuda():
+        x = torch.zeros(4, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            x.sum().item()
+        torch.cuda.set_sync_debug_mode("default")
+        assert x.sum().item() == 0
+
+
+def test_tied_parameters_stay_tied(llm_dir):
+    with SimulatedCuda():
+        llm = elm.load_llm(str(llm_dir), torch.device("cuda", 0), True)
+        assert llm.get_input_embeddings().weight is llm.get_output_embeddings().weight
+        assert llm.get_input_embeddings().weight.is_cuda
+
+
+def test_nothing_is_left_behind():
+    with SimulatedCuda():
+        assert torch.cuda.is_available()
+        elm.find_device()
+    assert not torch.cuda.is_available()
+    assert not torch.accelerator.is_available()
+    assert elm.find_device() == torch.device("cpu")
+
+
+def test_another_torch_is_named(monkeypatch):
+    assert missing_interface() == ""
+    monkeypatch.delattr(torch._C, "_set_only_lift_cpu_tensors")
+    assert "torch._C._set_only_lift_cpu_tensors" in missing_interface()
