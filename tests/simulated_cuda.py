@@ -24,6 +24,7 @@ varlen_attn, NCCL and several devices, and speed beyond that bound.
 """
 
 import contextlib
+import math
 import os
 import sys
 import weakref
@@ -138,7 +139,8 @@ class Sim(Tensor):
         sim.inner = inner
         return sim
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    # None where torch lacks it: see missing_interface
+    __torch_function__ = getattr(torch._C, "_disabled_torch_function_impl", None)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -330,9 +332,14 @@ class Operation:
         return any(result.alias_info is not None and not result.alias_info.is_write
                    for result in self.func._schema.returns)
 
-    def is_in_place(self) -> bool:
-        return any(argument.alias_info is not None and argument.alias_info.is_write
-                   for argument in self.func._schema.arguments)
+    def changed_tensors(self) -> list[Tensor]:
+        """That it writes to in place."""
+        given = vars(self.arguments())
+        changed = []
+        for argument in self.func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                changed += [x for x in tree_leaves(given[argument.name]) if isinstance(x, Tensor)]
+        return changed
 
 
 # -----------------------------------------------------------------------------
@@ -469,7 +476,7 @@ class Memory:
         self.peak = 0
         self.held: set[int] = set()  # storages, by address
         self.is_in_backward = False
-        self.shortage: torch.OutOfMemoryError | None = None  # of a backward pass that still runs
+        self.shortage = ""  # of a backward pass that still runs, as a message
 
     def hold(self, tensor: Tensor) -> None:
         """Count a tensor's storage until nothing refers to it. Raises: OutOfMemoryError."""
@@ -477,7 +484,7 @@ class Memory:
         address = storage._cdata
         if address in self.held:
             return
-        num_bytes = -(-storage.nbytes() // self.BLOCK) * self.BLOCK
+        num_bytes = math.ceil(storage.nbytes() / self.BLOCK) * self.BLOCK
         self.need(num_bytes)
         self.held.add(address)
         self.alive += num_bytes
@@ -489,30 +496,30 @@ class Memory:
 
     def need(self, num_bytes: int) -> None:
         """For a moment, beside what is alive. Raises: OutOfMemoryError."""
-        self.peak = max(self.peak, self.alive + num_bytes)
         if self.alive + num_bytes <= self.limit:
+            self.peak = max(self.peak, self.alive + num_bytes)
             return
-        error = torch.OutOfMemoryError(
-            f"CUDA out of memory (simulated): tried to allocate {num_bytes:,} bytes beside "
-            f"{self.alive:,} of {self.limit:,}")
+        message = (f"CUDA out of memory (simulated): tried to allocate {num_bytes:,} bytes beside "
+                   f"{self.alive:,} of {self.limit:,}")
         if not self.is_in_backward:
-            raise error
-        self.shortage = self.shortage or error
+            raise torch.OutOfMemoryError(message)
+        self.shortage = self.shortage or message
 
     @contextlib.contextmanager
     def raise_after_backward(self):
         """Around a backward pass: a shortage within it is raised when it has ended, as torch calls
         Python for the backend while it unwinds, and aborts if recomputation has raised an error."""
-        was_in_backward = self.is_in_backward
+        if self.is_in_backward:  # one within another
+            yield
+            return
+        self.shortage = ""
         self.is_in_backward = True
         try:
             yield
         finally:
-            self.is_in_backward = was_in_backward
-        shortage = self.shortage
-        if shortage is not None and not was_in_backward:
-            self.shortage = None
-            raise shortage
+            self.is_in_backward = False
+        if self.shortage:
+            raise torch.OutOfMemoryError(self.shortage)
 
     def reset_peak(self) -> None:
         self.peak = self.alive
@@ -574,27 +581,33 @@ def count_flops(operation: Operation) -> int:
         a, b = operation.tensors[-2:]
         return 2 * a.numel() * b.shape[-1]
     if operation.name == "_varlen_attn":  # two products
-        return 2 * 2 * count_visible(operation) * operation.arguments().query[0].numel()
+        return 2 * count_of_attention_product(operation)
     if operation.name == "_varlen_attn_backward":  # five, of which one repeats the forward pass's
-        return 5 * 2 * count_visible(operation) * operation.arguments().query[0].numel()
+        return 5 * count_of_attention_product(operation)
     return 0
 
 
-def count_visible(operation: Operation) -> int:
-    """The pairs of query and key that varlen_attn looks at, of one head."""
-    arguments = operation.arguments()
-    num_pairs = 0
-    for length in Counter(arguments.cu_seq_q.inner.diff().tolist()).items():
-        num_pairs += length[1] * count_pairs(length[0], arguments.window_size or [-1, -1])
-    return num_pairs
+def count_of_attention_product(operation: Operation) -> int:
+    """FLOPs of one product of queries and keys, where these see each other."""
+    given = operation.arguments()
+    _, num_heads, head_dim = given.query.shape
+    window = given.window_size or [-1, -1]
+    lengths = Counter(inner_of(given.cu_seq_q).diff().tolist())
+    num_pairs = sum(n * count_visible(length, window) for length, n in lengths.items())
+    return 2 * num_pairs * num_heads * head_dim
 
 
-def count_pairs(num_tokens: int, window: list[int]) -> int:
-    """Of one example."""
+def count_visible(num_tokens: int, window: list[int]) -> int:
+    """The pairs of a query and a key that it sees, of one example: see visible_keys."""
+    left, right = window
     positions = torch.arange(num_tokens)
-    first = torch.zeros_like(positions) if window[0] < 0 else (positions - window[0]).clamp(min=0)
-    last = positions + window[1] if window[1] >= 0 else torch.full_like(positions, num_tokens)
-    return int((last.clamp(max=num_tokens - 1) - first + 1).sum())
+    first = torch.zeros_like(positions)
+    last = torch.full_like(positions, num_tokens - 1)
+    if left >= 0:
+        first = (positions - left).clamp(min=0)
+    if right >= 0:
+        last = (positions + right).clamp(max=num_tokens - 1)
+    return int((last - first + 1).sum())
 
 
 def count_bytes(operation: Operation, results: list[Tensor]) -> int:
@@ -607,7 +620,6 @@ def count_bytes(operation: Operation, results: list[Tensor]) -> int:
 
 # -----------------------------------------------------------------------------
 # Shapes alone
-
 
 # Operations of which the results' shapes depend on values.
 SHAPED_BY_VALUES = ("_unique2", "bincount", "masked_select", "nonzero", "unique_consecutive",
@@ -722,10 +734,12 @@ class SimulatedCuda:
         for name, stand_in in self.stand_ins().items():
             self.stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         self.stack.enter_context(mock.patch.dict(os.environ))  # elm sets the allocator's
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks once in a process
         self.stack.enter_context(mock.patch.object(Tensor, "pin_memory", pin_memory))
         self.stack.enter_context(mock.patch.object(nn.Module, "_apply", apply_and_tie))
         # A backward pass is to run in the thread that asks for it, where the modes are.
         self.stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        self.run_engine = torch.autograd._engine_run_backward
         self.stack.enter_context(
             mock.patch.object(torch.autograd, "_engine_run_backward", self.run_backward))
         # torch.tensor(…, device=…) is to copy by an operation.
@@ -767,7 +781,7 @@ class SimulatedCuda:
         """What torch.autograd.grad and backward call. They come here by DeviceNames, which torch
         has left by then; recomputation needs it again."""
         with DeviceNames(), self.memory.raise_after_backward():
-            return run_engine(*args, **kwargs)
+            return self.run_engine(*args, **kwargs)
 
     def set_sync_debug_mode(self, mode: str) -> None:
         self.sync_debug_mode = mode
@@ -791,7 +805,7 @@ class SimulatedCuda:
         tensors = [x for x in tree_leaves(results) if isinstance(x, Tensor)]
         self.costs.add(operation, tensors)
         wrapped = tree_map(self.wrap, results)
-        if operation.is_in_place():  # it returns the very tensor that it has changed
+        if operation.changed_tensors():  # it returns the very tensor that it has changed
             return return_and_correct_aliasing(func, args, kwargs, wrapped)
         return wrapped
 
@@ -819,8 +833,7 @@ class SimulatedCuda:
             return invented_values(tensor, tensor.dtype).item()
         source = operation.source()
         if is_known(source):
-            return operation.func(
-                *tree_map(inner_of, operation.args), **operation.kwargs)
+            return operation.func(*tree_map(inner_of, operation.args), **operation.kwargs)
         dtype = operation.kwargs.get("dtype") or source.dtype
         if operation.name == "copy_":
             return operation.args[0].copy_(invented_values(source, dtype))
@@ -832,13 +845,14 @@ class SimulatedCuda:
         if self.values:
             return run_at(operation, "cpu", inner_of, operation.args)
         results = run_on_shapes(operation)
-        if operation.is_in_place() and not all(is_known(x) for x in operation.tensors):
-            self.forget(operation.args[0])
+        if not all(is_known(x) for x in operation.tensors):
+            for changed in operation.changed_tensors():
+                self.forget(changed)
         return results
 
     def forget(self, sim: Sim) -> None:
         """The values of a tensor that now has others, which are not known."""
-        if isinstance(sim, Sim) and is_known(sim):
+        if is_known(sim):
             sim.inner = as_meta(sim)
             self.memory.hold(sim.inner)
 
@@ -880,7 +894,7 @@ def backward_workspace(q: Tensor, k: Tensor, num_examples: int) -> int:
     heads share keys, the gradients at k and v of each query head."""
     num_tokens, num_heads, head_dim = q.shape
     num_padded = num_tokens + 128 * num_examples
-    padded_dim = -(-head_dim // 32) * 32
+    padded_dim = math.ceil(head_dim / 32) * 32
     num_bytes = 4 * num_padded * num_heads * (padded_dim + 1)
     if k.shape[1] != num_heads:
         num_bytes += 2 * q.numel() * q.element_size()
@@ -922,7 +936,6 @@ class DeviceNames(TorchFunctionMode):
         return x
 
 
-run_engine = torch.autograd._engine_run_backward
 own_apply = nn.Module._apply
 
 

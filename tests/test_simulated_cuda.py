@@ -223,9 +223,10 @@ class Parts(NamedTuple):
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Parts:
-    """Gemma 3 has layers with sliding windows, which are shorter than the rows."""
+    """Gemma 3 has layers with sliding windows, which are shorter than the rows, and here a scale of
+    its own."""
     folder = tmp_path_factory.mktemp("parts")
-    llm = make_llm(folder / "llm", "gemma3_text")
+    llm = make_llm(folder / "llm", "gemma3_text", query_pre_attn_scalar=16)
     prompt = elm.Prompt(AutoTokenizer.from_pretrained(llm))
     split = open_train(make_data(folder / "data"), prompt, 2)
     model = build_elm(llm, split, bf16=True)
@@ -409,7 +410,7 @@ def test_varlen_attn_is_the_attention_of_the_cpu(sliding_window):
         *(x.transpose(0, 1)[None] for x in inputs), 0.3, [5, 30, 1], sliding_window, None)[0]
     expected = [out, *torch.autograd.grad(out.square().sum(), inputs)]
     for x, y in zip(found, expected, strict=True):
-        assert (x - y).norm() < 1e-2 * y.norm()
+        assert (x - y).norm() < 1e-2 * y.norm() + 1e-3  # 0: a query of one key does not matter
 
 
 def test_the_memory_of_a_card():
@@ -439,12 +440,13 @@ def test_memory_that_a_backward_pass_lacks(values):
     def layer(x):
         return x.sin().sin().sin().sin()
 
-    with SimulatedCuda(values, limit=4 * 4096):
+    with SimulatedCuda(values, limit=4 * 4096) as gpu:
         x = torch.ones(1024, device="cuda", requires_grad=True)
         y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum()
         with pytest.raises(torch.OutOfMemoryError):
             y.backward()
-        assert torch.ones(4, device="cuda").sum().item() == 4
+        del x, y
+        assert gpu.alive == 0  # the error holds nothing
 
 
 def test_shapes_alone_cost_what_values_cost(parts):
