@@ -154,6 +154,10 @@ def embed() -> None:
     embedder(ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
 
+def count_recomputed(llm: nn.Module) -> int:
+    return sum("forward" in vars(layer) for layer in llm.base_model.layers)
+
+
 class Card:
     """A run on one card."""
 
@@ -177,9 +181,7 @@ class Card:
             warm_start(model)
             self.measure(gpu, "warm start")
             budget = elm.plan_memory(model, LONGEST_ROW, "auto", elm.LossConfig(), None)
-            layers = model.llm.base_model.layers
-            num_recomputed = sum("forward" in vars(layer) for layer in layers)
-            self.plan = f"{budget} tokens, {num_recomputed} of {len(layers)} layers recomputed"
+            self.plan = f"{budget} tokens, {count_recomputed(model.llm)} layers recomputed"
             gc.collect()
             gpu.reset_peak()
             self.seconds_of_token = run_steps(model, gpu, budget)

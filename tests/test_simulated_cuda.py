@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import first_gpu
 import numpy as np
+import plan_4b
 import prepare
 import pytest
 import torch
@@ -48,8 +50,8 @@ MEASURED = {"memory_gib", "seconds", "tokens_per_second"}
 MAY_WAIT = {
     # loading, and the check of the LLM
     "_apply", "build_elm", "check_attention", "check_llm", "check_long_row", "fresh_adapter",
-    "generate_at_once", "load_llm", "move", "near_equal_pairs", "nearest_vectors", "nll_alone",
-    "weights_hash",
+    "generate_at_once", "gives_the_same", "load_llm", "move", "near_equal_pairs",
+    "nearest_vectors", "nll_alone", "weights_hash",
     # fits in closed form, and the trial pass
     "fit_probe", "fits_in_memory", "load_chunks", "response_hidden_of_rows", "ridge", "warm_start",
     "word_targets",
@@ -500,6 +502,28 @@ def test_integers_and_masks_keep_their_values_without_the_others():
         assert failed.item() == 1
         failed += x.sum()
         assert failed.inner.device.type == "meta"
+
+
+@pytest.mark.slow
+def test_a_run_at_the_shape_of_4b_fits_a_card_of_12_gb():
+    """From loading to the report; the warm start, at its largest, needs less than the steps."""
+    card = plan_4b.Card(plan_4b.CARDS[12])
+    card.run()
+    print(card.plan, card.peaks)
+    assert list(card.peaks) == [
+        "loading", "warm start", "steps", "losses", "answers", "embedder"]
+    assert max(card.peaks, key=card.peaks.get) == "steps"
+
+
+def test_the_first_minutes_on_a_gpu_rehearsed(processes, tmp_path):
+    words = [sys.executable, str(ROOT / "tests/first_gpu.py"), str(tmp_path), "--rehearse"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == ["versions", "attention", "plans", "warm start", "answers", "losses"]
+    assert "FAILED" not in json.dumps(results)
+    assert results["attention"]["out"] < 4e-3
+    assert len(results["plans"]) == len(first_gpu.EXPECTED_PEAKS)
 
 
 def test_waits_of_the_host():
