@@ -7199,7 +7199,8 @@ def scan_rows(table: VectorTable, row_ids: Sequence[int], adapter: Adapter, path
     digest = hashlib.sha256()
     total_square = 0.0
     hashes_of_ids: list[np.ndarray] = []  # of their texts: Python's hashes of -1 and -2 are equal
-    for block in read_blocks(table, row_ids):
+    num_blocks = math.ceil(len(row_ids) / ROWS_OF_BLOCK)
+    for block in progress(read_blocks(table, row_ids), "vectors", total=num_blocks):
         total_square += check_block(block, path)
         digest.update(json.dumps([block.row_ids, block.ids]).encode())
         digest.update(block.vectors.contiguous().numpy())

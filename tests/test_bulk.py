@@ -1,6 +1,8 @@
 """`generate` by the thousand: Parquet, several queries, a file that goes on, a server, scores."""
 
 import base64
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -250,6 +252,24 @@ def test_a_full_disk_loses_no_answer(start, small_disk, tmp_path):
     assert out.read_text()
     ballast.unlink()
     assert ask(out, *words) == whole
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_the_bar_is_not_mixed_with_answers(start, tmp_path, has_file):
+    """On one terminal."""
+    words = [*start, "query=Why?", "rows=[0, 1, 2]"]
+    if has_file:
+        words.append(f"out={tmp_path / 'answers.jsonl'}")
+    terminal = Terminal()
+    with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
+        assert elm.main(words) == 0
+    assert ("answers:" in terminal.getvalue()) == has_file
+    assert ('"answer":' in terminal.getvalue()) != has_file
 
 
 def test_a_query_that_is_no_text_is_refused(start):
