@@ -2694,7 +2694,10 @@ def memory_beside_weights(llm: PreTrainedModel) -> float:
     moment, so that no report depends on other users of the card. Infinite on a CPU."""
     if llm.device.type != "cuda":
         return math.inf
-    weights = count_parameters(llm) * llm.dtype.itemsize
+    weights = 0
+    for parameter in llm.parameters():
+        num_values = getattr(parameter, "ds_numel", parameter.numel())
+        weights += num_values * parameter.element_size()
     if is_partitioned(llm):
         weights /= world_size()
     return torch.cuda.get_device_properties(llm.device).total_memory - weights
@@ -3022,7 +3025,7 @@ def keep_less(llm: PreTrainedModel) -> int:
     num_replaced = 0
     for module in llm.modules():
         for lean_forward, attributes in LEAN_FORWARDS.items():
-            if not all(hasattr(module, name) for name in attributes):
+            if any(getattr(module, name, None) is None for name in attributes):
                 continue
             if gives_the_same(lean_forward, module, llm):
                 module.forward = functools.partial(lean_forward, module)
@@ -3033,7 +3036,9 @@ def keep_less(llm: PreTrainedModel) -> int:
 @torch.no_grad()
 def gives_the_same(lean_forward: Callable[[nn.Module, Tensor], Tensor], module: nn.Module,
                    llm: PreTrainedModel) -> bool:
-    """On random inputs, to the bit."""
+    """On random inputs, to the bit. Not where a forward pass takes more than its input."""
+    if len(inspect.signature(type(module).forward).parameters) != 2:  # self and x
+        return False
     is_mlp = hasattr(module, "gate_proj")
     width = module.gate_proj.in_features if is_mlp else len(module.weight)
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
@@ -3444,14 +3449,16 @@ class ELM(nn.Module):
         return prompts[0] if given.ndim == 1 else prompts
 
     def generate(self, embeddings: Vectors, query: str | list[str], max_new_tokens: int = 256,
-                 batch_size: int = 16, **options: Any) -> list[str]:
-        """[n, E] or [E], see as_tensor, and one query or n -> n answers; greedy, unless `options`
-        of the LLM's own `generate` say otherwise, see choose_sampling. Raises: UserError."""
+                 batch_size: int | None = None, **options: Any) -> list[str]:
+        """[n, E] or [E], see as_tensor, and one query or n -> n answers, batch_size at once or as
+        many as GENERATION_BATCH says; greedy, unless `options` of the LLM's own `generate` say
+        otherwise, see choose_sampling. Raises: UserError."""
         vectors = check_vectors(embeddings, self.adapter)
         queries = repeat_per_vector(query, len(vectors))
+        size = batch_size or GENERATION_BATCH[self.device.type]
         answers = []
-        for start in range(0, len(vectors), batch_size):
-            part = slice(start, start + batch_size)
+        for start in range(0, len(vectors), size):
+            part = slice(start, start + size)
             answers += self.answer_batch(vectors[part], queries[part], max_new_tokens, **options)
         return answers
 
