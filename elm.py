@@ -3673,9 +3673,11 @@ BYTES_OF_A_LOGIT = 10  # itself in bf16, its copy and its log-probability in fp3
 
 
 def logits_at_once(llm: PreTrainedModel) -> float:
-    """In an eighth of what the weights leave of a GPU's memory."""
+    """In an eighth of what the weights leave of a GPU's memory; a quarter of the most at least, as
+    weights that are kept on the CPU leave more than they seem to."""
     most = MAX_LOGITS_AT_ONCE[llm.device.type]
-    return min(most, memory_beside_weights(llm) / 8 / BYTES_OF_A_LOGIT)
+    by_memory = memory_beside_weights(llm) / 8 / BYTES_OF_A_LOGIT
+    return min(most, max(most / 4, by_memory))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

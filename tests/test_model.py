@@ -580,7 +580,8 @@ def test_little_memory_changes_no_loss(plain, monkeypatch):
     model, split = plain
     vector_ids = split.index["vector_id"]
     expected = elm.losses_by_vectors(model, split, vector_ids)
-    for num_rows, num_logits in ((1, 2**24), (7, 2**24), (16, 3000), (3, 3000)):
+    monkeypatch.setattr(elm, "MAX_LOGITS_AT_ONCE", {"cpu": 9000})
+    for num_rows, num_logits in ((1, 9000), (7, 9000), (16, 3000), (3, 3000)):
         monkeypatch.setattr(elm, "EVAL_BATCH_ROWS", {"cpu": num_rows})
         beside = 8 * elm.BYTES_OF_A_LOGIT * num_logits
         monkeypatch.setattr(elm, "memory_beside_weights", lambda llm, beside=beside: beside)
@@ -590,6 +591,9 @@ def test_little_memory_changes_no_loss(plain, monkeypatch):
         found = elm.losses_by_vectors(model, split, vector_ids)
         np.testing.assert_allclose(found.nll, expected.nll, rtol=1e-6)
         np.testing.assert_array_equal(found.num_tokens, expected.num_tokens)
+    monkeypatch.setattr(elm, "memory_beside_weights", lambda llm: -1e9)
+    assert elm.logits_at_once(model.llm) == 9000 / 4
+    assert elm.answers_at_once(model.llm, 10, 10) == 1
 
 
 @torch.no_grad()
