@@ -2706,15 +2706,22 @@ def memory_beside_weights(llm: PreTrainedModel) -> float:
 def bytes_of_a_token(llm: PreTrainedModel) -> int:
     """That a pass without a gradient holds at once, its logits aside: the hidden states of one
     layer, the widest those of its MLP."""
-    return 16 * llm.config.get_text_config().hidden_size * llm.dtype.itemsize
+    config = llm.config.get_text_config()
+    mlp_width = getattr(config, "intermediate_size", None)
+    if not isinstance(mlp_width, int):  # GPT-2 has none, some LLMs have one for each layer
+        mlp_width = 4 * config.hidden_size
+    return (4 * mlp_width + 8 * config.hidden_size) * llm.dtype.itemsize
 
 
 def bytes_of_a_cached_token(llm: PreTrainedModel) -> int:
-    """Keys and values of all layers. Layers with sliding windows hold fewer tokens: for them it is
-    a bound."""
+    """Keys and values of all layers; 0 without attention (Mamba). A bound for layers that keep
+    fewer tokens (sliding windows) or fewer numbers (DeepSeek's latent attention)."""
     config = llm.config.get_text_config()
-    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_query_heads = getattr(config, "num_attention_heads", None)
+    if num_query_heads is None:
+        return 0
+    num_heads = getattr(config, "num_key_value_heads", None) or num_query_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_query_heads
     return 2 * config.num_hidden_layers * num_heads * head_dim * llm.dtype.itemsize
 
 
@@ -2970,6 +2977,7 @@ class FrozenNorm(torch.autograd.Function):
         return (scale * normalised.to(scale.dtype)).to(x.dtype)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, scale, inverse_rms = ctx.saved_tensors
         normalised = x.float() * inverse_rms
@@ -2989,6 +2997,7 @@ class GatedProduct(torch.autograd.Function):
         return activation(gate) * up
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         with torch.enable_grad():
@@ -3036,10 +3045,13 @@ def keep_less(llm: PreTrainedModel) -> int:
 @torch.no_grad()
 def gives_the_same(lean_forward: Callable[[nn.Module, Tensor], Tensor], module: nn.Module,
                    llm: PreTrainedModel) -> bool:
-    """On random inputs, to the bit. Not where a forward pass takes more than its input."""
+    """On random inputs, to the bit. Not where a forward pass takes more than its input, or where a
+    norm has a weight for each head (Cohere)."""
     if len(inspect.signature(type(module).forward).parameters) != 2:  # self and x
         return False
     is_mlp = hasattr(module, "gate_proj")
+    if not is_mlp and module.weight.ndim != 1:
+        return False
     width = module.gate_proj.in_features if is_mlp else len(module.weight)
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
     x = x.to(llm.device, llm.dtype)
@@ -3145,8 +3157,8 @@ def choose_sampling(options: Json) -> Json:
 
 # Answers that are generated at once, at most.
 GENERATION_BATCH = {"cpu": 16, "cuda": 256}
-# Tokens that the LLM reads at once where no gradient is needed, at most.
-TOKENS_AT_ONCE = 32768
+# Tokens that the LLM reads at once where no gradient is needed, at most; a GPU's memory says it.
+TOKENS_AT_ONCE = {"cpu": 32768, "cuda": math.inf}
 
 
 def generate_batch(llm: PreTrainedModel, prompt: Prompt, prompt_embeds: list[Tensor],
@@ -3170,14 +3182,16 @@ def answers_at_once(llm: PreTrainedModel, num_prompt_tokens: int, max_new_tokens
     pass over the prompts and the logits some of the other half."""
     most = GENERATION_BATCH[llm.device.type]
     num_tokens = num_prompt_tokens + max_new_tokens
-    by_cache = memory_beside_weights(llm) / 2 / (num_tokens * bytes_of_a_cached_token(llm))
+    bytes_of_an_answer = max(1, num_tokens * bytes_of_a_cached_token(llm))
+    by_cache = memory_beside_weights(llm) / 2 / bytes_of_an_answer
     by_prompts = tokens_at_once(llm) / num_prompt_tokens
     return max(1, int(min(most, by_cache, by_prompts)))
 
 
 def tokens_at_once(llm: PreTrainedModel) -> float:
     """Tokens of a pass without a gradient: in a quarter of what the weights leave."""
-    return min(TOKENS_AT_ONCE, memory_beside_weights(llm) / 4 / bytes_of_a_token(llm))
+    most = TOKENS_AT_ONCE[llm.device.type]
+    return min(most, memory_beside_weights(llm) / 4 / bytes_of_a_token(llm))
 
 
 def generate_at_once(llm: PreTrainedModel, prompt: Prompt, prompt_embeds: list[Tensor],
@@ -3381,7 +3395,7 @@ class ELM(nn.Module):
                 inputs_embeds=embeds[None], position_ids=position_ids[None],
                 lengths=lengths, cu_seqlens=cu_seqlens,
                 use_cache=False)  # a cache would disable transformers' detection of packed rows
-        return out.last_hidden_state[0]
+        return out.last_hidden_state.squeeze(0)  # not [0]: its backward pass would fill zeros
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """[R, D] -> logits [R, V], with the caps and scales that this LLM has."""
@@ -5138,6 +5152,8 @@ def train(cfg: Config) -> Json:
 
 # Rows whose losses are computed at once, at most.
 EVAL_BATCH_ROWS = {"cpu": 16, "cuda": 64}
+# Answers of a batch: fewer than memory may hold, so that several processes have some.
+REPORT_BATCH = {"cpu": 16, "cuda": 64}
 EMBEDDER_CHECK_TEXTS = 32  # texts of each split whose vectors are compared with the stored ones
 NO_EMBEDDER = "off"  # in the place of an embedder's name
 QUERIES_AT_ONCE = 8192  # vectors whose nearest ones are found in one reading of the table of train
@@ -5403,7 +5419,7 @@ def generate_answers(elm: ELM, split: Split, row_ids: np.ndarray, vector_ids: np
     if elm.lockstep:  # ZeRO 3: every process generates every answer
         first_batch = 0
         stride = 1
-    size = GENERATION_BATCH[elm.device.type]
+    size = REPORT_BATCH[elm.device.type]
     answers_of_batch: dict[int, list[str]] = {}
     starts = range(first_batch * size, len(row_ids), stride * size)
     for start in progress(starts, "answers"):

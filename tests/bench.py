@@ -168,6 +168,8 @@ class ElmLoop:
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
     def step(self, meter: Meter) -> float:
+        if self.model.device.type == "cuda":  # as plan_memory does
+            elm.keep_less(self.model.llm)
         elm.recompute_layers(self.model.llm, self.share_recomputed)
         rows = np.arange(len(self.split.index))
         meter.begin()
@@ -175,7 +177,8 @@ class ElmLoop:
         torch.nn.utils.clip_grad_norm_(self.model.adapter.parameters(), 1.0)
         self.optimizer.step()
         meter.end()
-        elm.recompute_layers(self.model.llm, 0.0)  # the others share it
+        for module in self.model.llm.modules():  # the others share it
+            vars(module).pop("forward", None)
         return loss
 
 

@@ -5,9 +5,9 @@
 
 Weights are random, nothing is downloaded. Each part is printed and kept in OUT/results.json as it
 ends, beside what the simulation expects (tests/plan_4b.py), so that the first minutes say at once
-what differs; a part that fails is noted, the others go on. No part starts that may end after
-LAST_SECOND. OUT also gets the logs of the tests, a profile, and bench.py's figures. Copy
-results.json to tests/gpu/DATE-CARD.json.
+what differs; a part that fails is noted, the others go on. No part starts without its least seconds
+before LAST_SECOND, at which the processes of tests and of bench.py are stopped. OUT also gets the
+logs of the tests, a profile, and bench.py's figures. Copy results.json to tests/gpu/DATE-CARD.json.
 
 1 versions   2 varlen_attn against its definition   3 quick tests of test_gpu.py   4 memory and
 speed of each plan, and the warm start's memory   5 answers, with cuDNN's attention and without,
@@ -38,20 +38,19 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import byte_tokenizer
+from full_size import SHAPE
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import elm
 
 LAST_SECOND = 560  # from the start of the process
+MOST_DIFFERENCE = 0.05  # of a peak from the simulation's, relative
 GIB = 2**30
 CUDA = torch.device("cuda", 0)
-SHAPE = dict(
-    hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, head_dim=128,
-    num_key_value_heads=8, intermediate_size=9728, vocab_size=151_936)
 SMALL_SHAPE = dict(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
-    num_key_value_heads=2, intermediate_size=96, vocab_size=512)
+    num_key_value_heads=2, intermediate_size=96, vocab_size=512, tie_word_embeddings=True)
 NUM_SOFT_TOKENS = 4
 # Peaks of trial passes in GiB, weights included, by tokens and share of layers recomputed:
 # `python tests/plan_4b.py --plans`.
@@ -120,6 +119,7 @@ class FirstMinutes:
         self.is_rehearsal = is_rehearsal
         self.begin = time.monotonic()
         self.results: dict[str, object] = {}
+        self.differences = 0  # peaks that are not what was expected
         self.model: elm.ELM | None = None
         self.shape = SMALL_SHAPE if is_rehearsal else SHAPE
         self.longest = 64 if is_rehearsal else 2048
@@ -132,7 +132,8 @@ class FirstMinutes:
             self.do("quick tests", lambda: self.tests("-k", quick), least_seconds=60)
         self.model = self.build()
         self.do("plans", self.plans, least_seconds=60)
-        self.do("warm start", self.warm_start, least_seconds=40)
+        if not self.is_rehearsal:
+            self.do("warm start", self.warm_start, least_seconds=40)
         self.do("answers", self.answers, least_seconds=60)
         self.do("losses", self.losses, least_seconds=20)
         self.model = None
@@ -141,12 +142,14 @@ class FirstMinutes:
         if not self.is_rehearsal:
             self.do("bench", self.bench, least_seconds=120)
             self.do("all tests", self.tests, least_seconds=120)
+        failed = [name for name, found in self.results.items() if str(found).startswith("FAILED")]
+        print(f"== {self.differences} peaks differ from the simulation; parts that failed: "
+              f"{', '.join(failed) or 'none'}")
 
     def do(self, name: str, part: Callable[[], object], least_seconds: float = 0) -> None:
         """Run a part if it may still end in time, print what it found, and keep it."""
-        seconds_left = LAST_SECOND - (time.monotonic() - self.begin)
-        if seconds_left < least_seconds:
-            print(f"== {name}: left out, {seconds_left:.0f} s are left", flush=True)
+        if self.seconds_left() < least_seconds:
+            print(f"== {name}: left out, {self.seconds_left():.0f} s are left", flush=True)
             return
         begin = time.monotonic()
         try:
@@ -157,6 +160,9 @@ class FirstMinutes:
         seconds = time.monotonic() - begin
         print(f"== {name}, {seconds:.0f} s: {json.dumps(self.results[name])}", flush=True)
         (self.out / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
+
+    def seconds_left(self) -> float:
+        return LAST_SECOND - (time.monotonic() - self.begin)
 
     # Parts
 
@@ -204,18 +210,25 @@ class FirstMinutes:
 
     def tests(self, *arguments: str) -> list[str]:
         """The last lines of pytest on test_gpu.py."""
-        words = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider",
-                 "tests/test_gpu.py", *arguments]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
-        (self.out / f"pytest_{len(self.results)}.log").write_text(done.stdout)
-        return done.stdout.strip().splitlines()[-12:]
+        return self.start(
+            f"pytest_{len(self.results)}.log", "-m", "pytest", "-q", "--tb=line", "-p",
+            "no:cacheprovider", "tests/test_gpu.py", *arguments)
+
+    def start(self, log_name: str, *arguments: str) -> list[str]:
+        """Python in a process of its own, which may take all the time that is left. The last lines
+        of what it says, which goes to a file."""
+        log = self.out / log_name
+        with open(log, "w") as f:
+            subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=f,
+                           stderr=subprocess.STDOUT, timeout=self.seconds_left())
+        return log.read_text().strip().splitlines()[-30:]
 
     def build(self) -> elm.ELM:
         torch.manual_seed(0)
         device = "cpu" if self.is_rehearsal else "cuda"
         with torch.device(device):
             llm = Qwen3ForCausalLM._from_config(
-                Qwen3Config(**self.shape, tie_word_embeddings=True), dtype=torch.bfloat16)
+                Qwen3Config(**self.shape), dtype=torch.bfloat16)
         llm = llm.to(CUDA).eval().requires_grad_(False)
         width = self.shape["hidden_size"]
         statistics = {
@@ -233,9 +246,8 @@ class FirstMinutes:
             if self.is_rehearsal:
                 num_tokens //= 32
             elm.recompute_layers(self.model.llm, share)
-            measured = {
-                "expected trial GiB": expected,
-                "trial GiB": trial_peak(self.model, num_tokens, self.longest)}
+            peak = trial_peak(self.model, num_tokens, self.longest)
+            measured = self.compare(peak, expected)
             step = self.make_step(num_tokens, 20 if self.is_rehearsal else 200)
             torch.cuda.reset_peak_memory_stats()
             seconds, seconds_of_launch = seconds_of(lambda step=step: self.take_step(step))
@@ -248,6 +260,16 @@ class FirstMinutes:
         if not self.is_rehearsal:
             self.profile()
         return found
+
+    def compare(self, peak: float | None, expected: float) -> elm.Json:
+        """A peak in GiB, None if it did not fit, with what the simulation expects of Qwen3-4B."""
+        if self.is_rehearsal:
+            return {"GiB": peak}
+        verdict = "as expected"
+        if peak is None or abs(peak - expected) > MOST_DIFFERENCE * expected:
+            verdict = "DIFFERS"
+            self.differences += 1
+        return {"GiB": peak, "expected": expected, "verdict": verdict}
 
     def make_step(self, num_tokens: int, row_length: int) -> elm.Step:
         """One micro-batch of rows of which four in five tokens have labels."""
@@ -291,12 +313,10 @@ class FirstMinutes:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         begin = time.monotonic()
-        if not self.is_rehearsal:
-            warm_start(self.model)
-        return {
-            "expected GiB": EXPECTED_WARM_START,
-            "GiB": round(torch.cuda.max_memory_allocated() / GIB, 2),
-            "seconds": round(time.monotonic() - begin)}
+        warm_start(self.model)
+        peak = torch.cuda.max_memory_allocated() / GIB
+        seconds = round(time.monotonic() - begin)
+        return {**self.compare(peak, EXPECTED_WARM_START), "seconds": seconds}
 
     def answers(self) -> elm.Json:
         """Of 64 queries: seconds, the first time and again, with cuDNN's attention and without; and
@@ -348,10 +368,8 @@ class FirstMinutes:
         return found
 
     def bench(self) -> list[str]:
-        words = [sys.executable, "tests/bench.py", "--shape", "qwen3-4b", "--rounds", "2",
-                 f"--json={self.out / 'bench.json'}"]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
-        return (done.stdout or done.stderr).strip().splitlines()[-30:]
+        return self.start("bench.log", "tests/bench.py", "--shape", "qwen3-4b", "--rounds", "2",
+                          f"--json={self.out / 'bench.json'}")
 
 
 @contextlib.contextmanager

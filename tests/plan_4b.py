@@ -3,6 +3,7 @@
     python tests/plan_4b.py              all cards: some minutes on a CPU, and 3 GB of memory
     python tests/plan_4b.py 24 141       these
     python tests/plan_4b.py --plans      the peaks that first_gpu.py expects on an H200
+    python tests/plan_4b.py --layers     what the backward pass of a layer keeps of a token
 
 Nothing is computed and no weights are needed: tensors have shapes alone, see simulated_cuda.py,
 which also says what it does not see. A line for each card: the plan that plan_memory chooses for
@@ -15,7 +16,6 @@ Not part of the suite.
 
 import argparse
 import gc
-import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +49,7 @@ NEW_TOKENS = 256  # of an answer, the default of eval.max_new_tokens
 PROMPTS = (100, 2000)  # their lengths, in tokens
 EMBEDDED_TEXTS = 32  # at once, the default of sentence-transformers
 EMBEDDED_TOKENS = 512
+NUM_LAYERS_ALONE = 4
 
 
 def load_on_card(model_class: type[nn.Module]) -> nn.Module:
@@ -165,7 +166,6 @@ class Card:
         self.gib = gib
         self.peaks: dict[str, float] = {}  # GiB, of each part
         self.plan = ""
-        self.seconds_of_token = math.nan
 
     def measure(self, gpu: SimulatedCuda, part: str) -> None:
         """Since the last call."""
@@ -173,8 +173,9 @@ class Card:
         gc.collect()
         gpu.reset_peak()
 
-    def run(self) -> None:
-        """Raises: OutOfMemoryError where a part does not fit."""
+    def run(self) -> float:
+        """Returns the least seconds of a token in training. Raises: OutOfMemoryError where a part
+        does not fit."""
         with SimulatedCuda(values=False, limit=int(self.gib * GIB)) as gpu:
             model = build_elm()
             self.measure(gpu, "loading")
@@ -184,7 +185,7 @@ class Card:
             self.plan = f"{budget} tokens, {count_recomputed(model.llm)} layers recomputed"
             gc.collect()
             gpu.reset_peak()
-            self.seconds_of_token = run_steps(model, gpu, budget)
+            seconds_of_token = run_steps(model, gpu, budget)
             self.measure(gpu, "steps")
             evaluate(model)
             self.measure(gpu, "losses")
@@ -195,6 +196,7 @@ class Card:
             gpu.reset_peak()
             embed()
             self.measure(gpu, "embedder")
+        return seconds_of_token
 
 
 def print_plans() -> None:
@@ -211,25 +213,55 @@ def print_plans() -> None:
         print(f"warm start: {gpu.peak / GIB:.2f} GiB")
 
 
+def print_layers() -> None:
+    """Of four layers, with their own forward passes and with lean ones."""
+    num_tokens = 4096
+    for is_lean in (False, True):
+        with SimulatedCuda(values=False) as gpu:
+            shape = SHAPE | {"num_hidden_layers": NUM_LAYERS_ALONE}
+            with mock.patch.dict(SHAPE, shape):
+                model = build_elm()
+            if is_lean:
+                elm.keep_less(model.llm)
+            batch = make_batch(num_tokens // USUAL_ROW, USUAL_ROW).to(model.device)
+            soft_tokens = model(batch.embeddings).detach().requires_grad_()
+            before = gpu.alive
+            gpu.reset_peak()
+            gpu.costs.clear()
+            hidden = model.forward_hidden(batch, soft_tokens)
+            gc.collect()
+            kept = gpu.alive - before
+            hidden.backward(torch.zeros_like(hidden))
+            per_token = len(batch.input_ids) * NUM_LAYERS_ALONE
+            milliseconds = 1e3 * sum(gpu.costs.seconds.values())
+            name = "lean" if is_lean else "own"
+            print(f"{name}: {kept / per_token:,.0f} bytes a token and layer, at the peak "
+                  f"{(gpu.peak - before) / per_token:,.0f}; {milliseconds:.1f} ms at least")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cards", nargs="*", type=int, default=list(CARDS), help="in GB")
     parser.add_argument("--plans", action="store_true")
+    parser.add_argument("--layers", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.plans:
         print_plans()
         return
+    if options.layers:
+        print_layers()
+        return
     print("| card | plan | loading | warm start | steps | losses | answers | embedder |")
     print("|---|---|---|---|---|---|---|---|")
     for name in options.cards:
         card = Card(CARDS[name])
-        card.run()
+        seconds_of_token = card.run()
         peaks = " | ".join(f"{peak:.1f}" for peak in card.peaks.values())
         print(f"| {name} GB | {card.plan} | {peaks} |", flush=True)
         if name == H200:
-            tokens_per_second = 1 / card.seconds_of_token
+            tokens_per_second = 1 / seconds_of_token
             hours = 1e6 * USUAL_ROW / tokens_per_second / 3600
             print(f"\nH200: at most {tokens_per_second:,.0f} tokens a second; a million rows of "
                   f"{USUAL_ROW} tokens in {hours:.1f} hours or more")

@@ -94,7 +94,7 @@ def test_the_plan_is_the_first_that_fits(tmp_path, monkeypatch, limit, setting, 
             elm.plan_memory(model, 256, setting, elm.LossConfig(), None)
         return
     budget = elm.plan_memory(model, 256, setting, elm.LossConfig(), None)
-    recomputed = [module for module in model.llm.modules() if "forward" in vars(module)]
+    recomputed = [layer for layer in model.llm.base_model.layers if "forward" in vars(layer)]
     assert (budget, len(recomputed)) == plan
 
 

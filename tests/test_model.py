@@ -431,6 +431,13 @@ def test_layers_that_keep_less_give_the_same(tmp_path, data_dir, kind, num_modul
         assert kept_now < (0.9 if bf16 else 1.0) * kept
 
 
+def test_norms_of_several_heads_keep_their_own_forward(tmp_path, data_dir):
+    """Of Command R+: their weight has two dimensions."""
+    split = open_train(data_dir, PROMPT, 2)
+    model = build_elm(make_llm(tmp_path / "llm", "cohere", use_qk_norm=True), split)
+    assert elm.keep_less(model.llm) == 2  # the MLPs
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("is_gemma", [False, True])
 def test_the_gradient_of_a_lean_norm_is_that_of_its_formula_in_fp64(dtype, tolerance, is_gemma):
@@ -538,6 +545,15 @@ def test_a_cached_token_has_the_bytes_that_a_cache_holds(tmp_path, kind):
     assert num_bytes == 7 * elm.bytes_of_a_cached_token(llm)
 
 
+@torch.no_grad()
+def test_an_llm_without_attention_caches_no_tokens(tmp_path):
+    llm = elm.load_llm(str(make_llm(tmp_path / "llm", "mamba")), CPU, bf16=False)
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        delattr(llm.config, name)  # make_llm's, which Mamba does not have
+    assert elm.bytes_of_a_cached_token(llm) == 0
+    assert len(elm.generate_batch(llm, PROMPT, [torch.randn(5, 32)], 3)) == 1
+
+
 def test_answers_are_given_as_many_at_once_as_memory_holds(plain, monkeypatch):
     model, split = plain
     queries = [f"What? {i * 'x'}" for i in range(7)]
@@ -567,7 +583,7 @@ def test_prompts_are_read_as_many_at_once_as_memory_holds(plain, monkeypatch):
     bytes_of_a_token = elm.bytes_of_a_token(model.llm)
     assert elm.answers_at_once(model.llm, 100, 50) == elm.GENERATION_BATCH["cpu"]
     monkeypatch.setattr(elm, "memory_beside_weights", lambda llm: 4 * 350 * bytes_of_a_token)
-    assert elm.tokens_at_once(model.llm) == 350
+    assert elm.tokens_at_once(model.llm) == pytest.approx(350)
     assert elm.answers_at_once(model.llm, 100, 1) == 3
     assert elm.rows_at_once(model, 100) == 3
     assert elm.rows_at_once(model, 10) == elm.EVAL_BATCH_ROWS["cpu"]
@@ -581,11 +597,11 @@ def test_little_memory_changes_no_loss(plain, monkeypatch):
     vector_ids = split.index["vector_id"]
     expected = elm.losses_by_vectors(model, split, vector_ids)
     monkeypatch.setattr(elm, "MAX_LOGITS_AT_ONCE", {"cpu": 9000})
+    monkeypatch.setattr(elm, "tokens_at_once", lambda llm: math.inf)
     for num_rows, num_logits in ((1, 9000), (7, 9000), (16, 3000), (3, 3000)):
         monkeypatch.setattr(elm, "EVAL_BATCH_ROWS", {"cpu": num_rows})
         beside = 8 * elm.BYTES_OF_A_LOGIT * num_logits
         monkeypatch.setattr(elm, "memory_beside_weights", lambda llm, beside=beside: beside)
-        monkeypatch.setattr(elm, "tokens_at_once", lambda llm: math.inf)
         assert elm.rows_at_once(model, 256) == num_rows
         assert elm.logits_at_once(model.llm) == num_logits
         found = elm.losses_by_vectors(model, split, vector_ids)

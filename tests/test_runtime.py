@@ -648,6 +648,27 @@ def test_a_run_where_a_file_system_lacks_locks_modes_and_syncs(settings, monkeyp
     assert capsys.readouterr().err.count("has no locks") == 1
 
 
+@pytest.mark.parametrize("given, expected", [
+    ({}, "expandable_segments:True"),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+    ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, None),
+])
+def test_settings_of_a_gpu(monkeypatch, given, expected):
+    """The allocator's, unless the user has set them by either name; and no attention by cuDNN."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    elm.find_device()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == given.get("PYTORCH_ALLOC_CONF")
+
+
 def test_a_launcher_may_show_each_process_its_own_gpu_alone(monkeypatch):
     """Process 3 of the host sees one device, number 0. DeepSpeed would look for number 3."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import first_gpu
@@ -34,7 +35,7 @@ from conftest import (
 from naive import elm_step
 from simulated_cuda import SimulatedCuda, Wait, missing_interface
 from torch.nn.attention import varlen
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 import elm
 
@@ -140,6 +141,11 @@ def test_the_host_waits_once_a_step(run_twice):
     assert waits_in_gradient(waits) == []
     elsewhere = {wait.function for wait in waits if "train_step" not in wait.functions}
     assert elsewhere <= MAY_WAIT
+
+
+def test_no_backward_pass_of_a_step_fills_a_row_with_zeros(run_twice):
+    """As that of x[0] does."""
+    assert run_twice.gpu.costs.num_kernels["select_backward"] == 0
 
 
 def test_memory_is_given_back(run_twice):
@@ -502,6 +508,37 @@ def test_integers_and_masks_keep_their_values_without_the_others():
         assert failed.item() == 1
         failed += x.sum()
         assert failed.inner.device.type == "meta"
+
+
+@pytest.mark.parametrize("gigabytes, rows, answers", [(12, 4, 4), (24, 17, 17), (141, 64, 148)])
+def test_a_batch_is_as_large_as_the_card_allows(gigabytes, rows, answers):
+    """At the shape of Qwen3-4B, of rows of 2,048 tokens and of prompts of 2,000."""
+    with SimulatedCuda(values=False, limit=int(plan_4b.CARDS[gigabytes] * plan_4b.GIB)):
+        llm = plan_4b.load_on_card(Qwen3ForCausalLM)
+        model = SimpleNamespace(llm=llm, device=llm.device)
+        assert elm.rows_at_once(model, 2048) == rows
+        assert elm.answers_at_once(llm, 2000, 256) == answers
+
+
+def test_the_warm_start_hardly_grows_with_the_vectors(monkeypatch):
+    """A small LLM: four times as many vectors and words need no more memory on the card than a
+    fifth."""
+    monkeypatch.setattr(plan_4b, "SHAPE", plan_4b.SHAPE | {
+        "hidden_size": 256, "num_hidden_layers": 1, "intermediate_size": 256})
+    monkeypatch.setattr(plan_4b, "WIDTH", 256)
+    monkeypatch.setattr(elm, "ROWS_OF_CHUNK", 512)
+    monkeypatch.setattr(elm, "LISTS_OF_CHUNK", 512)
+    peaks = []
+    for factor in (1, 4):
+        monkeypatch.setattr(plan_4b, "NUM_WARM_START_VECTORS", 1024 * factor)
+        monkeypatch.setattr(plan_4b, "NUM_WORDS", 10_000 * factor)
+        with SimulatedCuda(values=False) as gpu:
+            model = plan_4b.build_elm()
+            weights = gpu.alive
+            gpu.reset_peak()
+            plan_4b.warm_start(model)
+            peaks.append(gpu.peak - weights)
+    assert peaks[1] < 1.2 * peaks[0]
 
 
 @pytest.mark.slow
