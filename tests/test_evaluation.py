@@ -520,6 +520,34 @@ def test_each_number_has_its_interval_and_is_what_it_says(trained, data_dir, tmp
     assert imread(new / "report.png").shape == (600, 1300, 4)
 
 
+def rounded(report: object) -> object:
+    """With its numbers as they are printed, to four digits after the point."""
+    if isinstance(report, dict):
+        return {key: rounded(value) for key, value in report.items()}
+    if isinstance(report, list):
+        return [rounded(value) for value in report]
+    return round(report, 4) if isinstance(report, float) else report
+
+
+def test_a_report_does_not_depend_on_the_size_of_batches(trained, tmp_path, monkeypatch):
+    """Of rows, of answers and of logits."""
+    _, folder, settings = trained
+    words = ["eval", NO_TABLES, *settings[:-1], f"adapter={folder}"]
+    assert settings[-1].startswith("output.dir=")
+    reports = []
+    for rows, answers, logits in ((16, 16, 2**24), (3, 5, 2000)):
+        monkeypatch.setattr(elm, "EVAL_BATCH_ROWS", {"cpu": rows})
+        monkeypatch.setattr(elm, "REPORT_BATCH", {"cpu": answers})
+        monkeypatch.setattr(elm, "MAX_LOGITS_AT_ONCE", {"cpu": logits})
+        code, said = command(*words, f"report_dir={tmp_path / str(rows)}")
+        assert code == 0, said
+        report = json.loads((tmp_path / str(rows) / "eval.json").read_text())
+        report.pop("seconds", None)
+        predictions = read_jsonl(tmp_path / str(rows) / "predictions.jsonl")
+        reports.append((rounded(report), rounded(predictions)))
+    assert reports[0] == reports[1]
+
+
 def test_eval_by_two_processes_is_that_of_one(run, tmp_path):
     """Of answers of unequal length, three batches for two processes; at ZeRO 3, where they share
     the LLM out, one that ends earlier must not leave the other."""
