@@ -235,7 +235,7 @@ ConfigClass = TypeVar("ConfigClass", bound=Table)
 
 
 class ModelConfig(Table):
-    llm: PathStr = "Qwen/Qwen3-4B-Instruct-2507"  # the frozen LLM: hub name or folder
+    llm: PathStr = "Qwen/Qwen3-4B-Instruct-2507"  # the frozen LLM: hub name, folder or GGUF file
     hidden_dim: PositiveInt = 4096  # width of the adapter's hidden layer
     tokens: PositiveInt = 1  # soft tokens per embedding
     dropout: Probability = 0.0  # share of the adapter's hidden units that drop out in training
@@ -2476,11 +2476,25 @@ WAYS_ON = {
     "llm": "; llm=FOLDER names another place"}
 
 
+LLM_KEYS = ("model.llm", "llm", "model")  # config keys of an LLM, also in data/prepare.py
+
+
+def is_gguf(name: str) -> bool:
+    """Whether an LLM is a file of llama.cpp's format, which transformers dequantises as it loads
+    it."""
+    return Path(name).suffix.lower() == ".gguf"
+
+
 def check_model_name(name: str, key: str) -> None:
     """Raises: UserError if `name` is neither a folder of a model nor possible on the hub: at once,
     where the libraries would ask the network for it."""
     folder = Path(name)
     way_on = WAYS_ON.get(key, "")
+    if key in LLM_KEYS and is_gguf(name):
+        check_file(name, key)
+        for package in ("gguf", "accelerate"):  # which transformers needs for it
+            import_optional(package)
+        return
     if folder.is_file():
         raise UserError(f"{key}: {name} is a file; give the folder of a model{way_on}")
     if not folder.is_dir():
@@ -2511,7 +2525,7 @@ def report_load_errors(name: str, key: str) -> Iterator[None]:
         transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # silence the load report
     message = f"{key}: cannot load {name}"
-    if not Path(name).is_dir():
+    if not Path(name).exists():
         message += f" (there is no such folder in {Path.cwd()}{WAYS_ON.get(key, '')})"
     if sys.flags.optimize == 2:
         message += " (python -OO drops the docstrings that transformers reads: use -O)"
@@ -2525,7 +2539,7 @@ def announce_download(name: str, key: str) -> None:
     """Say that a model's weights are not on this machine yet, and will be downloaded."""
     import huggingface_hub
 
-    if Path(name).is_dir() or huggingface_hub.is_offline_mode():
+    if Path(name).exists() or huggingface_hub.is_offline_mode():
         return
     with report_load_errors(name, key):
         files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -2535,10 +2549,16 @@ def announce_download(name: str, key: str) -> None:
 
 
 def load_pretrained(auto_class: Any, name: str, key: str, **options: Any) -> Any:
-    """auto_class.from_pretrained(name), of a hub name or a folder. Raises: UserError."""
-    refuse_unmerged(name, key)
+    """auto_class.from_pretrained(name), of a hub name, a folder or a GGUF file. Raises:
+    UserError."""
+    place = name
+    if is_gguf(name):
+        place = str(Path(name).parent)
+        options["gguf_file"] = Path(name).name
+    else:
+        refuse_unmerged(name, key)
     with report_load_errors(name, key):
-        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+        return auto_class.from_pretrained(place, trust_remote_code=False, **options)
 
 
 def load_tokenizer(name: str, key: str = "model.llm") -> PreTrainedTokenizerBase:
@@ -2546,7 +2566,8 @@ def load_tokenizer(name: str, key: str = "model.llm") -> PreTrainedTokenizerBase
     from transformers import AutoTokenizer
 
     tokenizer = load_pretrained(AutoTokenizer, name, key)
-    if not tokenizer.chat_template:
+    tokenizer.name_or_path = name  # of a GGUF file transformers takes the folder's
+    if not tokenizer.chat_template and not is_gguf(name):
         tokenizer.chat_template = read_processor_template(name, key)
     return tokenizer
 
@@ -2607,6 +2628,7 @@ def load_frozen(name: str, bf16: bool, key: str) -> PreTrainedModel:
     dtype = torch.bfloat16 if bf16 else torch.float32
     llm, info = load_pretrained(AutoModelForCausalLM, name, key, dtype=dtype,
                                 output_loading_info=True)
+    llm.name_or_path = name  # of a GGUF file transformers takes the folder's
     if info["missing_keys"]:  # transformers initialises them randomly
         raise UserError(f"{key}: {name} lacks the weights {sorted(info['missing_keys'])[:3]}")
     # transformers' own modules fail if config.json says otherwise: they call each other by it.
@@ -2630,6 +2652,9 @@ def load_llm_zero3(name: str, device: torch.device, bf16: bool, key: str,
                    cfg: DeepSpeedConfig) -> PreTrainedModel:
     """The frozen LLM, its parameters shared out among the processes as they are created, so that
     none ever holds the whole LLM. All processes take part. Raises: UserError."""
+    if is_gguf(name):
+        raise UserError(f"{key}: deepspeed.zero_stage = 3 shares out no GGUF file; give a folder "
+                        "of transformers")
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     if device.type == "cuda":
         # DeepSpeed takes the GPU of this number. A launcher that shows each process one GPU alone

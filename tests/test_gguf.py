@@ -1,0 +1,154 @@
+"""An LLM of llama.cpp's format, a GGUF file."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    CHAT,
+    CPU,
+    NO_TABLES,
+    command,
+    make_data,
+    make_llm,
+    make_settings,
+    refused,
+    vectors_path,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import elm
+
+
+def for_llama_cpp(matrix: np.ndarray, num_heads: int) -> np.ndarray:
+    """The rows of a head's query or key in the order that llama.cpp's rotation has: not halves, but
+    pairs of neighbours."""
+    halves = matrix.reshape(num_heads, 2, -1, matrix.shape[1])
+    return halves.swapaxes(1, 2).reshape(matrix.shape)
+
+
+def write_gguf(folder: Path, path: Path) -> Path:
+    """A Llama of transformers, whose tokens are bytes, as a GGUF file in fp32. The tokenizer gets
+    one merge, as the format asks for some: of QQ, which no text of these tests has."""
+    llm = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = llm.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+
+    id_of_token = tokenizer.get_vocab()
+    tokens = sorted(id_of_token, key=id_of_token.get)
+    tokens.append("QQ")
+    types = [gguf.TokenType.NORMAL] * len(tokens)
+    for token_id in tokenizer.added_tokens_decoder:
+        types[token_id] = gguf.TokenType.CONTROL
+    while len(tokens) < config.vocab_size:
+        tokens.append(f"<unused{len(tokens)}>")
+        types.append(gguf.TokenType.CONTROL)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(["Q Q"])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(CHAT)
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in llm.state_dict().items():
+        array = tensor.numpy()
+        if "q_proj" in name:
+            array = for_llama_cpp(array, config.num_attention_heads)
+        if "k_proj" in name:
+            array = for_llama_cpp(array, config.num_key_value_heads)
+        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    return make_llm(tmp_path_factory.mktemp("llama") / "llm", "llama")
+
+
+@pytest.fixture(scope="module")
+def file(llm):
+    return write_gguf(llm, llm.parent / "llama.gguf")
+
+
+def test_a_file_is_the_llm_of_its_folder(llm, file, tmp_path):
+    """The same report to the byte; the adapter belongs to both, wherever it was trained."""
+    data = make_data(tmp_path / "data")
+    outs = []
+    for name, place in (("of file", file), ("of folder", llm)):
+        outs.append(tmp_path / name)
+        settings = make_settings(place, data, outs[-1])
+        code, said = command("train", NO_TABLES, *settings, "train.max_steps=2")
+        assert code == 0, said
+    reports = [json.loads((out / "eval.json").read_text()) for out in outs]
+    assert reports[0] == reports[1]
+    metadata = elm.Adapter.load(outs[0])[1]
+    assert metadata["llm"]["name"] == str(file)
+
+    words = ["generate", f"embeddings={vectors_path(data, 'test')}", 'query=["What?", "Why?"]',
+             "max_new_tokens=8"]
+    answers = []
+    for i, (adapter, more) in enumerate([
+            (outs[0], []), (outs[1], []), (outs[0], [f"llm={llm}"]), (outs[1], [f"llm={file}"])]):
+        out = tmp_path / f"{i}.jsonl"
+        code, said = command(*words, f"adapter={adapter}", f"out={out}", *more)
+        assert code == 0, said
+        answers.append(out.read_text())
+    assert len(set(answers)) == 1
+    *settings, _ = make_settings(file, data, tmp_path)  # without output.dir
+    code, said = command("eval", NO_TABLES, *settings, f"adapter={outs[1]}",
+                         f"report_dir={tmp_path / 'report'}")
+    assert code == 0, said
+
+
+def test_weights_are_in_the_dtype_that_is_asked_for(file):
+    for bf16, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        loaded = elm.load_llm(str(file), CPU, bf16)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+
+
+def test_it_answers_about_texts(file):
+    """As data/prepare.py synthesize has it do."""
+    engine = elm.LLMEngine(str(file), False, {}, 8)
+    (answer,) = engine.answer([elm.Question("Say it.", "alpha beta")], 0, 0.0)
+    assert answer.text
+
+
+def test_what_cannot_be_loaded_is_refused(llm, file, tmp_path, monkeypatch):
+    settings = make_settings(file, make_data(tmp_path / "data"), tmp_path / "out")
+    train = ["train", NO_TABLES, *settings]
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(file.read_bytes()[:3000])
+    refused(f"^elm: model.llm: cannot load {broken}: ", *train, f"model.llm={broken}")
+    refused("^elm: model.llm: there is no file gone.gguf here", *train, "model.llm=gone.gguf")
+    folder = tmp_path / "folder.gguf"
+    folder.mkdir()
+    refused(f"^elm: model.llm: {folder} is a folder, not a file", *train, f"model.llm={folder}")
+    refused("^elm: model.llm: deepspeed.zero_stage = 3 shares out no GGUF file; give a folder of "
+            "transformers", *train, "deepspeed.zero_stage=3")
+    refused("^elm: eval.embedder: .*gguf is a file; give the folder of a model", *train,
+            f"eval.embedder={file}")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    refused("^elm: gguf is not installed: pip install gguf", *train)
+    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
