@@ -2709,9 +2709,26 @@ def is_partitioned(llm: PreTrainedModel) -> bool:
     return hasattr(llm.get_input_embeddings().weight, "ds_id")
 
 
+def whole_numel(parameter: nn.Parameter) -> int:
+    """The number of its values, also where ZeRO 3 shares them out."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def count_parameters(model: nn.Module) -> int:
-    """Of the whole model, also where ZeRO 3 shares it out."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    return sum(whole_numel(parameter) for parameter in model.parameters())
+
+
+# Counted once for each LLM: each micro-batch asks for it.
+BYTES_OF_WEIGHTS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+def bytes_of_weights(llm: PreTrainedModel) -> int:
+    if llm not in BYTES_OF_WEIGHTS:
+        num_bytes = 0
+        for parameter in llm.parameters():
+            num_bytes += whole_numel(parameter) * parameter.element_size()
+        BYTES_OF_WEIGHTS[llm] = num_bytes
+    return BYTES_OF_WEIGHTS[llm]
 
 
 def memory_beside_weights(llm: PreTrainedModel) -> float:
@@ -2719,13 +2736,10 @@ def memory_beside_weights(llm: PreTrainedModel) -> float:
     moment, so that no report depends on other users of the card. Infinite on a CPU."""
     if llm.device.type != "cuda":
         return math.inf
-    weights = 0
-    for parameter in llm.parameters():
-        num_values = getattr(parameter, "ds_numel", parameter.numel())
-        weights += num_values * parameter.element_size()
+    own_bytes = bytes_of_weights(llm)
     if is_partitioned(llm):
-        weights /= world_size()
-    return torch.cuda.get_device_properties(llm.device).total_memory - weights
+        own_bytes /= world_size()
+    return torch.cuda.get_device_properties(llm.device).total_memory - own_bytes
 
 
 def bytes_of_a_token(llm: PreTrainedModel) -> int:

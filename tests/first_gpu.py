@@ -113,6 +113,41 @@ def trial_peak(model: elm.ELM, num_tokens: int, longest: int) -> float | None:
     return round(peaks[0], 2) if fits else None
 
 
+def build_elm(llm: nn.Module, hidden_dim: int) -> elm.ELM:
+    """With a fresh adapter, for vectors of the LLM's width."""
+    width = llm.config.hidden_size
+    statistics = {"mean": torch.zeros(width), "std": torch.ones(width), "norms": torch.ones(3)}
+    adapter = elm.fresh_adapter(llm, statistics, hidden_dim=hidden_dim, tokens=NUM_SOFT_TOKENS)
+    return elm.ELM(llm, adapter.to(CUDA), elm.Prompt(byte_tokenizer())).train()
+
+
+def make_batch(num_rows: int, row_length: int, num_labels: int, width: int) -> elm.Batch:
+    """Equal rows, about random vectors of this width."""
+    ids = np.random.default_rng(0).integers(0, 500, row_length)
+    ids[:NUM_SOFT_TOKENS] = elm.SOFT_TOKEN
+    example = elm.Example(ids, num_labels, truncated=False)
+    return elm.collate([example] * num_rows, torch.randn(num_rows, width))
+
+
+def make_step(batches: list[elm.Batch]) -> elm.Step:
+    num_rows = sum(len(batch.lengths) for batch in batches)
+    rows = elm.RowsOfStep(epoch=0, position=0, row_ids=np.arange(num_rows))
+    num_labels = sum(len(batch.labels) for batch in batches)
+    num_tokens = sum(len(batch.input_ids) for batch in batches)
+    return elm.Step(rows, batches, num_labels, num_tokens)
+
+
+def take_step(model: elm.ELM, step: elm.Step, optimizer: torch.optim.Optimizer) -> None:
+    """As Trainer.train_step does, but for its wait."""
+    step = step.to(model.device)
+    soft_tokens = model(torch.cat([batch.embeddings for batch in step.batches]))
+    _, gradient = elm.soft_gradient(model, soft_tokens, step, elm.LossConfig(), None)
+    optimizer.zero_grad()
+    soft_tokens.backward(gradient)
+    nn.utils.clip_grad_norm_(model.adapter.parameters(), 1.0)
+    optimizer.step()
+
+
 class FirstMinutes:
     def __init__(self, out: Path, is_rehearsal: bool):
         self.out = out
@@ -230,36 +265,43 @@ class FirstMinutes:
             llm = Qwen3ForCausalLM._from_config(
                 Qwen3Config(**self.shape), dtype=torch.bfloat16)
         llm = llm.to(CUDA).eval().requires_grad_(False)
-        width = self.shape["hidden_size"]
-        statistics = {
-            "mean": torch.zeros(width), "std": torch.ones(width), "norms": torch.ones(3)}
-        adapter = elm.fresh_adapter(
-            llm, statistics, hidden_dim=32 if self.is_rehearsal else 4096, tokens=NUM_SOFT_TOKENS)
-        return elm.ELM(llm, adapter.to(CUDA), elm.Prompt(byte_tokenizer())).train()
+        return build_elm(llm, hidden_dim=32 if self.is_rehearsal else 4096)
 
     def plans(self) -> elm.Json:
-        """Of each plan: the trial pass's peak, that of a step, tokens a second, and how long the
-        host takes to launch it. At the end a profile, and a warning at each wait in a step."""
+        """Of each plan what measure_plan finds. At the end a profile, and a warning at each wait in
+        a step."""
         found = {}
         elm.keep_less(self.model.llm)
         for (num_tokens, share), expected in EXPECTED_PEAKS.items():
             if self.is_rehearsal:
                 num_tokens //= 32
-            elm.recompute_layers(self.model.llm, share)
-            peak = trial_peak(self.model, num_tokens, self.longest)
-            measured = self.compare(peak, expected)
-            step = self.make_step(num_tokens, 20 if self.is_rehearsal else 200)
-            torch.cuda.reset_peak_memory_stats()
-            seconds, seconds_of_launch = seconds_of(lambda step=step: self.take_step(step))
-            measured["step GiB"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
-            measured["tokens a second"] = round(step.num_tokens / seconds)
-            measured["share of launching"] = round(seconds_of_launch / seconds, 2)
+            measured = self.measure_plan(num_tokens, share, expected)
             found[f"{num_tokens} tokens, {share:.0%} recomputed"] = measured
             print(measured, flush=True)
         elm.recompute_layers(self.model.llm, 0)
         if not self.is_rehearsal:
             self.profile()
         return found
+
+    def measure_plan(self, num_tokens: int, share: float, expected: float) -> elm.Json:
+        """The trial pass's peak, that of a step, tokens a second, and the share of a step's time in
+        which the host launches it."""
+        elm.recompute_layers(self.model.llm, share)
+        peak = trial_peak(self.model, num_tokens, self.longest)
+        measured = self.compare(peak, expected)
+        row_length = 20 if self.is_rehearsal else 200
+        step = make_step([self.make_rows(num_tokens // row_length, row_length)])
+        optimizer = self.make_optimizer()
+        torch.cuda.reset_peak_memory_stats()
+        seconds, seconds_of_launch = seconds_of(lambda: take_step(self.model, step, optimizer))
+        optimizer.zero_grad()  # the next plan's trial pass is to find nothing
+        measured["step GiB"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
+        measured["tokens a second"] = round(step.num_tokens / seconds)
+        measured["share of launching"] = round(seconds_of_launch / seconds, 2)
+        return measured
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.model.adapter.parameters(), fused=True)
 
     def compare(self, peak: float | None, expected: float) -> elm.Json:
         """A peak in GiB, None if it did not fit, with what the simulation expects of Qwen3-4B."""
@@ -271,39 +313,23 @@ class FirstMinutes:
             self.differences += 1
         return {"GiB": peak, "expected": expected, "verdict": verdict}
 
-    def make_step(self, num_tokens: int, row_length: int) -> elm.Step:
-        """One micro-batch of rows of which four in five tokens have labels."""
-        num_rows = num_tokens // row_length
-        batch = self.make_batch(num_rows, row_length)
-        rows = elm.RowsOfStep(epoch=0, position=0, row_ids=np.arange(num_rows))
-        return elm.Step(rows, [batch], len(batch.labels), num_rows * row_length)
-
-    def make_batch(self, num_rows: int, row_length: int) -> elm.Batch:
-        ids = np.random.default_rng(0).integers(0, 500, row_length)
-        ids[:NUM_SOFT_TOKENS] = elm.SOFT_TOKEN
-        example = elm.Example(ids, row_length * 4 // 5, truncated=False)
-        return elm.collate([example] * num_rows, torch.randn(num_rows, self.shape["hidden_size"]))
-
-    def take_step(self, step: elm.Step) -> None:
-        """As Trainer.train_step, without an update of the adapter."""
-        step = step.to(CUDA)
-        soft_tokens = self.model(torch.cat([batch.embeddings for batch in step.batches]))
-        _, gradient = elm.soft_gradient(self.model, soft_tokens, step, elm.LossConfig(), None)
-        soft_tokens.backward(gradient)
-        nn.utils.clip_grad_norm_(self.model.adapter.parameters(), 1.0)
+    def make_rows(self, num_rows: int, row_length: int) -> elm.Batch:
+        """Of which four in five tokens have labels."""
+        return make_batch(num_rows, row_length, row_length * 4 // 5, self.shape["hidden_size"])
 
     def profile(self) -> None:
         from torch.profiler import ProfilerActivity, profile
 
-        step = self.make_step(8192, 200)
+        step = make_step([self.make_rows(40, 200)])
+        optimizer = self.make_optimizer()
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-            self.take_step(step)
+            take_step(self.model, step, optimizer)
             torch.cuda.synchronize()
         table = profiler.key_averages().table(
             sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70)
         (self.out / "profile.txt").write_text(table)
         torch.cuda.set_sync_debug_mode("warn")
-        self.take_step(step)
+        take_step(self.model, step, optimizer)
         torch.cuda.set_sync_debug_mode("default")
 
     def warm_start(self) -> elm.Json:
@@ -362,7 +388,7 @@ class FirstMinutes:
         """Rows a second."""
         found = {}
         for num_rows in (16, 64):
-            batch = self.make_batch(num_rows, 120)
+            batch = self.make_rows(num_rows, 120)
             seconds, _ = seconds_of(lambda batch=batch: self.model.nll(batch).tolist())
             found[f"{num_rows} rows at once"] = round(num_rows / seconds)
         return found

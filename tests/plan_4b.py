@@ -26,8 +26,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
 import torch
-from conftest import byte_tokenizer
-from first_gpu import EXPECTED_PEAKS, trial_peak
+from first_gpu import (
+    EXPECTED_PEAKS,
+    NUM_SOFT_TOKENS,
+    build_elm,
+    make_batch,
+    make_step,
+    take_step,
+    trial_peak,
+)
 from full_size import SHAPE
 from simulated_cuda import GIB, SimulatedCuda
 from torch import nn
@@ -39,7 +46,6 @@ import elm
 CARDS = {12: 11.4, 16: 15.1, 24: 23.0, 40: 38.8, 80: 78.5, 141: 139.0}
 H200 = 141
 WIDTH = 2560
-NUM_SOFT_TOKENS = 4
 LONGEST_ROW = 2048  # tokens, the default of data.max_seq_length
 USUAL_ROW = 200
 NUM_WARM_START_VECTORS = 32768
@@ -61,12 +67,8 @@ def load_on_card(model_class: type[nn.Module]) -> nn.Module:
     return model.eval().requires_grad_(False).to("cuda")
 
 
-def build_elm() -> elm.ELM:
-    llm = load_on_card(Qwen3ForCausalLM)
-    statistics = {
-        "mean": torch.zeros(WIDTH), "std": torch.ones(WIDTH), "norms": torch.ones(3)}
-    adapter = elm.fresh_adapter(llm, statistics, hidden_dim=4096, tokens=NUM_SOFT_TOKENS)
-    return elm.ELM(llm, adapter.to("cuda"), elm.Prompt(byte_tokenizer())).train()
+def load_elm() -> elm.ELM:
+    return build_elm(load_on_card(Qwen3ForCausalLM), hidden_dim=4096)
 
 
 def warm_start(model: elm.ELM) -> None:
@@ -83,39 +85,26 @@ def warm_start(model: elm.ELM) -> None:
         elm.warm_start(model, split)
 
 
-def make_batch(num_rows: int, num_tokens: int) -> elm.Batch:
-    """Rows of a prompt of which all tokens but the soft ones have labels."""
-    ids = np.zeros(num_tokens, np.int64)
-    ids[:NUM_SOFT_TOKENS] = elm.SOFT_TOKEN
-    example = elm.Example(ids, num_tokens - NUM_SOFT_TOKENS, truncated=False)
-    return elm.collate([example] * num_rows, torch.ones(num_rows, WIDTH))
+def make_rows(num_rows: int, num_tokens: int) -> elm.Batch:
+    """Rows of which all tokens but the soft ones have labels."""
+    return make_batch(num_rows, num_tokens, num_tokens - NUM_SOFT_TOKENS, WIDTH)
 
 
 def run_steps(model: elm.ELM, gpu: SimulatedCuda, micro_batch_tokens: int) -> float:
-    """Two steps of two micro-batches, as Trainer.train_step makes them. Returns the least seconds
-    of a token of the second, in which the optimizer has its state."""
-    num_rows = micro_batch_tokens // USUAL_ROW
-    batches = [make_batch(num_rows, USUAL_ROW) for _ in range(2)]
-    num_labels = sum(len(batch.labels) for batch in batches)
-    num_tokens = 2 * num_rows * USUAL_ROW
-    rows = elm.RowsOfStep(epoch=0, position=0, row_ids=np.arange(2 * num_rows))
+    """Two steps of two micro-batches. Returns the least seconds of a token of the second, in which
+    the optimizer has its state."""
+    step = make_step([make_rows(micro_batch_tokens // USUAL_ROW, USUAL_ROW) for _ in range(2)])
     optimizer = torch.optim.AdamW(model.adapter.parameters(), fused=True)
     for _ in range(2):
         gpu.costs.clear()
-        step = elm.Step(rows, batches, num_labels, num_tokens).to(model.device)
-        soft_tokens = model(torch.cat([batch.embeddings for batch in step.batches]))
-        _, gradient = elm.soft_gradient(model, soft_tokens, step, elm.LossConfig(), None)
-        optimizer.zero_grad()
-        soft_tokens.backward(gradient)
-        nn.utils.clip_grad_norm_(model.adapter.parameters(), 1.0)
-        optimizer.step()
-    return sum(gpu.costs.seconds.values()) / num_tokens
+        take_step(model, step, optimizer)
+    return sum(gpu.costs.seconds.values()) / step.num_tokens
 
 
 @torch.no_grad()
 def evaluate(model: elm.ELM) -> None:
     num_rows = elm.rows_at_once(model, LONGEST_ROW)
-    model.nll(make_batch(num_rows, LONGEST_ROW)).tolist()
+    model.nll(make_rows(num_rows, LONGEST_ROW)).tolist()
 
 
 @torch.no_grad()
@@ -177,7 +166,7 @@ class Card:
         """Returns the least seconds of a token in training. Raises: OutOfMemoryError where a part
         does not fit."""
         with SimulatedCuda(values=False, limit=int(self.gib * GIB)) as gpu:
-            model = build_elm()
+            model = load_elm()
             self.measure(gpu, "loading")
             warm_start(model)
             self.measure(gpu, "warm start")
@@ -202,7 +191,7 @@ class Card:
 def print_plans() -> None:
     """Peaks of the trial passes of plans, and of the warm start, on a card that holds them all."""
     with SimulatedCuda(values=False, limit=int(CARDS[H200] * GIB)) as gpu:
-        model = build_elm()
+        model = load_elm()
         elm.keep_less(model.llm)
         for num_tokens, share in EXPECTED_PEAKS:
             elm.recompute_layers(model.llm, share)
@@ -220,10 +209,10 @@ def print_layers() -> None:
         with SimulatedCuda(values=False) as gpu:
             shape = SHAPE | {"num_hidden_layers": NUM_LAYERS_ALONE}
             with mock.patch.dict(SHAPE, shape):
-                model = build_elm()
+                model = load_elm()
             if is_lean:
                 elm.keep_less(model.llm)
-            batch = make_batch(num_tokens // USUAL_ROW, USUAL_ROW).to(model.device)
+            batch = make_rows(num_tokens // USUAL_ROW, USUAL_ROW).to(model.device)
             soft_tokens = model(batch.embeddings).detach().requires_grad_()
             before = gpu.alive
             gpu.reset_peak()

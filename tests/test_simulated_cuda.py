@@ -533,7 +533,7 @@ def test_the_warm_start_hardly_grows_with_the_vectors(monkeypatch):
         monkeypatch.setattr(plan_4b, "NUM_WARM_START_VECTORS", 1024 * factor)
         monkeypatch.setattr(plan_4b, "NUM_WORDS", 10_000 * factor)
         with SimulatedCuda(values=False) as gpu:
-            model = plan_4b.build_elm()
+            model = plan_4b.load_elm()
             weights = gpu.alive
             gpu.reset_peak()
             plan_4b.warm_start(model)
