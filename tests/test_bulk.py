@@ -702,36 +702,24 @@ def test_a_server_that_refuses_all_ends_the_command(start, start_server, tmp_pat
     assert not out.exists()
 
 
-def test_a_server_that_begins_to_refuse_all_ends_the_command(start, start_server, tmp_path,
-                                                              monkeypatch):
+@pytest.mark.parametrize("rows, num_rows, num_kept, num_refused", [
+    ("none", NUM_ROWS, 2, 4),
+    ("[0, 1, 2, 3, 4]", 5, 3, 2),  # near the end of a job: fewer than REFUSALS_TO_STOP
+])
+def test_a_server_that_begins_to_refuse_all_ends_the_command(
+        start, start_server, tmp_path, monkeypatch, rows, num_rows, num_kept, num_refused):
     """As one that was started again without its flag. What it refused is asked again."""
     monkeypatch.setattr(elm, "REFUSALS_TO_STOP", 4)
     server = start_server()
     out = tmp_path / "answers.jsonl"
-    words = [*start, "query=Why?", server.endpoint, "concurrency=1"]
-    whole = ask(tmp_path / "whole", *words)
-    assert len(whole) > 6
-    lines = Path(tmp_path / "whole").read_text().splitlines(keepends=True)
-    ask(out, *words)
-    out.write_text("".join(lines[:2]))
-    server.refused_text = ""
-    refused("refuses 4 questions in a row", *words, f"out={out}")
-    assert out.read_text() == "".join(lines[:2])
-    server.refused_text = None
-    assert ask(out, *words) == whole
-
-
-def test_a_server_that_refuses_all_of_the_rest_ends_the_command(start, start_server, tmp_path):
-    """As one that was started again without its flag, near the end of a job."""
-    server = start_server()
-    out = tmp_path / "answers.jsonl"
-    words = [*start, "query=Why?", "rows=[0, 1, 2, 3, 4]", server.endpoint, "concurrency=1"]
+    words = [*start, "query=Why?", f"rows={rows}", server.endpoint, "concurrency=1"]
     whole = ask(out, *words)
+    assert len(whole) == num_rows
     lines = out.read_text().splitlines(keepends=True)
-    out.write_text("".join(lines[:3]))
+    out.write_text("".join(lines[:num_kept]))
     server.refused_text = ""
-    refused("refuses 2 questions in a row", *words, f"out={out}")
-    assert out.read_text() == "".join(lines[:3])
+    refused(f"refuses {num_refused} questions in a row", *words, f"out={out}")
+    assert out.read_text() == "".join(lines[:num_kept])
     server.refused_text = None
     assert ask(out, *words) == whole
 
