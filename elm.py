@@ -184,6 +184,16 @@ def check_template_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+QUANTIZATION_KINDS = ("off", "nf4", "int8")
+
+
+def check_quantization_kind(value: object) -> object:
+    if value not in QUANTIZATION_KINDS and not isinstance(value, dict):
+        raise ValueError(f"{value!r} is none of {', '.join(QUANTIZATION_KINDS)}, nor a table of "
+                         "transformers' quantization_config")
+    return value
+
+
 def as_queries(value: object) -> object:
     """One query as a list of it."""
     return [value] if isinstance(value, str) else value
@@ -203,6 +213,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 TemplateArguments = Annotated[
     dict[str, Any], pydantic.AfterValidator(check_template_arguments)]
+Quantization = Annotated[Any, pydantic.AfterValidator(check_quantization_kind)]
 Queries = Annotated[
     tuple[str, ...], Field(strict=False, min_length=1), pydantic.BeforeValidator(as_queries)]
 RowIds = Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
@@ -242,6 +253,8 @@ class ModelConfig(Table):
     residual_scale: NonNegativeFloat = 1.0  # factor of the adapter's residual; 0: none
     standardize: bool = True  # embeddings, by the training split's mean and deviation
     bf16: bool = True  # of the LLM; the adapter and its optimizer are always fp32
+    quantization: Quantization = "off"  # of the LLM as it is loaded: "nf4" (4 bits a weight, double
+    #   quantisation), "int8", or a table of transformers' quantization_config
     grad_checkpoint: Literal[True, False, "auto"] = "auto"  # recompute the LLM's layers in the
     #   backward pass to save memory: all, none, or as many as the GPU's memory makes necessary
     template: TemplateArguments = {}  # arguments of the chat template: { enable_thinking = false }
@@ -692,12 +705,14 @@ def user_error(message: str, *exception_types: type[Exception]) -> Iterator[None
         raise UserError(f"{message}: {clip(reason, 300)}") from e
 
 
-def import_optional(package: str) -> ModuleType:
-    """A module. Raises: UserError that says what to install."""
+def import_optional(package: str, extra: str | None = None) -> ModuleType:
+    """A module. `extra` is the one of pyproject.toml that brings it. Raises: UserError that says
+    what to install."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as e:
-        raise UserError(f"{e.name} is not installed: pip install {e.name}") from None
+        brought_by = f" (elm's extra {extra!r} brings it)" if extra else ""
+        raise UserError(f"{e.name} is not installed: pip install {e.name}{brought_by}") from None
 
 
 # Processes
@@ -2269,6 +2284,7 @@ class Adapter(nn.Module):
             with safe_open(path, framework="pt") as f:
                 metadata = json.loads((f.metadata() or {}).get("elm", "{}"))
                 state = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+            state.pop(TOKEN_EMBEDDINGS, None)  # of the LLM: see read_token_embeddings
             adapter = Adapter(**metadata["adapter"])
             adapter.load_state_dict(state)
         return adapter.eval(), metadata
@@ -2334,11 +2350,15 @@ def fresh_adapter(llm: PreTrainedModel, statistics: dict[str, Tensor], standardi
 class TrainedLLM(NamedTuple):
     """What an adapter's file says of the LLM that it was trained for."""
 
-    name: str  # hub name or folder
+    name: str  # hub name, folder or GGUF file
     bf16: bool
+    quantization: Quantization
     template: Json  # arguments of the chat template
     template_parts: dict[str, str]  # see render_prompt
     trained_for: Json  # see check_trained_for
+    precision: str  # see name_precision
+    sizes: Json  # see layer_sizes; none in files of an early version of elm
+    norms_hash: str
 
 
 def read_trained_llm(metadata: Json, path: str | Path) -> TrainedLLM:
@@ -2346,12 +2366,16 @@ def read_trained_llm(metadata: Json, path: str | Path) -> TrainedLLM:
     message = f"{path}: does not say which LLM it was trained for"
     with user_error(message, LookupError, TypeError, ValueError):
         llm = metadata["llm"]
-        trained = TrainedLLM(llm["name"], llm["bf16"], llm["template"], metadata["prompt"],
-                             dict(metadata["trained_for"]))
+        trained = TrainedLLM(
+            name=llm["name"], bf16=llm["bf16"], quantization=llm.get("quantization", "off"),
+            template=llm["template"], template_parts=metadata["prompt"],
+            trained_for=dict(metadata["trained_for"]), precision=llm.get("precision", ""),
+            sizes=dict(llm.get("sizes", {})), norms_hash=llm.get("norms_hash", ""))
     check_template_parts(trained.template_parts, path)
     return trained
 
 
+WEIGHTS_HASH = "hash of the LLM's weights"
 TOKENIZER_HASH = "hash of the tokenizer's ids"
 
 
@@ -2493,7 +2517,7 @@ def check_model_name(name: str, key: str) -> None:
     if key in LLM_KEYS and is_gguf(name):
         check_file(name, key)
         for package in ("gguf", "accelerate"):  # which transformers needs for it
-            import_optional(package)
+            import_optional(package, "gguf")
         return
     if folder.is_file():
         raise UserError(f"{key}: {name} is a file; give the folder of a model{way_on}")
@@ -2606,14 +2630,24 @@ def refuse_unmerged(name: str, key: str) -> None:
 
 
 def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm",
-             deepspeed: DeepSpeedConfig | None = None) -> PreTrainedModel:
+             deepspeed: DeepSpeedConfig | None = None,
+             quantization: Quantization = "off") -> PreTrainedModel:
     """The frozen LLM in eval mode. `key` names it in messages. Raises: UserError."""
     is_gpu = device.type == "cuda"
     if bf16 and is_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         gpu = torch.cuda.get_device_name()
         raise UserError(f"{key}: {gpu} has no bf16; load the LLM in fp32, by bf16 = false")
+    is_quantized = check_quantization(name, key, quantization)
     if deepspeed is not None and deepspeed.zero_stage == 3:
+        if is_quantized:
+            raise UserError(f"{key}: deepspeed.zero_stage = 3 shares out no quantised LLM; "
+                            "zero_stage = 0, which loads it whole on each GPU, does")
         llm = load_llm_zero3(name, device, bf16, key, deepspeed)
+    elif is_quantized:
+        options = {"device_map": {"": device}}
+        if quantization != "off":
+            options["quantization_config"] = make_quantization_config(quantization, bf16, key)
+        llm = load_frozen(name, bf16, key, **options)
     else:
         llm = load_frozen(name, bf16, key).to(device)
     if device.type == "cpu":
@@ -2621,13 +2655,13 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
     return llm
 
 
-def load_frozen(name: str, bf16: bool, key: str) -> PreTrainedModel:
+def load_frozen(name: str, bf16: bool, key: str, **options: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     announce_download(name, key)
     dtype = torch.bfloat16 if bf16 else torch.float32
     llm, info = load_pretrained(AutoModelForCausalLM, name, key, dtype=dtype,
-                                output_loading_info=True)
+                                output_loading_info=True, **options)
     llm.name_or_path = name  # of a GGUF file transformers takes the folder's
     if info["missing_keys"]:  # transformers initialises them randomly
         raise UserError(f"{key}: {name} lacks the weights {sorted(info['missing_keys'])[:3]}")
@@ -2635,6 +2669,109 @@ def load_frozen(name: str, bf16: bool, key: str) -> PreTrainedModel:
     for config in (llm.config, llm.config.get_text_config()):
         config.return_dict = True
     return llm.eval().requires_grad_(False)
+
+
+# Quantisation: fewer bits for the weights of the LLM's linear layers, by transformers and the
+# libraries that it calls. An LLM whose weights lie packed (several in a byte, or one in a byte) is
+# quantised; one that was dequantised as it was loaded, as a GGUF file is, is not.
+
+
+def quantization_key(key: str) -> str:
+    """The config key beside that of an LLM."""
+    return "model.quantization" if key == "model.llm" else "quantization"
+
+
+def stored_quantization(name: str, key: str) -> Json | None:
+    """The quantization_config in config.json of a folder or a hub repository. Raises: UserError."""
+    from transformers import AutoConfig
+
+    if is_gguf(name):
+        return None
+    config = load_pretrained(AutoConfig, name, key)
+    return (getattr(config, "quantization_config", None)
+            or getattr(config.get_text_config(), "quantization_config", None))
+
+
+def check_quantization(name: str, key: str, quantization: Quantization) -> bool:
+    """Whether an LLM will be quantised, by load_llm or where it lies. Raises: UserError if by both,
+    or if a package is missing."""
+    stored = stored_quantization(name, key)
+    own_key = quantization_key(key)
+    if quantization != "off":
+        if is_gguf(name):
+            raise UserError(f"{own_key}: {name} is a GGUF file, which is dequantised as it is "
+                            f"loaded; leave {own_key} out, or give a folder of transformers")
+        if stored:
+            method = stored.get("quant_method", "some method")
+            raise UserError(f"{own_key}: {name} is quantised already, by {method}; leave {own_key} "
+                            "out")
+    elif not stored:
+        return False
+    import_optional("accelerate", "quantize")  # for transformers' loader
+    table = stored or quantization
+    if table in QUANTIZATION_KINDS or table.get("quant_method") == "bitsandbytes":
+        # It warns of each type of input that a kernel casts, and of kernels that are slower.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        import_optional("bitsandbytes", "quantize")
+    return True
+
+
+def make_quantization_config(quantization: Quantization, bf16: bool, key: str) -> Any:
+    """transformers' config object. Raises: UserError at a table that it does not take."""
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    if quantization == "nf4":  # QLoRA (Dettmers et al., 2023)
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32)
+    if quantization == "int8":  # LLM.int8() (Dettmers et al., 2022)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    own_key = quantization_key(key)
+    with user_error(f"{own_key}: no quantization_config of transformers", Exception):
+        return AutoQuantizationConfig.from_dict(dict(quantization))
+
+
+def choose_kernels(llm: PreTrainedModel) -> None:
+    """Of bitsandbytes those by which an LLM can be trained through, before its first pass."""
+    for module in llm.modules():
+        # Linear4bit, on a CPU with AVX512-BF16, repacks its weights at the first pass without a
+        # gradient, for a kernel that has no backward pass: the gradient of later passes leaves the
+        # layer out without an error (bitsandbytes 0.50.2, matmul_4bit).
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        # Linear8bitLt multiplies a column in fp16, of all tokens of a call, if any of them has an
+        # outlier there: a row's loss would change with the rows that it is packed with, and with
+        # its own later tokens.
+        state = getattr(module, "state", None)
+        if hasattr(state, "threshold"):
+            state.threshold = 0.0
+
+
+def has_packed_weights(model: nn.Module) -> bool:
+    return any(parameter.element_size() < 2 for parameter in model.parameters())
+
+
+def quantization_of(llm: PreTrainedModel) -> Quantization:
+    """The kind, or the table, that load_llm quantises an LLM's folder by as this one is."""
+    if not has_packed_weights(llm):
+        return "off"
+    table = json.loads(json.dumps(llm.config.quantization_config.to_dict()))  # enums as texts
+    if table.get("load_in_8bit"):
+        return "int8"
+    if table.get("bnb_4bit_quant_type") == "nf4" and table["bnb_4bit_use_double_quant"]:
+        return "nf4"
+    return table
+
+
+def name_precision(llm: PreTrainedModel) -> str:
+    """In which numbers its weights are: bfloat16, float32, nf4, int8 or another method's name."""
+    quantization = quantization_of(llm)
+    if isinstance(quantization, dict):
+        return str(quantization.get("quant_method", "quantised"))
+    if quantization == "off":
+        return str(llm.dtype).removeprefix("torch.")
+    return quantization
 
 
 class Zero3Flag:
@@ -2709,13 +2846,23 @@ def is_partitioned(llm: PreTrainedModel) -> bool:
     return hasattr(llm.get_input_embeddings().weight, "ds_id")
 
 
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Its shape, also where ZeRO 3 shares it out."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def whole_numel(parameter: nn.Parameter) -> int:
-    """The number of its values, also where ZeRO 3 shares them out."""
+    """The number of its elements, also where ZeRO 3 shares them out."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def count_parameters(model: nn.Module) -> int:
-    return sum(whole_numel(parameter) for parameter in model.parameters())
+    """The number of values; bitsandbytes' 4-bit kinds pack two of them in an element."""
+    count = 0
+    for parameter in model.parameters():
+        quant_state = getattr(parameter, "quant_state", None)
+        count += whole_numel(parameter) if quant_state is None else quant_state.shape.numel()
+    return count
 
 
 # Counted once for each LLM: each micro-batch asks for it.
@@ -2782,12 +2929,23 @@ def longrope_length(llm: PreTrainedModel) -> int | None:
     return None
 
 
-@torch.no_grad()
 def weights_hash(model: nn.Module) -> str:
+    """A hash of all parameters, see hash_parameters."""
+    return hash_parameters(model.parameters())
+
+
+def norms_hash(llm: PreTrainedModel) -> str:
+    """A hash of the parameters of one dimension, norms and biases, which methods of quantisation
+    leave as they are, most of them."""
+    return hash_parameters(p for p in llm.parameters() if len(whole_shape(p)) == 1)
+
+
+@torch.no_grad()
+def hash_parameters(parameters: Iterable[nn.Parameter]) -> str:
     """A hash of 16 to 31 values of each parameter, in bf16, so that it is the same for any dtype.
     Under ZeRO 3 all processes take part."""
     samples = []
-    for parameter in model.parameters():
+    for parameter in parameters:
         gathered = contextlib.nullcontext()
         if hasattr(parameter, "ds_id"):
             gathered = import_optional("deepspeed").zero.GatheredParameters(parameter)
@@ -3302,31 +3460,40 @@ class ELM(nn.Module):
                  origin: VectorOrigin | None = None):
         super().__init__()
         register_packed_attention()
+        choose_kernels(llm)
         self.llm = llm
         self.adapter = adapter
         self.prompt = prompt
         self.origin = origin or VectorOrigin()
         prompt.check_fits(llm)
         self.trained_for = {
-            "hash of the LLM's weights": weights_hash(llm),
+            WEIGHTS_HASH: weights_hash(llm),
             TOKENIZER_HASH: prompt.ids_hash(),
             **adapter.settings}
+        # Of the LLM, for find_difference; here, because under ZeRO 3 all processes take part.
+        self.norms_hash = norms_hash(llm)
+        self.token_embeddings = sample_token_embeddings(llm, prompt)
         self.lockstep = is_partitioned(llm) and world_size() > 1
 
     # Making and keeping one
 
     @classmethod
     def load(cls, path: str | Path, llm: str | None = None, bf16: bool | None = None,
-             deepspeed: DeepSpeedConfig | None = None) -> ELM:
+             deepspeed: DeepSpeedConfig | None = None,
+             quantization: Quantization | None = None) -> ELM:
         """The adapter of a file, a run's folder or a hub repository, with the LLM it was trained
-        for: where its file says, or at `llm`. Raises: UserError, also if that is another LLM."""
+        for: where its file says, or at `llm`; or with a twin, see find_difference. bf16 and
+        quantization are those of training where they are None; an LLM that is quantised where it
+        lies is loaded as it is. Raises: UserError, also if that is another
+        LLM."""
         adapter, metadata = Adapter.load(path)
-        return cls.from_adapter(adapter, metadata, path, llm, bf16, deepspeed)
+        return cls.from_adapter(adapter, metadata, path, llm, bf16, deepspeed, quantization)
 
     @classmethod
     def from_adapter(cls, adapter: Adapter, metadata: Json, path: str | Path,
                      llm: str | None = None, bf16: bool | None = None,
-                     deepspeed: DeepSpeedConfig | None = None) -> ELM:
+                     deepspeed: DeepSpeedConfig | None = None,
+                     quantization: Quantization | None = None) -> ELM:
         """As `load`, of what Adapter.load returns for `path`."""
         trained = read_trained_llm(metadata, path)
         name = llm or trained.name
@@ -3334,20 +3501,23 @@ class ELM(nn.Module):
         prompt = Prompt(load_tokenizer(name, "llm"), trained.template, trained.template_parts)
         if bf16 is None:
             bf16 = trained.bf16
-        frozen = load_llm(name, device, bf16, "llm", deepspeed)
+        if quantization is None:
+            is_quantized_already = is_gguf(name) or stored_quantization(name, "llm")
+            quantization = "off" if is_quantized_already else trained.quantization
+        frozen = load_llm(name, device, bf16, "llm", deepspeed, quantization)
         origin = adapter_origin(metadata, path)
         elm = cls(frozen, adapter.to(device), prompt, origin).eval()
-        check_trained_for(trained.trained_for, elm.trained_for, f"{path}: {name}")
+        check_is_llm_of_training(trained, elm, path)
         return elm
 
     @classmethod
     def create(cls, llm: str, embeddings: Vectors, bf16: bool = True, hidden_dim: int = 4096,
                template: Json | None = None, embedder: str | None = None,
-               **settings: Any) -> ELM:
+               quantization: Quantization = "off", **settings: Any) -> ELM:
         """A fresh adapter for vectors like `embeddings` [n, E], see as_tensor, which it
         standardises by their mean and deviation. `template` are arguments of the chat template,
-        `embedder` is the name of the model that made the vectors, `settings` are further arguments
-        of Adapter. Raises: UserError."""
+        `embedder` is the name of the model that made the vectors, `quantization` as
+        model.quantization, `settings` are further arguments of Adapter. Raises: UserError."""
         vectors = as_tensor(embeddings, "embeddings").detach().cpu()
         if vectors.ndim != 2 or not len(vectors):
             raise UserError(f"embeddings: {list(vectors.shape)}, not vectors [n, E]")
@@ -3355,31 +3525,42 @@ class ELM(nn.Module):
         statistics = scan_vectors(vectors, is_used, "embeddings").statistics
         device = find_device()
         prompt = Prompt(load_tokenizer(llm, "llm"), template)
-        frozen = load_llm(llm, device, bf16, "llm")
+        frozen = load_llm(llm, device, bf16, "llm", quantization=quantization)
         adapter = fresh_adapter(frozen, statistics, hidden_dim=hidden_dim, **settings)
         elm = cls(frozen, adapter.to(device), prompt, VectorOrigin(model=embedder))
         check_llm(elm, min(2048, max_positions(frozen)))
+        check_gradient(elm)
         return elm
 
     def save(self, path: str | Path, weights: dict[str, Tensor] | None = None,
-             **metadata: Any) -> None:
-        """Write the adapter, or other `weights` of it, as safetensors for `load`. Raises:
-        UserError, also where the path is an adapter that a run has left."""
+             dtype: torch.dtype = torch.float32, **metadata: Any) -> None:
+        """Write the adapter, or other `weights` of it, as safetensors for `load`, which gives fp32.
+        `dtype` is that of the trained parameters in the file; in bfloat16 it has half the size.
+        Raises: UserError, also where the path is an adapter that a run has left."""
         check_is_of_no_run(Path(path))
-        self.write(Path(path), weights, **metadata)
+        self.write(Path(path), weights, dtype, **metadata)
 
-    def write(self, path: Path, weights: dict[str, Tensor] | None = None, **metadata: Any) -> None:
+    def write(self, path: Path, weights: dict[str, Tensor] | None = None,
+              dtype: torch.dtype = torch.float32, **metadata: Any) -> None:
         """As `save`, for a run itself."""
         import safetensors.torch
 
         weights = weights or self.adapter.state_dict()
-        tensors = {name: t.detach().float().cpu() for name, t in weights.items()}
+        trained_names = {name for name, _ in self.adapter.named_parameters()}
+        tensors = {TOKEN_EMBEDDINGS: self.token_embeddings}
+        for name, tensor in weights.items():
+            stored_dtype = dtype if name in trained_names else torch.float32
+            tensors[name] = tensor.detach().to("cpu", stored_dtype)
         header = {
             "adapter": self.adapter.settings,
             "llm": {
                 "name": self.llm.name_or_path,
                 "bf16": self.llm.dtype == torch.bfloat16,
-                "template": self.prompt.template},
+                "quantization": quantization_of(self.llm),
+                "template": self.prompt.template,
+                "precision": name_precision(self.llm),
+                "sizes": layer_sizes(self.llm),
+                "norms_hash": self.norms_hash},
             "prompt": self.prompt.template_parts,
             "embedder": self.origin.model_dump(exclude_none=True),
             "trained_for": self.trained_for,
@@ -3561,6 +3742,93 @@ def repeat_per_vector(texts: str | list[str], n: int) -> list[str]:
     return texts
 
 
+# Twins: what an adapter was trained for are the weights of one LLM. It also reads those of a twin,
+# the same LLM in other numbers, as 4 bits or a GGUF file, or one that was trained further: its
+# token embeddings have nearly the same directions.
+
+TOKEN_EMBEDDINGS = "token_embeddings"  # the name of sample_token_embeddings in an adapter's file
+NUM_TOKENS_COMPARED = 64
+LEAST_MEDIAN_COSINE = 0.98  # of a twin's token embeddings with those of training
+LEAST_COSINE = 0.9  # of each
+
+
+def layer_sizes(llm: PreTrainedModel) -> Json:
+    """Kind and sizes of its layers, by the names of transformers' configs. Without the vocabulary,
+    which may be padded."""
+    config = llm.config.get_text_config()
+    names = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size",
+             "num_attention_heads", "num_key_value_heads", "head_dim")
+    return {name: getattr(config, name, None) for name in names}
+
+
+@torch.no_grad()
+def sample_token_embeddings(llm: PreTrainedModel, prompt: Prompt) -> Tensor:
+    """Those of NUM_TOKENS_COMPARED tokens of PROBE_TEXT [n, D] fp16, on the CPU. One tokenizer
+    always names the same tokens. Under ZeRO 3 all processes take part."""
+    ids = torch.tensor(prompt.encode([PROBE_TEXT])[0]).unique()
+    chosen = ids[torch.linspace(0, len(ids) - 1, NUM_TOKENS_COMPARED).long()]
+    embed = llm.get_input_embeddings()
+    return embed(chosen.to(embed.weight.device)).to("cpu", torch.float16)
+
+
+def read_token_embeddings(path: str | Path) -> Tensor | None:
+    """Those of the LLM of training, from an adapter's file. None: of an early version of elm."""
+    path = find_adapter(path)
+    with user_error(f"{path}: not a whole elm adapter", OSError, SafetensorError), \
+            safe_open(path, framework="pt") as f:
+        if TOKEN_EMBEDDINGS not in f.keys():  # noqa: SIM118
+            return None
+        return f.get_tensor(TOKEN_EMBEDDINGS)
+
+
+def find_difference(trained: TrainedLLM, token_embeddings: Tensor | None, elm: ELM) -> str | None:
+    """In what an LLM of other weights differs from the LLM of training. None: in nothing that
+    counts, so it is a twin."""
+    if token_embeddings is None or not trained.sizes:
+        return "the adapter is of an early version of elm, whose files do not tell a twin"
+    if trained.trained_for.get(TOKENIZER_HASH) != elm.trained_for[TOKENIZER_HASH]:
+        return "its tokenizer gives other ids"
+    for name, size in layer_sizes(elm.llm).items():
+        if trained.sizes.get(name) != size:
+            return f"its {name} is {size}, not {trained.sizes.get(name)}"
+    if token_embeddings.shape != elm.token_embeddings.shape:
+        width = token_embeddings.shape[1]
+        return f"its token embeddings have {elm.token_embeddings.shape[1]} numbers, not {width}"
+    is_used = token_embeddings.any(1)  # a padding token's may be 0
+    cosines = F.cosine_similarity(
+        token_embeddings[is_used].float(), elm.token_embeddings[is_used].float())
+    if cosines.median() < LEAST_MEDIAN_COSINE or cosines.min() < LEAST_COSINE:
+        return (f"its token embeddings differ from those of training (cosine "
+                f"{cosines.median():.3f} in the median, {cosines.min():.3f} at least)")
+    return None
+
+
+def check_is_llm_of_training(trained: TrainedLLM, elm: ELM, path: str | Path) -> None:
+    """Let the LLM of training pass, and a twin of it with a line that says so. Raises: UserError at
+    another LLM."""
+    name = elm.llm.name_or_path
+    where = f"{path}: {name}"
+    hash_in_training = trained.trained_for.get(WEIGHTS_HASH)
+    own_hash = elm.trained_for[WEIGHTS_HASH]
+    if own_hash == hash_in_training:
+        check_trained_for(trained.trained_for, elm.trained_for, where)
+        return
+    difference = find_difference(trained, read_token_embeddings(path), elm)
+    if difference is not None:
+        raise UserError(f"{where}: {WEIGHTS_HASH} was {hash_in_training} in training and is "
+                        f"{own_hash} here, and it is no twin: {difference}; give it what it was "
+                        "trained with")
+    others = {key: value for key, value in elm.trained_for.items() if key != WEIGHTS_HASH}
+    check_trained_for(trained.trained_for, others, where)
+    if elm.norms_hash == trained.norms_hash:
+        norms = "and the same norms, as a quantised copy has"
+    else:
+        norms = "but other norms, as one that was trained further has"
+    log.warning(f"{path}: trained for {trained.name} ({trained.precision}), whose twin {name} "
+                f"({name_precision(elm.llm)}) is: other weights, the same tokenizer, sizes and "
+                f"token embeddings, {norms}; the adapter's figures are of the LLM of training")
+
+
 # The check of an LLM
 
 LENGTHS_CHECKED = (20, 26)  # of the prompts of check_attention, in tokens
@@ -3634,8 +3902,12 @@ def is_raised_here(error: BaseException) -> bool:
 
 
 def tolerance_between_kernels(llm: PreTrainedModel) -> float:
-    """Relative to a loss, or to 1 nat a token. Two bf16 kernels differ by up to 2e-2."""
-    return 2e-2 if llm.dtype.itemsize == 2 else 1e-4
+    """Relative to a loss, or to 1 nat a token. Two bf16 kernels differ by up to 2e-2; by more where
+    layers round their inputs to 8 bits: by 0.19 nats a token in SmolLM2 in int8, whose losses of
+    such prompts are about 4."""
+    if llm.dtype.itemsize > 2:
+        return 1e-4
+    return 2e-2 if quantization_of(llm) in ("off", "nf4") else 1e-1
 
 
 def check_attention(elm: ELM, ids: Tensor) -> None:
@@ -3688,6 +3960,56 @@ def check_long_row(elm: ELM, ids: Tensor, length: int) -> None:
         alone = nll_alone(elm, row, row[-num_labels:])
         tolerance = tolerance_between_kernels(elm.llm)
         check_packed_equals_alone(packed[i], alone, tolerance, num_labels)
+
+
+GRADIENT_STEPS = (0.1, 0.03, 0.01)  # tried by check_gradient; relative to the embeddings' norm
+MAX_SLOPE_RATIO = 4  # of the loss along a step to the gradient, either way
+
+
+def check_gradient(elm: ELM) -> None:
+    """Of a quantised LLM: whether the loss has a gradient at the input embeddings, which all
+    training goes by. Kernels for serving may have no backward pass: autograd raises an error, or
+    leaves their layers out. Raises: UserError if the gradient is missing, zero or not finite, or if
+    no small step against it lowers the loss by about as much as it says."""
+    if not has_packed_weights(elm.llm):
+        return
+    ids = torch.tensor(elm.prompt.encode([PROBE_TEXT])[0]).unique()[:LENGTHS_CHECKED[0]]
+    num_soft = len(ids) // 4
+    # As in a prompt, no label follows a soft token at once: the loss depends on them through the
+    # layers alone, not by the residual stream.
+    num_labels = len(ids) - 2 * num_soft
+    input_ids = ids.numpy().copy()
+    input_ids[:num_soft] = SOFT_TOKEN
+    batch = collate([Example(input_ids, num_labels, truncated=False)]).to(elm.device)
+    embed = elm.llm.get_input_embeddings()
+    with torch.no_grad():
+        soft_tokens = embed(ids[:num_soft].to(elm.device)).float()[None]
+
+    def loss_at(soft_tokens: Tensor) -> Tensor:
+        return elm.sequence_nll(elm.forward_hidden(batch, soft_tokens), batch).sum()
+
+    soft_tokens.requires_grad_()
+    name = f"{elm.llm.name_or_path} ({name_precision(elm.llm)})"
+    message = f"model.llm: {name}: an adapter cannot be trained through these weights: "
+    advice = "; nf4 and int8 can (model.quantization), and a GGUF file"
+    try:
+        loss = loss_at(soft_tokens)
+        (gradient,) = torch.autograd.grad(loss, soft_tokens)
+    except (RuntimeError, NotImplementedError) as e:
+        if isinstance(e, torch.OutOfMemoryError) or is_raised_here(e):
+            raise
+        raise UserError(f"{message}{clip(str(e) or repr(e), 300)}{advice}") from e
+    norm = gradient.norm().item()
+    if not 0 < norm < math.inf:  # false of NaN, too
+        raise UserError(f"{message}the gradient at its input has the norm {norm}{advice}")
+    for size in GRADIENT_STEPS:
+        length = size * soft_tokens.norm().item()
+        with torch.no_grad():
+            lowered = loss.item() - loss_at(soft_tokens - length / norm * gradient).item()
+        slope_ratio = lowered / (length * norm)
+        if 1 / MAX_SLOPE_RATIO < slope_ratio < MAX_SLOPE_RATIO:
+            return
+    raise UserError(f"{message}the gradient at its input is not that of the loss{advice}")
 
 
 def nll_alone(elm: ELM, input_ids: Tensor, labels: Tensor) -> float:
@@ -4888,7 +5210,8 @@ class Trainer:
 
     def load_llm(self) -> PreTrainedModel:
         model = self.cfg.model
-        return load_llm(model.llm, self.device, model.bf16, deepspeed=self.cfg.deepspeed)
+        return load_llm(model.llm, self.device, model.bf16, deepspeed=self.cfg.deepspeed,
+                        quantization=model.quantization)
 
     def build_elm(self) -> ELM:
         """The frozen LLM with a fresh adapter."""
@@ -4901,13 +5224,13 @@ class Trainer:
             tokens=model.tokens, dropout=model.dropout, residual_scale=model.residual_scale)
         elm = ELM(llm, adapter.to(self.device), train_split.encoder.prompt, train_split.origin)
         check_llm(elm, self.cfg.data.max_seq_length)
+        check_gradient(elm)
         check_ids_of_rows(self.splits)
 
         num_trained = sum(p.numel() for p in adapter.parameters())
         num_frozen = count_parameters(llm)
-        dtype = str(llm.dtype).removeprefix("torch.")
         log.info(f"{world_size()} process(es) on {self.device.type}, ZeRO "
-                 f"{self.cfg.deepspeed.zero_stage}, LLM in {dtype}")
+                 f"{self.cfg.deepspeed.zero_stage}, LLM in {name_precision(llm)}")
         log.info(f"{num_trained:,} parameters trained, {num_frozen:,} frozen; token embeddings of "
                  f"root mean square {adapter.scale:.4f}")
         return elm
@@ -6205,11 +6528,13 @@ class LLMEngine:
 
     num_threads = 1  # that may call `answer` at a time
 
-    def __init__(self, model: str, bf16: bool, template: Json, max_new_tokens: int):
+    def __init__(self, model: str, bf16: bool, template: Json, max_new_tokens: int,
+                 quantization: Quantization = "off"):
         """Loads the LLM. Raises: UserError."""
         self.max_new_tokens = max_new_tokens
         tokenizer = load_tokenizer(model, "model")
-        self.llm = load_llm(model, find_device(), bf16, "model")
+        self.llm = load_llm(model, find_device(), bf16, "model", quantization=quantization)
+        choose_kernels(self.llm)
         self.prompt = Prompt(tokenizer, template)
         self.prompt.check_fits(self.llm)
         self.batch_size = GENERATION_BATCH[self.llm.device.type]  # questions of a call
@@ -6938,15 +7263,15 @@ class SweepWorker:
         self.study = open_study(sweep)
         self.scorer = load_scorer(cfg.eval, device)
         self._llm: PreTrainedModel | None = None
-        self._llm_key: tuple[str, bool] | None = None
+        self._llm_key: tuple[str, bool, Quantization] | None = None
 
     def load_llm(self, cfg: Config, device: torch.device) -> PreTrainedModel:
-        key = (cfg.model.llm, cfg.model.bf16)
+        key = (cfg.model.llm, cfg.model.bf16, cfg.model.quantization)
         if self._llm is None or self._llm_key != key or cfg.deepspeed.zero_stage == 3:
             self._llm = None  # free the one before
             free_memory()
-            self._llm = load_llm(
-                cfg.model.llm, device, cfg.model.bf16, deepspeed=cfg.deepspeed)
+            self._llm = load_llm(cfg.model.llm, device, cfg.model.bf16, deepspeed=cfg.deepspeed,
+                                 quantization=cfg.model.quantization)
             self._llm_key = key
         return self._llm
 
@@ -7088,6 +7413,8 @@ class GenerateOptions(Table):
     concurrency: PositiveInt = 64  # requests to the server at a time
     llm: PathStr | None = None  # another place of the adapter's LLM; none: the one of training
     bf16: bool | None = None  # of the LLM; none: as in training
+    quantization: Quantization | None = None  # of the LLM, as model.quantization; none: as in
+    #   training, unless it is quantised where it lies
     max_new_tokens: PositiveInt = 256  # of an answer
     temperature: NonNegativeFloat = 0.0  # of sampling; 0: greedy
     seed: Seed = 42  # of sampling
@@ -7135,7 +7462,8 @@ def report_on_adapter(options: EvalOptions) -> Json:
     train_split = open_known_texts(options.data, split)
     check_embedder(options.eval, options.model.bf16, device, splits)
     elm = ELM.from_adapter(
-        adapter, metadata, path, options.model.llm, options.model.bf16, options.deepspeed)
+        adapter, metadata, path, options.model.llm, options.model.bf16, options.deepspeed,
+        options.model.quantization)
     split.encoder.prompt.check_fits(elm.llm)
     check_llm(elm, options.data.max_seq_length)
     if train_split is not None:
@@ -7173,6 +7501,7 @@ def generate(options: GenerateOptions) -> None:
     job = {
         "hash of the adapter": sha256_short(find_adapter(options.adapter).read_bytes()),
         "query": list(options.query), "id": options.id, "bf16": bf16,
+        "quantization": options.quantization,
         "max_new_tokens": options.max_new_tokens, "temperature": options.temperature,
         "seed": options.seed, "score": scoring_model,
         "rows": None if options.rows is None else list(options.rows),
@@ -7192,7 +7521,8 @@ def generate(options: GenerateOptions) -> None:
                 load_embedder(scoring_model, bf16, device, "embedder"), origin, table, row_ids))
         if options.endpoint is None:
             zero = DeepSpeedConfig(zero_stage=options.zero_stage)
-            elm = ELM.from_adapter(adapter, metadata, options.adapter, options.llm, bf16, zero)
+            elm = ELM.from_adapter(adapter, metadata, options.adapter, options.llm, bf16, zero,
+                                   options.quantization)
             answers = answer_by_llm(elm, questions_from, num_done, options.max_new_tokens,
                                     options.temperature, options.seed)
         else:
@@ -7219,8 +7549,9 @@ def check_generate_options(options: GenerateOptions) -> None:
                             "process; leave endpoint out, or the placeholder")
     if options.endpoint:
         check_launched_alone("start one by python")
-        if options.zero_stage:
-            raise UserError("zero_stage: is of the LLM in this process; leave it or endpoint out")
+        for key in ("zero_stage", "quantization"):
+            if getattr(options, key):
+                raise UserError(f"{key}: is of the LLM in this process; leave it or endpoint out")
     elif options.served_model:
         raise UserError("served_model: is the name of a server's model; give its endpoint, too")
     if options.out is not None:
@@ -7486,7 +7817,8 @@ PLAIN_WORDS = {
     "Probability": "number from 0 to below 1", "Cosine": "number from -1 to 1",
     "Share": "number from 0 to 1", "Shares": "three numbers", "NumTasks": "integer above 0",
     "Seed": "integer from 0", "ZeroStage": "0 to 3", "RowIds": "list of integers",
-    "Queries": "text or list of texts",
+    "Queries": "text or list of texts", "Quantization": '"off", "nf4", "int8" or table',
+    "elm.Quantization": '"off", "nf4", "int8" or table',
     "TaskNames": "list of texts", "ServerURL": "URL", "dict[str, Any]": "table",
     "TemplateArguments": "table", "elm.TemplateArguments": "table",
     "VECTOR_COLUMN": '"embedding"', "elm.VECTOR_COLUMN": '"embedding"', "TEXT_COLUMN": '"text"',

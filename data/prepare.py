@@ -512,6 +512,7 @@ class SynthesizeOptions(Table):
     seed: Seed = 42  # of tasks, queries and sampling
     template: elm.TemplateArguments = {}  # of the chat template: { enable_thinking = false }
     bf16: bool = True  # of the LLM and the embedder
+    quantization: elm.Quantization = "off"  # of the LLM in this process: nf4, int8 or a table
     fp16: bool = False  # of the vectors, which are fp32 else
 
 
@@ -592,7 +593,8 @@ def make_engine(options: SynthesizeOptions) -> elm.LLMEngine | elm.ServerEngine:
     """Raises: UserError if the LLM cannot be loaded, or the server's client is not installed."""
     if options.endpoint is None:
         return elm.LLMEngine(
-            options.model, options.bf16, options.template, options.max_new_tokens)
+            options.model, options.bf16, options.template, options.max_new_tokens,
+            options.quantization)
     server = elm.ChatServer(
         options.endpoint, options.served_model or options.model, options.template,
         options.max_new_tokens)
@@ -792,6 +794,7 @@ def train_toml(rows: list[DraftRow], options: SynthesizeOptions, out: Path) -> s
     settings = {
         "model.llm": options.model,
         "model.bf16": options.bf16,
+        "model.quantization": options.quantization,
         "model.tokens": 4,
         "model.template": options.template,
         "data.dir": str(out),
