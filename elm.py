@@ -14,7 +14,8 @@ backward pass takes it from there through the adapter.
     deepspeed elm.py train.toml                       train on several GPUs, a process for each
     python elm.py train.toml train.resume=auto        resume a stopped run from its last checkpoint
     python elm.py eval train.toml adapter=PATH        report on any adapter
-    python elm.py generate adapter=PATH embeddings=FILE query="…"       answers about vectors
+    python elm.py generate adapter=PATH embeddings=FILE query="…"       answers about vectors, or
+                                                      about texts by their vectors (text="…")
     python elm.py sweep sweep.toml                    search settings by Optuna; start it again,
                                                       here or on another host, to add a worker
 
@@ -194,8 +195,8 @@ def check_quantization_kind(value: object) -> object:
     return value
 
 
-def as_queries(value: object) -> object:
-    """One query as a list of it."""
+def as_list(value: object) -> object:
+    """One text as a list of it."""
     return [value] if isinstance(value, str) else value
 
 
@@ -214,8 +215,8 @@ Cosine = Annotated[float, Field(ge=-1, le=1)]
 TemplateArguments = Annotated[
     dict[str, Any], pydantic.AfterValidator(check_template_arguments)]
 Quantization = Annotated[Any, pydantic.AfterValidator(check_quantization_kind)]
-Queries = Annotated[
-    tuple[str, ...], Field(strict=False, min_length=1), pydantic.BeforeValidator(as_queries)]
+TextList = Annotated[
+    tuple[str, ...], Field(strict=False, min_length=1), pydantic.BeforeValidator(as_list)]
 RowIds = Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
 TaskNames = Annotated[
     tuple[str, ...], Field(strict=False, min_length=1), pydantic.AfterValidator(drop_repeats)]
@@ -2434,10 +2435,10 @@ def as_tensor(embeddings: Vectors, where: Path | str = "vectors") -> Tensor:
 
 
 def fp32_tensor(tensor: Tensor) -> Tensor:
-    """Raises: TypeError."""
+    """Contiguous, as kernels may sum in another order else. Raises: TypeError."""
     if tensor.is_complex() or tensor.layout != torch.strided:
         raise TypeError(f"{tensor.dtype}, {tensor.layout}")
-    return tensor.float()
+    return tensor.float().contiguous()
 
 
 def fp32_array(array: np.ndarray) -> Tensor:
@@ -7397,8 +7398,11 @@ class EvalOptions(Config):
 
 class GenerateOptions(Table):
     adapter: PathStr  # a file, a run's folder, or a name on the hub
-    embeddings: PathStr  # a .safetensors or .npy file of one table, or a .parquet file
-    query: Queries  # about each vector, or several: 'query=["…", "…"]'; <EMB> in it is where the
+    embeddings: PathStr | None = None  # a .safetensors or .npy file of one table, or a .parquet
+    #   file
+    text: TextList | None = None  # in place of embeddings: a text, or several, or a .txt file of a
+    #   text a line; each is embedded, and answered about by its vector alone
+    query: TextList  # about each vector, or several: 'query=["…", "…"]'; <EMB> in it is where the
     #   vector goes
     column: str = VECTOR_COLUMN  # of a .parquet file: the vectors
     id: str | None = None  # of a .parquet file: a column that each answer carries
@@ -7406,7 +7410,8 @@ class GenerateOptions(Table):
     out: PathStr | None = None  # a file that answers are appended to; killed, the same command goes
     #   on. none: the standard output
     score: bool = False  # embed each answer again: consistency, consistency_others
-    embedder: PathStr | None = None  # to score by; none: the one that made the adapter's vectors
+    embedder: PathStr | None = None  # of texts and scores; none: the one that made the adapter's
+    #   vectors
     endpoint: ServerURL | None = None  # a server that has the LLM, in place of this process: one of
     #   vllm serve LLM --enable-prompt-embeds, as http://localhost:8000/v1
     served_model: str | None = None  # the server's name of the LLM, where it has another
@@ -7481,23 +7486,18 @@ def report_on_adapter(options: EvalOptions) -> Json:
 
 
 def generate(options: GenerateOptions) -> None:
-    """Answer queries about the vectors of a table, as lines of JSON. Raises: UserError."""
-    path = Path(options.embeddings)
+    """Answer queries about the vectors of a table, or of texts, as lines of JSON. Raises:
+    UserError."""
     check_generate_options(options)
-    table = open_table(path, "embeddings", options.column, options.id)
     adapter, metadata = Adapter.load(options.adapter)
-    check_width(table, adapter, path)
-    row_ids = range(len(table)) if options.rows is None else options.rows
-    for row_id in row_ids:
-        if not 0 <= row_id < len(table):
-            raise UserError(f"rows: no row {row_id}; the table has rows 0 to {len(table) - 1}")
-    origin = origin_of_table(path, metadata, options.adapter)
     trained = read_trained_llm(metadata, options.adapter)
     bf16 = trained.bf16 if options.bf16 is None else options.bf16
-    scoring_model = choose_scoring_model(options, origin)
-    vectors_hash = scan_rows(table, row_ids, adapter, path)  # before the first answer
-
     device = start_distributed()
+    given = open_given_vectors(options, adapter, metadata, bf16, device)
+    row_ids = choose_rows(options.rows, len(given.table))
+    scoring_model = choose_scoring_model(options, given.origin)
+    vectors_hash = scan_rows(given.table, row_ids, adapter, given.where)  # before the first answer
+
     job = {
         "hash of the adapter": sha256_short(find_adapter(options.adapter).read_bytes()),
         "query": list(options.query), "id": options.id, "bf16": bf16,
@@ -7514,11 +7514,12 @@ def generate(options: GenerateOptions) -> None:
             return
         if num_done:
             log.info(f"{options.out}: has {num_done} of {num_questions} answers; going on")
-        questions_from = functools.partial(vector_questions, table, row_ids, options.query)
+        questions_from = functools.partial(vector_questions, given.table, row_ids, options.query)
         scorer = None
         if scoring_model:
             scorer = keep_on_rank0(lambda: AnswerScorer(
-                load_embedder(scoring_model, bf16, device, "embedder"), origin, table, row_ids))
+                load_embedder(scoring_model, bf16, device, "embedder"), given.origin, given.table,
+                row_ids))
         if options.endpoint is None:
             zero = DeepSpeedConfig(zero_stage=options.zero_stage)
             elm = ELM.from_adapter(adapter, metadata, options.adapter, options.llm, bf16, zero,
@@ -7540,18 +7541,16 @@ def generate(options: GenerateOptions) -> None:
 
 def check_generate_options(options: GenerateOptions) -> None:
     """Raises: UserError at settings that do not go together."""
+    if (options.embeddings is None) == (options.text is None):
+        raise UserError("generate: give either a table of vectors (embeddings=FILE), or texts "
+                        "(text=…)")
+    if options.text is not None and options.id is not None:
+        raise UserError("id: is a column of a .parquet file (embeddings=FILE); texts have none")
     for query in options.query:
-        with user_error(f"query: {query!a} is not of UTF-8", UnicodeEncodeError):
-            query.encode()
+        check_is_utf8(query, "query")
         Prompt.split_query(query)
-        if options.endpoint and PLACEHOLDER in query:
-            raise UserError(f"endpoint: a query with {PLACEHOLDER} in it needs the LLM in this "
-                            "process; leave endpoint out, or the placeholder")
     if options.endpoint:
-        check_launched_alone("start one by python")
-        for key in ("zero_stage", "quantization"):
-            if getattr(options, key):
-                raise UserError(f"{key}: is of the LLM in this process; leave it or endpoint out")
+        check_endpoint_options(options)
     elif options.served_model:
         raise UserError("served_model: is the name of a server's model; give its endpoint, too")
     if options.out is not None:
@@ -7559,6 +7558,100 @@ def check_generate_options(options: GenerateOptions) -> None:
         if path.exists() and not path.is_file():
             raise UserError(f"out: {path} is no regular file; name one")
         check_can_write(path.parent, "out")
+
+
+def check_endpoint_options(options: GenerateOptions) -> None:
+    """Raises: UserError at settings that do not go with a server."""
+    check_launched_alone("start one by python")
+    if any(PLACEHOLDER in query for query in options.query):
+        raise UserError(f"endpoint: a query with {PLACEHOLDER} in it needs the LLM in this "
+                        "process; leave endpoint out, or the placeholder")
+    for key in ("zero_stage", "quantization"):
+        if getattr(options, key):
+            raise UserError(f"{key}: is of the LLM in this process; leave it or endpoint out")
+
+
+class GivenVectors(NamedTuple):
+    """That a command is asked about."""
+
+    table: VectorTable
+    origin: VectorOrigin
+    where: str  # what they are called in messages
+
+
+def open_given_vectors(options: GenerateOptions, adapter: Adapter, metadata: Json, bf16: bool,
+                       device: torch.device) -> GivenVectors:
+    """Those of a table, or of texts, of the adapter's width. Raises: UserError."""
+    if options.text is None:
+        where = options.embeddings
+        table = open_table(Path(where), "embeddings", options.column, options.id)
+        check_width(table, adapter, where)
+        return GivenVectors(table, origin_of_table(Path(where), metadata, options.adapter), where)
+    origin = adapter_origin(metadata, options.adapter)
+    texts = read_given_texts(options.text)
+    table = embed_given_texts(texts, options.embedder, origin, adapter, bf16, device)
+    return GivenVectors(table, origin, "text")
+
+
+def choose_rows(given: Sequence[int] | None, num_rows: int) -> Sequence[int]:
+    """All, unless some are given. Raises: UserError at one that the table does not have."""
+    row_ids = range(num_rows) if given is None else given
+    for row_id in row_ids:
+        if not 0 <= row_id < num_rows:
+            raise UserError(f"rows: no row {row_id}; the table has rows 0 to {num_rows - 1}")
+    return row_ids
+
+
+def check_is_utf8(text: str, key: str) -> None:
+    """Raises: UserError at a text with bytes that are no characters, as a command line may have."""
+    with user_error(f"{key}: {text!a} is not of UTF-8", UnicodeEncodeError):
+        text.encode()
+
+
+def read_given_texts(given: Sequence[str]) -> list[str]:
+    """The texts of `text=`: themselves, or, where one word that ends in .txt is given alone, the
+    lines of that file. Raises: UserError at one that is empty."""
+    texts = list(given)
+    where = "text"
+    is_file = len(texts) == 1 and re.fullmatch(r"\S+\.txt", texts[0]) is not None
+    if is_file:
+        where = expand_path(texts[0])
+        check_file(where, "text")
+        with user_error(f"text: {where}: no text of UTF-8", UnicodeDecodeError):
+            texts = Path(where).read_text("utf-8-sig").splitlines()
+        if not texts:
+            raise UserError(f"text: {where} is empty")
+    for i, text in enumerate(texts):
+        check_is_utf8(text, "text")
+        if not text.strip():
+            name = f"line {i + 1}" if is_file else f"text {i}"
+            raise UserError(f"{where}: {name} is blank; give a text")
+    return texts
+
+
+def embed_given_texts(texts: list[str], embedder: str | None, origin: VectorOrigin,
+                      adapter: Adapter, bf16: bool, device: torch.device) -> Tensor:
+    """[n, E] fp32, by the model that made the adapter's vectors, whose origin is given, or by
+    another place of it. Raises: UserError if it is not known, or makes narrower vectors."""
+    name = embedder or origin.model
+    if name is None:
+        raise UserError("text: the adapter does not say which model made its vectors; name it by "
+                        "embedder=NAME")
+    warn_of_other_embedder(name, origin)
+    model = load_embedder(name, bf16, device, "embedder", origin.max_tokens)
+    width = len(adapter.mean)
+    check_embedder_width(model, f"embedder: {name}", width)
+    vectors = embed_texts(model, texts, truncate_dim=width,
+                          prompt=instruction_prompt(origin.instruction))
+    del model
+    free_memory()
+    return vectors
+
+
+def warn_of_other_embedder(name: str, origin: VectorOrigin) -> None:
+    if embedders_differ(VectorOrigin(model=name), origin):
+        warn_once(f"embedder = {name}: the vectors are of {origin.model}; cosines of vectors of "
+                  "two models mean nothing")
 
 
 def origin_of_table(path: Path, metadata: Json, adapter: str) -> VectorOrigin:
@@ -7573,7 +7666,8 @@ def origin_of_table(path: Path, metadata: Json, adapter: str) -> VectorOrigin:
 def choose_scoring_model(options: GenerateOptions, origin: VectorOrigin) -> str | None:
     """The embedder of scores, None where none are asked for. Raises: UserError if it is not
     known."""
-    if options.embedder is None and not options.score:
+    is_asked_for = options.score or (options.embedder is not None and options.text is None)
+    if not is_asked_for:
         return None
     name = options.embedder or origin.model
     if name is None:
@@ -7581,13 +7675,12 @@ def choose_scoring_model(options: GenerateOptions, origin: VectorOrigin) -> str 
                         "vectors; name it by embedder=NAME")
     check_model_name(name, "embedder")
     import_optional("sentence_transformers")
-    if embedders_differ(VectorOrigin(model=name), origin):
-        log.warning(f"embedder = {name}: the vectors are of {origin.model}; cosines of vectors of "
-                    "two models mean nothing")
+    warn_of_other_embedder(name, origin)
     return name
 
 
-def scan_rows(table: VectorTable, row_ids: Sequence[int], adapter: Adapter, path: Path) -> str:
+def scan_rows(table: VectorTable, row_ids: Sequence[int], adapter: Adapter,
+              where: Path | str) -> str:
     """Read and check the vectors of rows once: returns a hash of row numbers, ids and vectors. Says
     how many ids repeat. Raises: UserError at a vector that is missing, of another width, zero, NaN
     or infinite, and if the norm of all is far from those of training."""
@@ -7596,16 +7689,16 @@ def scan_rows(table: VectorTable, row_ids: Sequence[int], adapter: Adapter, path
     hashes_of_ids: list[np.ndarray] = []  # of their texts: Python's hashes of -1 and -2 are equal
     num_blocks = math.ceil(len(row_ids) / ROWS_OF_BLOCK)
     for block in progress(read_blocks(table, row_ids), "vectors", total=num_blocks):
-        total_square += check_block(block, path)
+        total_square += check_block(block, where)
         digest.update(json.dumps([block.row_ids, block.ids]).encode())
         digest.update(block.vectors.contiguous().numpy())
         if block.ids is not None:
             hashes_of_ids.append(np.array([hash(repr(own_id)) for own_id in block.ids]))
-    check_norm_of_all(total_square, len(row_ids), adapter, path)
+    check_norm_of_all(total_square, len(row_ids), adapter, where)
     if hashes_of_ids:
         num_ids = len(np.unique(np.concatenate(hashes_of_ids)))
         if num_ids < len(row_ids):
-            log.warning(f"id: {path}: {len(row_ids)} rows have {num_ids} different ids; all are "
+            log.warning(f"id: {where}: {len(row_ids)} rows have {num_ids} different ids; all are "
                         "answered")
     return digest.hexdigest()[:16]
 
@@ -7817,7 +7910,7 @@ PLAIN_WORDS = {
     "Probability": "number from 0 to below 1", "Cosine": "number from -1 to 1",
     "Share": "number from 0 to 1", "Shares": "three numbers", "NumTasks": "integer above 0",
     "Seed": "integer from 0", "ZeroStage": "0 to 3", "RowIds": "list of integers",
-    "Queries": "text or list of texts", "Quantization": '"off", "nf4", "int8" or table',
+    "TextList": "text or list of texts", "Quantization": '"off", "nf4", "int8" or table',
     "elm.Quantization": '"off", "nf4", "int8" or table',
     "TaskNames": "list of texts", "ServerURL": "URL", "dict[str, Any]": "table",
     "TemplateArguments": "table", "elm.TemplateArguments": "table",
