@@ -112,6 +112,67 @@ def test_one_vector_is_a_table_of_one_row(trained, start, tmp_path, capsys):
         assert (line["row"], line["answer"]) == (0, answer)
 
 
+TEXTS = ["We examine acids from Peru.", "Old towers, and why they fall.", "Frogs: a survey."]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """An untrained adapter for vectors of the tiny embedder, and the vectors of TEXTS."""
+    folder = tmp_path_factory.mktemp("reader")
+    embedder = str(ROOT / "data/tiny/embedder")
+    model = elm.load_embedder(embedder, False, CPU)
+    vectors = elm.embed_texts(model, TEXTS)
+    llm = str(ROOT / "data/tiny/llm")
+    adapter = elm.ELM.create(llm, vectors, bf16=False, hidden_dim=8, embedder=embedder)
+    adapter.save(folder / "adapter.safetensors")
+    save_file({"embeddings": vectors}, folder / "vectors.safetensors")
+    return folder
+
+
+def test_texts_are_answered_by_their_vectors(reader, tmp_path, monkeypatch, capsys):
+    """By the model that made the adapter's vectors, or another place of it."""
+    words = ["generate", f"adapter={reader / 'adapter.safetensors'}", "query=What?",
+             "max_new_tokens=8"]
+    wanted = printed(capsys, *words, f"embeddings={reader / 'vectors.safetensors'}")
+    assert len(wanted) == 3
+    text = "text=" + json.dumps(TEXTS)
+    assert printed(capsys, *words, text) == wanted
+    assert printed(capsys, *words, text, "rows=[1]") == wanted[1:2]
+    assert printed(capsys, *words, f"text={TEXTS[0]}") == wanted[:1]
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedder").symlink_to(ROOT / "data/tiny/embedder")
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    assert printed(capsys, *words, "text=texts.txt", "embedder=embedder") == wanted
+    scored = printed(capsys, *words, "text=texts.txt", "score=true")
+    for line, same in zip(scored, wanted, strict=True):
+        assert line.pop("consistency") is not None and line.pop("consistency_others") is not None
+        assert line == same
+
+
+def test_bad_texts(reader, start, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", f"adapter={reader / 'adapter.safetensors'}", "query=What?"]
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.txt").write_text("one\n\nthree\n")
+    (tmp_path / "latin.txt").write_bytes("Caf\u00e9".encode("latin-1"))
+    refused("^elm: generate: give either a table of vectors .embeddings=FILE., or texts", *words)
+    refused("^elm: generate: give either a table of vectors .embeddings=FILE., or texts", *words,
+            "text=x", "embeddings=y")
+    refused("^elm: text: there is no file gone.txt here", *words, "text=gone.txt")
+    refused("^elm: text: empty.txt is empty", *words, "text=empty.txt")
+    refused("^elm: blank.txt: line 2 is blank; give a text", *words, "text=blank.txt")
+    refused("^elm: text: latin.txt: no text of UTF-8", *words, "text=latin.txt")
+    refused("^elm: text: text 1 is blank; give a text", *words, 'text=["a", " "]')
+    refused(r"^elm: text: '\\udce9' is not of UTF-8", *words, "text=\udce9")
+    refused("^elm: id: is a column of a .parquet file", *words, "text=x", "id=doc")
+    refused("^elm: rows: no row 1; the table has rows 0 to 0", *words, "text=x", "rows=[1]",
+            f"embedder={ROOT / 'data/tiny/embedder'}")
+    without_table = [word for word in start if not word.startswith("embeddings=")]
+    refused("^elm: text: the adapter does not say which model made its vectors; name it by "
+            "embedder=NAME", *without_table, "query=Q", "text=x")
+
+
 def test_another_file_as_adapter_is_called_what_it_is(trained, start, llm_dir, tmp_path):
     _, folder, settings = trained
     (data,) = [word.removeprefix("data.dir=") for word in settings if word.startswith("data.dir=")]

@@ -3,6 +3,7 @@
     python data/real/runs.py                  all that data/real/runs/ lacks
     python data/real/runs.py smollm2-100      those whose names begin so
     python data/real/runs.py table
+    python data/real/runs.py release         the adapters of two runs, as MODEL_CARD.md has them
 
 A run is data/real/train.toml with some settings in place of its own. It trains in runs/real/NAME,
 where it goes on if it was stopped; of a finished one config.toml, metrics.jsonl and eval.json are
@@ -15,6 +16,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import elm
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -119,10 +125,34 @@ def table() -> str:
     return "\n".join(lines)
 
 
+# The files of MODEL_CARD.md, and the runs that left their adapters.
+RELEASED = {
+    "qwen2.5-coder-0.5b.safetensors": "qwen-400-seed-43",
+    "smollm2-135m.safetensors": "smollm2-400"}
+FIGURES = ("split", "adapter_step", "rows", "sources", "loss_shuffled", "loss_nearest", "loss",
+           "loss_text", "gap_closed", "mrr", "bertscore_f1", "intervals")
+
+
+def release(file: str, name: str) -> None:
+    """Write a run's best adapter in bf16, with the hub's names of its models and the figures of the
+    run's report, which is of the adapter in fp32."""
+    llm, _ = RUNS[name]
+    report = json.loads((HERE / "runs" / name / "eval.json").read_text("utf-8"))
+    model = elm.ELM.load(ROOT / "runs" / "real" / name, llm=find_model(llm))
+    model.llm.name_or_path = llm
+    model.origin = elm.VectorOrigin(model=EMBEDDER)
+    figures = {key: report[key] for key in FIGURES}
+    model.save(HERE / file, dtype=torch.bfloat16, run=name, figures=figures)
+
+
 def main() -> None:
     prefixes = tuple(sys.argv[1:]) or ("",)
     if prefixes == ("table",):
         print(table())
+        return
+    if prefixes == ("release",):
+        for file, name in RELEASED.items():
+            release(file, name)
         return
     names = [name for name in RUNS if name.startswith(prefixes)]
     if not names:
