@@ -304,7 +304,8 @@ class EvalConfig(Table):
     #   known; "off": no such scores
     split: Literal["train", "val", "test"] | None = None  # the split to report on; none: test if
     #   its files exist, else val
-    bertscore_model: PathStr = "microsoft/deberta-xlarge-mnli"  # hub name or folder
+    bertscore_model: PathStr = "microsoft/deberta-xlarge-mnli"  # hub name or folder; "off": answers
+    #   are scored without BERTScore
     bertscore_layers: PositiveInt | None = None  # layer of its hidden states; none: bert-score's
     #   choice for the model, the last one of a folder
 
@@ -572,7 +573,7 @@ def load_config(
         raise UserError(f"load_config: takes a list of overrides, as [{overrides!r}]")
     tables = read_toml(path) if path else {}
     if "space" in tables and "space" not in config_class.model_fields:
-        raise UserError(f"{path}: is the file of a sweep: python elm.py sweep {path}")
+        raise UserError(f"{path}: is the file of a sweep: {own_program()} sweep {path}")
     values = parse_overrides(overrides)
     apply_overrides(tables, values)
     return parse_config(tables, config_class, path or "", values)
@@ -2496,7 +2497,7 @@ def is_hub_name(name: str) -> bool:
 
 # How to do without a model that cannot be loaded, by its config key.
 WAYS_ON = {
-    "eval.bertscore_model": "; eval.samples=0 does without",
+    "eval.bertscore_model": "; eval.bertscore_model=off does without",
     "eval.embedder": "; eval.embedder=off does without",
     "llm": "; llm=FOLDER names another place"}
 
@@ -2570,7 +2571,8 @@ def announce_download(name: str, key: str) -> None:
         files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
         is_here = any(huggingface_hub.try_to_load_from_cache(name, file) for file in files)
     if not is_here:
-        log.warning(f"{key}: {name} is not on this machine yet; it is downloaded from the hub")
+        log.warning(f"{key}: {name} is not on this machine yet; it is downloaded from the hub"
+                    f"{WAYS_ON.get(key, '')}")
 
 
 def load_pretrained(auto_class: Any, name: str, key: str, **options: Any) -> Any:
@@ -5001,7 +5003,7 @@ def check_report_packages(cfg: EvalConfig) -> None:
     model."""
     import_optional("matplotlib")
     import_optional("pandas")
-    if cfg.samples:
+    if cfg.samples and cfg.bertscore_model != OFF:
         scorer_layers(cfg)
 
 
@@ -5018,7 +5020,7 @@ def open_inputs(cfg: Config, names: tuple[str, ...], num_soft_tokens: int,
     """All that can be opened and checked before a model is loaded: packages, tokenizer, the splits
     of these names. `trained` is the origin of an adapter's vectors. Raises: UserError, OSError."""
     check_model_name(cfg.model.llm, "model.llm")
-    if cfg.eval.samples:
+    if cfg.eval.samples and cfg.eval.bertscore_model != OFF:
         check_model_name(cfg.eval.bertscore_model, "eval.bertscore_model")
     if cfg.eval.embedder is not None:  # at once, before the tables that may name another
         check_embedder_name(cfg.eval, choose_embedder(cfg.eval, VectorOrigin()))
@@ -5496,14 +5498,26 @@ class Trainer:
             measured, split, self.cfg, self.device, self.folder, self.folder, header)
 
 
-def train(cfg: Config) -> Json:
+def train(settings: Config | str | Path | Json) -> Json:
     """Train an adapter and report on it: returns the dict of eval.json, of other processes than 0
-    {}. Raises: UserError; SystemExit(128 + signal) after a signal, with a checkpoint."""
-    if not isinstance(cfg, Config):
-        raise UserError(f"train: takes a Config, not a {type(cfg).__name__}; "
-                        "load_config(path) makes one of a TOML file")
+    {}. `settings` are a Config, as load_config makes it, the path of a TOML file, or its tables:
+    {"train": {"lr": 1e-3}}. Raises: UserError; SystemExit(128 + signal) after a signal, with a
+    checkpoint."""
+    cfg = as_config(settings)
     with log_to_file(cfg.output.log_file):
         return Trainer(cfg).run()
+
+
+def as_config(settings: Config | str | Path | Json) -> Config:
+    """Raises: UserError."""
+    if isinstance(settings, Config):
+        return settings
+    if isinstance(settings, str | Path):
+        return load_config(str(settings))
+    if isinstance(settings, dict):
+        return parse_config(apply_overrides({}, flatten(settings)))  # dotted keys are keys, too
+    raise UserError(f"train: takes a Config, the path of a TOML file, or a dict of its tables, not "
+                    f"a {type(settings).__name__}")
 
 
 # -----------------------------------------------------------------------------
@@ -5518,7 +5532,7 @@ EVAL_BATCH_ROWS = {"cpu": 16, "cuda": 64}
 # Answers of a batch: fewer than memory may hold, so that several processes have some.
 REPORT_BATCH = {"cpu": 16, "cuda": 64}
 EMBEDDER_CHECK_TEXTS = 32  # texts of each split whose vectors are compared with the stored ones
-NO_EMBEDDER = "off"  # in the place of an embedder's name
+OFF = "off"  # in the place of the name of an embedder or a scorer
 QUERIES_AT_ONCE = 8192  # vectors whose nearest ones are found in one reading of the table of train
 
 
@@ -5976,7 +5990,7 @@ def check_stored_vectors(name: str, vectors: Tensor, split_name: str, split: Spl
 def choose_embedder(cfg: EvalConfig, origin: VectorOrigin) -> str | None:
     """The model that embeds answers again: the one set, else the one that made the vectors, if it
     is known, else none."""
-    if cfg.embedder == NO_EMBEDDER:
+    if cfg.embedder == OFF:
         return None
     return cfg.embedder or origin.model
 
@@ -6084,11 +6098,11 @@ def repetition(text: str) -> float:
 
 def score(measured: Measured, references: list[str], split: Split, cfg: EvalConfig, bf16: bool,
           device: torch.device) -> pd.DataFrame:
-    """The scores of the answers, a row for each of measured.sample_ids: BertScores, empty_rate and
-    repetition of the answers and, as NAME_shuffled, of those about shuffled vectors, as
-    NAME_nearest, of the nearest ones of train, NaN where there is none; with an embedder
-    ConsistencyScores of these and, as NAME_reference, of the references. The embedder runs in bf16,
-    if asked for. Each model is freed after its use."""
+    """The scores of the answers, a row for each of measured.sample_ids: BertScores, unless they are
+    off, empty_rate and repetition of the answers and, as NAME_shuffled, of those about shuffled
+    vectors, as NAME_nearest, of the nearest ones of train, NaN where there is none; with an
+    embedder ConsistencyScores of these and, as NAME_reference, of the references. The embedder runs
+    in bf16, if asked for. Each model is freed after its use."""
     pd = import_optional("pandas")
     sample_ids = measured.sample_ids.tolist()
     reference_of = dict(zip(sample_ids, references, strict=True))
@@ -6098,11 +6112,13 @@ def score(measured: Measured, references: list[str], split: Split, cfg: EvalConf
     if measured.nearest_answers:
         answers["_nearest"] = measured.nearest_answers
     scores = pd.DataFrame(index=sample_ids)
-    scorer = load_scorer(cfg, device)
+    scorer = None if cfg.bertscore_model == OFF else load_scorer(cfg, device)
     for suffix, answer_of in answers.items():
         row_ids = list(answer_of)
         texts = list(answer_of.values())
-        values_of = bert_scores(scorer, texts, [reference_of[i] for i in row_ids])._asdict()
+        values_of = {}
+        if scorer is not None:
+            values_of |= bert_scores(scorer, texts, [reference_of[i] for i in row_ids])._asdict()
         values_of["empty_rate"] = [float(not text.strip()) for text in texts]
         values_of["repetition"] = [repetition(text) for text in texts]
         scores = scores.join(pd.DataFrame(values_of, row_ids).add_suffix(suffix))
@@ -6503,7 +6519,12 @@ def print_next_command(adapter: Path, table: Path, prediction: Json) -> None:
     row = prediction["embedding_file_idx"]  # any other may be a zero vector that no row uses
     words = [f"adapter={adapter}", f"embeddings={table}", f"rows=[{row}]",
              f"query={prediction['query']}"]
-    log.info(f"next: python elm.py generate {shlex.join(words)}")
+    log.info(f"next: {own_program()} generate {shlex.join(words)}")
+
+
+def own_program() -> str:
+    """As the user calls it: installed, it is a command of its own."""
+    return "elm" if Path(sys.argv[0]).name == "elm" else "python elm.py"
 
 
 # -----------------------------------------------------------------------------
@@ -7945,7 +7966,8 @@ class ShowHelp(argparse.Action):
         command = parser.get_default("command")
         print(f"{command.summary}\n")
         print(parser.format_usage())
-        print(f"for example: {command.example}")
+        example = command.example.replace("python elm.py", own_program())
+        print(f"for example: {example}")
         print("\nSettings, as name=value in the words of TOML; none restores a default:")
         for line in describe_tables(command.config_class).split("\n"):
             print(plain_field(line))
@@ -8070,7 +8092,8 @@ def print_error(text: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code; 2 after an error that the user can correct."""
     given = sys.argv[1:] if arguments is None else arguments
-    parser = make_parser("elm.py", __doc__, COMMANDS)
+    program = "elm" if own_program() == "elm" else "elm.py"
+    parser = make_parser(program, __doc__, COMMANDS)
     return run_command(parser, name_command(given), COMMANDS)
 
 

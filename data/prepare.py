@@ -504,7 +504,7 @@ class SynthesizeOptions(Table):
     tasks: NumTasks = 6  # task types of each text, drawn at random; or all
     queries: PathStr | None = None  # a TOML file of lines task = ["a query", …] over those of
     #   data/queries.toml: replaces or adds task types, [] drops one
-    reconstruct: Share = 0.3  # of the texts also get a row of this task type: their first two
+    reconstruct: Share = 0.0  # of the texts also get a row of this task type: their first two
     #   sentences, which need no LLM
     split: Shares = (0.9, 0.05, 0.05)  # of the texts for train, val and test
     max_new_tokens: PositiveInt = 256  # of an answer; a longer one is rejected
@@ -800,8 +800,16 @@ def train_toml(rows: list[DraftRow], options: SynthesizeOptions, out: Path) -> s
         "data.dir": str(out),
         "data.tasks": sorted({row.task_type for row in rows}),
         "train.lr": 1e-3,
+        "eval.max_new_tokens": options.max_new_tokens,
+        "eval.bertscore_model": elm.OFF,
         "output.dir": str(run_folder)}
-    return "".join(f"{key} = {elm.toml_value(value)}\n" for key, value in settings.items())
+    lines = []
+    for key, value in settings.items():
+        line = f"{key} = {elm.toml_value(value)}"
+        if key == "eval.bertscore_model":
+            line += "  # none: the default, of 3 GB; or a model's name, or a folder"
+        lines.append(f"{line}\n")
+    return "".join(lines)
 
 
 def print_samples(rows: list[DraftRow]) -> None:

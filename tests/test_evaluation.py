@@ -1219,6 +1219,18 @@ def test_without_samples_no_scorer_is_needed(settings, tmp_path, loads):
     assert loads == [("LLM", [])]
 
 
+def test_answers_without_a_scorer(settings, loads):
+    """eval.bertscore_model = "off": the other scores of answers stay."""
+    with_scorer, _ = go(settings, "train.max_steps=0")
+    result, out = go(settings, "train.max_steps=0", "eval.bertscore_model=off",
+                     f"output.dir={elm.load_config(None, settings).output.dir}-off")
+    assert not [key for key in result if key.startswith("bertscore")]
+    for key in ("repetition", "empty_rate_shuffled", "loss", "gap_closed", "samples"):
+        assert result[key] == with_scorer[key]
+    assert read_jsonl(out / "predictions.jsonl")
+    assert (out / "report.png").exists()
+
+
 def save_narrow_adapter(path: Path) -> None:
     settings = dict(d_emb=8, hidden_dim=4, d_llm=32)
     header = json.dumps({"adapter": settings})

@@ -267,6 +267,37 @@ def test_a_folder_that_is_quantised_already(trained_in, llm, data, tmp_path):
             f"output.dir={tmp_path / 'new'}")
 
 
+def write_fp8(folder) -> None:
+    """The linear layers in blocks of 32 by 32, as DeepSeek and Qwen publish theirs, of 128."""
+    weights = load_file(folder / "model.safetensors")
+    for name, matrix in list(weights.items()):
+        if not name.endswith("_proj.weight"):
+            continue
+        blocks = matrix.unflatten(1, (-1, 32)).unflatten(0, (-1, 32))
+        scales = blocks.abs().amax((1, 3), keepdim=True) / 448  # the greatest of float8_e4m3fn
+        packed = (blocks / scales).flatten(2, 3).flatten(0, 1)
+        weights[name] = packed.to(torch.float8_e4m3fn)
+        weights[f"{name}_scale_inv"] = scales[:, 0, :, 0].contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_an_fp8_folder_is_a_twin(trained_in_full, llm, data, tmp_path, caplog):
+    """On a CPU transformers dequantises it as it loads it."""
+    folder = make_llm(tmp_path / "fp8", **SHAPE)
+    write_fp8(folder)
+    model = elm.ELM.load(trained_in_full, llm=str(folder))
+    assert f"whose twin {folder} (float32) is" in caplog.text
+    assert "and the same norms, as a quantised copy has" in caplog.text
+    full = AutoModelForCausalLM.from_pretrained(llm)
+    weight = model.llm.model.layers[0].mlp.down_proj.weight
+    assert torch.allclose(weight, full.model.layers[0].mlp.down_proj.weight, rtol=0.07, atol=1e-3)
+    go(make_settings(folder, data, tmp_path / "out"), "train.max_steps=1")
+
+
 def test_what_is_no_twin(trained_in_full, llm, tmp_path):
     """Strangers by their token embeddings, tokenizer and layers; a sibling that was trained further
     is a twin."""

@@ -717,12 +717,24 @@ def test_elm_save_does_not_overwrite_the_adapter_of_a_run(copied, tmp_path):
         model.save(path)  # as torch.save does
 
 
-@pytest.mark.parametrize("given", ["train.toml", Path("train.toml"), {"train": {}}])
-def test_train_takes_a_config(given):
-    with pytest.raises(elm.UserError) as e:
-        elm.train(given)
-    assert str(e.value) == (f"train: takes a Config, not a {type(given).__name__}; "
-                            "load_config(path) makes one of a TOML file")
+def test_what_train_takes(settings, tmp_path):
+    """A config, the path of a TOML file as text or Path, or its tables, with dotted keys or not."""
+    cfg = elm.load_config(None, [*settings, "train.max_steps=1"])
+    toml = tmp_path / "mine.toml"
+    toml.write_text(elm.config_text(cfg))
+    flat = elm.flatten(cfg.to_dict())
+    for given in (cfg, str(toml), toml, cfg.to_dict(), flat):
+        assert elm.as_config(given) == cfg
+    first = elm.train(toml)
+    assert first["step"] == 1
+    again = cfg.to_dict()
+    again["train"]["resume"] = "auto"
+    assert elm.train(again) == first
+    with pytest.raises(elm.UserError, match="train.lr = 'x': Input should be a valid number"):
+        elm.train({"train": {"lr": "x"}})
+    with pytest.raises(elm.UserError, match="train: takes a Config, the path of a TOML file, or a "
+                                            "dict of its tables, not a list"):
+        elm.train([])
 
 
 def test_settings_in_python_that_are_none():
@@ -734,12 +746,13 @@ def test_settings_in_python_that_are_none():
 
 def test_models_of_the_report_that_cannot_be_loaded(settings, tmp_path):
     """The line says how to do without."""
-    for key, way_on in (("bertscore_model", "eval.samples=0"), ("embedder", "eval.embedder=off")):
-        line = f"eval.{key}: cannot load /nowhere/x: there is no folder /nowhere/x; {way_on} does w"
+    for key in ("bertscore_model", "embedder"):
+        line = (f"eval.{key}: cannot load /nowhere/x: there is no folder /nowhere/x; "
+                f"eval.{key}=off does without")
         said = refused(line, NO_TABLES, *settings, f"eval.{key}=/nowhere/x")
         assert said.count("\n") == 1
-        refused(f"eval.{key}: cannot load no/such .*{way_on} does without", NO_TABLES, *settings,
-                f"eval.{key}=no/such")
+        refused(f"eval.{key}: cannot load no/such .*eval.{key}=off does without", NO_TABLES,
+                *settings, f"eval.{key}=no/such")
         assert not (tmp_path / "out").exists()
 
 
