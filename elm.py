@@ -2675,8 +2675,8 @@ def load_frozen(name: str, bf16: bool, key: str, **options: Any) -> PreTrainedMo
 
 
 # Quantisation: fewer bits for the weights of the LLM's linear layers, by transformers and the
-# libraries that it calls. An LLM whose weights lie packed (several in a byte, or one in a byte) is
-# quantised; one that was dequantised as it was loaded, as a GGUF file is, is not.
+# libraries that it calls. An LLM that is dequantised as it is loaded, as a GGUF file is, counts as
+# any other.
 
 
 def quantization_key(key: str) -> str:
@@ -2711,12 +2711,18 @@ def check_quantization(name: str, key: str, quantization: Quantization) -> bool:
     elif not stored:
         return False
     import_optional("accelerate", "quantize")  # for transformers' loader
-    table = stored or quantization
-    if table in QUANTIZATION_KINDS or table.get("quant_method") == "bitsandbytes":
+    if is_of_bitsandbytes(stored or quantization):
         # It warns of each type of input that a kernel casts, and of kernels that are slower.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         import_optional("bitsandbytes", "quantize")
     return True
+
+
+def is_of_bitsandbytes(quantization: Quantization) -> bool:
+    if not isinstance(quantization, dict):
+        return True
+    names_bits = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+    return bool(names_bits) or quantization.get("quant_method") == "bitsandbytes"
 
 
 def make_quantization_config(quantization: Quantization, bf16: bool, key: str) -> Any:
@@ -2751,13 +2757,15 @@ def choose_kernels(llm: PreTrainedModel) -> None:
             state.threshold = 0.0
 
 
-def has_packed_weights(model: nn.Module) -> bool:
-    return any(parameter.element_size() < 2 for parameter in model.parameters())
+def is_quantized(llm: PreTrainedModel) -> bool:
+    """As transformers' config says, which it keeps of a GGUF file, too."""
+    config = getattr(llm.config, "quantization_config", None)
+    return config is not None and config.quant_method != "gguf"
 
 
 def quantization_of(llm: PreTrainedModel) -> Quantization:
     """The kind, or the table, that load_llm quantises an LLM's folder by as this one is."""
-    if not has_packed_weights(llm):
+    if not is_quantized(llm):
         return "off"
     table = json.loads(json.dumps(llm.config.quantization_config.to_dict()))  # enums as texts
     if table.get("load_in_8bit"):
@@ -3974,7 +3982,7 @@ def check_gradient(elm: ELM) -> None:
     training goes by. Kernels for serving may have no backward pass: autograd raises an error, or
     leaves their layers out. Raises: UserError if the gradient is missing, zero or not finite, or if
     no small step against it lowers the loss by about as much as it says."""
-    if not has_packed_weights(elm.llm):
+    if not is_quantized(elm.llm):
         return
     ids = torch.tensor(elm.prompt.encode([PROBE_TEXT])[0]).unique()[:LENGTHS_CHECKED[0]]
     num_soft = len(ids) // 4
