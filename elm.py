@@ -2758,9 +2758,10 @@ def choose_kernels(llm: PreTrainedModel) -> None:
 
 
 def is_quantized(llm: PreTrainedModel) -> bool:
-    """As transformers' config says, which it keeps of a GGUF file, too."""
+    """Whether it was loaded so. Of a GGUF file transformers keeps a config of quantisation, too; a
+    config that is no object but a dict was not loaded by."""
     config = getattr(llm.config, "quantization_config", None)
-    return config is not None and config.quant_method != "gguf"
+    return getattr(config, "quant_method", "gguf") != "gguf"
 
 
 def quantization_of(llm: PreTrainedModel) -> Quantization:
@@ -7647,9 +7648,10 @@ def read_given_texts(given: Sequence[str]) -> list[str]:
         where = expand_path(texts[0])
         check_file(where, "text")
         with user_error(f"text: {where}: no text of UTF-8", UnicodeDecodeError):
-            texts = Path(where).read_text("utf-8-sig").splitlines()
-        if not texts:
+            content = Path(where).read_text("utf-8-sig")
+        if not content:
             raise UserError(f"text: {where} is empty")
+        texts = content.removesuffix("\n").split("\n")
     for i, text in enumerate(texts):
         check_is_utf8(text, "text")
         if not text.strip():
