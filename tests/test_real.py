@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, read_jsonl, rows_path, vectors_path
 
 import elm
@@ -108,3 +109,52 @@ def test_its_rules_drop_what_is_marked_so():
         assert choose.dropped_by(row) == answer["dropped_by"]
         num_dropped += answer["dropped_by"] is not None
     assert num_dropped > 5
+
+
+# The released adapters
+
+MODELS = REAL / "models"
+TEXTS_ASKED_ABOUT = (
+    "A tool that draws maps of the night sky and shows the positions of planets and stars.",
+    "Python bindings for a library that reads and writes audio files in many formats.",
+    "A small web server for static files, with support for TLS and virtual hosts.")
+
+
+@pytest.mark.parametrize("file", runs.RELEASED)
+def test_a_released_adapter_is_that_of_its_run(file):
+    """In bf16, with the figures of the run's report and the hub's names of its models."""
+    adapter, metadata = elm.Adapter.load(REAL / file)
+    name = runs.RELEASED[file]
+    llm, _ = runs.RUNS[name]
+    report = json.loads((REAL / "runs" / name / "eval.json").read_text())
+    assert metadata["run"] == name
+    assert metadata["figures"] == {key: report[key] for key in runs.FIGURES}
+    assert metadata["llm"]["name"] == llm
+    assert metadata["embedder"]["model"] == runs.EMBEDDER
+    assert adapter.settings["tokens"] == 4 and adapter.settings["hidden_dim"] == 1024
+    for parameter in adapter.parameters():
+        assert torch.equal(parameter, parameter.bfloat16().float())
+    num_parameters = sum(parameter.numel() for parameter in adapter.parameters())
+    assert (REAL / file).stat().st_size < 2 * num_parameters + 400_000
+
+
+ANSWERS_OF_SMOLLM2 = [
+    "The sky is a representation of the Earth's surface, with the Earth's horizon at the top of the "
+    "sky.",
+    "This Python library provides a Python module that reads and writes audio files in the PAL "
+    "format. It supports various audio formats",
+    "A simple HTTP server that can serve static files."]
+
+
+@pytest.mark.skipif(not (MODELS / "SmolLM2-135M-Instruct").exists(),
+                    reason="no real model: python data/real/models.py fetches SmolLM2 and MiniLM")
+def test_the_released_smollm2_answers_about_texts(capsys):
+    """To the letter, in fp32."""
+    text = "text=" + json.dumps(TEXTS_ASKED_ABOUT)
+    code = elm.main([
+        "generate", f"adapter={REAL / 'smollm2-135m.safetensors'}", text, "bf16=false",
+        f"llm={MODELS / 'SmolLM2-135M-Instruct'}", f"embedder={MODELS / 'all-MiniLM-L6-v2'}",
+        "max_new_tokens=24", "query=Say which field it is from, in a few words."])
+    assert code == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
+    assert [line["answer"] for line in lines] == ANSWERS_OF_SMOLLM2
