@@ -139,8 +139,8 @@ def test_a_released_adapter_is_that_of_its_run(file):
 
 
 ANSWERS_OF_SMOLLM2 = [
-    "The sky is a representation of the Earth's surface, with the Earth's horizon at the top of the "
-    "sky.",
+    "The sky is a representation of the Earth's surface, with the Earth's horizon at the top of "
+    "the sky.",
     "This Python library provides a Python module that reads and writes audio files in the PAL "
     "format. It supports various audio formats",
     "A simple HTTP server that can serve static files."]
