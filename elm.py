@@ -3809,7 +3809,9 @@ def find_difference(trained: TrainedLLM, token_embeddings: Tensor | None, elm: E
     is_used = token_embeddings.any(1)  # a padding token's may be 0
     cosines = F.cosine_similarity(
         token_embeddings[is_used].float(), elm.token_embeddings[is_used].float())
-    if cosines.median() < LEAST_MEDIAN_COSINE or cosines.min() < LEAST_COSINE:
+    # False of NaN, too
+    is_near = cosines.median() >= LEAST_MEDIAN_COSINE and cosines.min() >= LEAST_COSINE
+    if not is_near:
         return (f"its token embeddings differ from those of training (cosine "
                 f"{cosines.median():.3f} in the median, {cosines.min():.3f} at least)")
     return None

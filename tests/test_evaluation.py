@@ -1225,7 +1225,7 @@ def test_answers_without_a_scorer(settings, loads):
     result, out = go(settings, "train.max_steps=0", "eval.bertscore_model=off",
                      f"output.dir={elm.load_config(None, settings).output.dir}-off")
     assert not [key for key in result if key.startswith("bertscore")]
-    for key in ("repetition", "empty_rate_shuffled", "loss", "gap_closed", "samples"):
+    for key in ("repetition", "empty_rate_shuffled", "loss", "loss_text", "samples"):
         assert result[key] == with_scorer[key]
     assert read_jsonl(out / "predictions.jsonl")
     assert (out / "report.png").exists()

@@ -51,8 +51,8 @@ MEASURED = {"memory_gib", "seconds", "tokens_per_second"}
 MAY_WAIT = {
     # loading, and the check of the LLM
     "_apply", "build_elm", "check_attention", "check_llm", "check_long_row", "fresh_adapter",
-    "generate_at_once", "gives_the_same", "load_llm", "move", "near_equal_pairs",
-    "nearest_vectors", "nll_alone", "weights_hash",
+    "generate_at_once", "gives_the_same", "hash_parameters", "load_llm", "move",
+    "near_equal_pairs", "nearest_vectors", "nll_alone", "sample_token_embeddings",
     # fits in closed form, and the trial pass
     "fit_probe", "fits_in_memory", "load_chunks", "response_hidden_of_rows", "ridge", "warm_start",
     "word_targets",

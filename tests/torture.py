@@ -560,6 +560,7 @@ class Adapters(Kind):
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
         assert metadata == json.loads(header["__metadata__"]["elm"])
         state = {name: t.float().nan_to_num() for name, t in load_file(self.path).items()}
+        state.pop(elm.TOKEN_EMBEDDINGS, None)  # of the LLM
         found_state = {name: t.nan_to_num() for name, t in adapter.state_dict().items()}
         assert same_tree(found_state, state)
 
