@@ -76,6 +76,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import unicodedata
@@ -668,13 +669,18 @@ def log_to_file(path: str | None) -> Iterator[None]:
         handler.close()
 
 
+def shows_bars() -> bool:
+    """Whether progress bars are drawn: on process 0's terminal, unless the log is quiet."""
+    if rank() > 0 or not log.isEnabledFor(logging.INFO):
+        return False
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def progress(items: Iterable[T] | None, label: str, **options: Any) -> tqdm[T]:
-    """tqdm over `items`, or by hand, on process 0's terminal; none while the log is quiet, or where
-    stderr is closed."""
+    """tqdm over `items`, or by hand, on stderr, if bars are drawn."""
     from tqdm import tqdm
 
-    quiet = rank() > 0 or not log.isEnabledFor(logging.INFO) or sys.stderr is None
-    options.setdefault("disable", True if quiet else None)
+    options.setdefault("disable", not shows_bars())
     return tqdm(items, label, leave=False, **options)
 
 
@@ -2545,7 +2551,7 @@ def report_load_errors(name: str, key: str) -> Iterator[None]:
     check_model_name(name, key)
     from transformers import logging as transformers_logging
 
-    if key.endswith("llm"):  # of several progress bars, the LLM's is shown
+    if key.endswith("llm") and shows_bars():  # of several bars, the LLM's is shown
         transformers_logging.enable_progress_bar()
     else:
         transformers_logging.disable_progress_bar()
@@ -4748,17 +4754,82 @@ class WandbRun:
             self._run = None
 
 
+CONSOLE_WIDTH = 80
+
+
+class Column(NamedTuple):
+    """Of a table on the console."""
+
+    title: str
+    width: int
+    format: str  # of a value, as format() takes it
+
+
+# The table of a training, 78 characters: the keys of metrics.jsonl that it shows, gap_closed and
+# left.
+TRAINING_COLUMNS = {
+    "step": Column("step", 7, "d"),
+    "loss": Column("loss", 8, ".4f"),
+    "drift_loss": Column("drift", 8, ".4f"),
+    "val_loss": Column("val", 8, ".4f"),
+    "gap_closed": Column("gap", 7, ".3f"),
+    "lr": Column("lr", 8, ".2e"),
+    "tokens_per_second": Column("tokens/s", 9, ",.0f"),
+    "memory_gib": Column("GiB", 6, ".1f"),
+    "left": Column("left", 9, "")}
+
+
+def table_header(columns: dict[str, Column]) -> str:
+    return " ".join(column.title.rjust(column.width) for column in columns.values())
+
+
+def table_line(columns: dict[str, Column], values: Json) -> str:
+    """The values of some columns, below their titles."""
+    cells = []
+    for key, column in columns.items():
+        text = ""
+        if values.get(key) is not None:
+            text = format(values[key], column.format)
+        cells.append(text.rjust(column.width))
+    return " ".join(cells).rstrip()
+
+
+def labelled(label: str, text: str, num_lines: int = 1) -> str:
+    """The beginning of a text, about num_lines lines of it, beside its label."""
+    margin = f"  {label:11}"
+    room = CONSOLE_WIDTH - len(margin)
+    if any(unicodedata.east_asian_width(character) in "FW" for character in text):
+        room //= 2  # these take two columns
+    clipped = clip(text, num_lines * room)
+    lines = textwrap.wrap(
+        clipped, len(margin) + room, initial_indent=margin, subsequent_indent=" " * len(margin))
+    return "\n".join(lines) or margin.rstrip()
+
+
+class SampleAnswer(NamedTuple):
+    query: str
+    answer: str
+    reference: str
+
+
 class MetricLog:
     """Console, progress bar, metrics.jsonl, report.png and W&B, all written by process 0; all
     processes take part. As a context it ends the bar, and W&B's run with the exit code."""
 
     def __init__(self, folder: Path, wandb_run: WandbRun, first_step: int, total_steps: int,
-                 plots: bool):
-        """`plots`: whether report.png is drawn at each validation."""
+                 plots: bool, has_drift: bool):
+        """`plots`: whether report.png is drawn at each validation; `has_drift`: whether the drift
+        loss is computed."""
         self.folder = folder
         self.wandb = wandb_run
         self.total_steps = total_steps
         self.plots = plots
+        self._columns = dict(TRAINING_COLUMNS)
+        if not has_drift:
+            del self._columns["drift_loss"]
+        if not torch.cuda.is_available():
+            del self._columns["memory_gib"]
+        self._has_header = False
         self._bar = progress(None, "steps", total=total_steps, initial=first_step, unit="step")
         self._first_step = first_step
         self._start_time = time.perf_counter()
@@ -4784,13 +4855,30 @@ class MetricLog:
         eta_seconds = passed / (step - self._first_step) * (self.total_steps - step)
         speed = self._num_tokens / (now - self._last_time)
         entry = entry | {"tokens_per_second": speed, "memory_gib": memory_gib()}
-        clock = f"  {format_seconds(passed)} passed, {format_seconds(eta_seconds)} left"
-        self._write(step, entry, clock)
+        self._write(step, entry)
+        self._show({"step": step, **entry, "left": format_seconds(eta_seconds)})
 
-    def write_validation(self, step: int, losses: dict[str, float]) -> None:
+    def write_validation(self, step: int, losses: dict[str, float],
+                         samples: list[SampleAnswer]) -> None:
+        """Log the losses on validation, and show the samples on the console."""
         self._write(step, losses)
+        metrics_path = self.folder / "metrics.jsonl"
+        gap = run_on_rank0(lambda: validation_gaps(read_metrics(metrics_path)).get(step))
+        self._show({"step": step, **losses, "gap_closed": gap})
+        for sample in samples:
+            for label, text in sample._asdict().items():
+                log.info(labelled(label, text))
+        if step == self._first_step:
+            self._start_time = self._last_time  # the time left is that of steps
         if step > 0 and self.plots:
             run_on_rank0(self._plot)
+
+    def _show(self, values: Json) -> None:
+        """A line of the table, the first below the header."""
+        if not self._has_header:
+            log.info(table_header(self._columns))
+            self._has_header = True
+        log.info(table_line(self._columns, values))
 
     def _plot(self) -> None:
         path = self.folder / "report.png"
@@ -4798,18 +4886,12 @@ class MetricLog:
             metrics = read_metrics(self.folder / "metrics.jsonl")
             plot_report(path, metrics, self.folder.name)
 
-    def _write(self, step: int, entry: dict[str, float], end: str = "") -> None:
-        values = "  ".join(f"{key} {format_number(value)}" for key, value in entry.items())
-        log.info(f"step {step:6d}  {values}{end}")
+    def _write(self, step: int, entry: dict[str, float]) -> None:
         line = jsonl([{"step": step, **entry}])
         run_on_rank0(lambda: append_text(self.folder / "metrics.jsonl", line))
         self.wandb.log(entry, step)
         self._last_time = time.perf_counter()
         self._num_tokens = 0
-
-
-def format_number(x: float) -> str:
-    return f"{x:.4g}" if abs(x) < 1000 else f"{x:,.0f}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -5116,6 +5198,9 @@ def trial_step(num_tokens: int, max_seq_length: int, adapter: Adapter) -> Step:
 
 # The run
 
+SAMPLES_AT_VALIDATION = 2
+SAMPLE_TOKENS = 24  # of an answer, which fill a line
+
 
 class Trainer:
     """A training run. __init__ opens and checks the data: what is wrong with them shows within
@@ -5327,7 +5412,8 @@ class Trainer:
             wandb_run = WandbRun(self.cfg, self.state.wandb_id)
             self.state.wandb_id = wandb_run.id
             self.metric_log = MetricLog(
-                self.folder, wandb_run, self.state.step, self.total_steps, self.plots)
+                self.folder, wandb_run, self.state.step, self.total_steps, self.plots,
+                has_drift=self.probe is not None)
             with self.metric_log:
                 return self.fit_and_report()
 
@@ -5448,13 +5534,28 @@ class Trainer:
 
     def validate(self) -> None:
         losses = self.validation_losses()
-        self.metric_log.write_validation(self.state.step, losses)
+        samples = self.answer_samples()
+        self.metric_log.write_validation(self.state.step, losses, samples)
         if self.state.record_validation(losses["val_loss"], self.elm.adapter):
             self.save_best_adapter()
 
     def validation_losses(self) -> dict[str, float]:
         is_first = self.state.last_validated_step < 0
         return validation_losses(self.elm, self.splits["val"], with_text=is_first)
+
+    def answer_samples(self) -> list[SampleAnswer]:
+        """The beginnings of greedy answers to rows of val, always the same ones: they tell at a
+        glance what the losses do not. No random number is drawn. All processes take part."""
+        cfg = self.cfg.eval
+        split = self.splits["val"]
+        row_ids = pick_samples(split, min(SAMPLES_AT_VALIDATION, cfg.samples))
+        answers = generate_answers(
+            self.elm, split, row_ids, split.index["vector_id"][row_ids],
+            min(SAMPLE_TOKENS, cfg.max_new_tokens))
+        samples = []
+        for row, answer in zip(split.read(row_ids), answers, strict=True):
+            samples.append(SampleAnswer(row.query, answer, row.response))
+        return samples
 
     def save(self, *more_names: str) -> None:
         """Write the adapter and checkpoint_step_N.pt, also under more_names. No random state is
@@ -6308,7 +6409,7 @@ def write_report(measured: Measured, split: Split, cfg: Config, device: torch.de
     with drawing(picture):
         plot_report(picture, metrics, run_folder.name, result)
     print_report(result, predictions, metrics)
-    log.info(f"files: {folder}")
+    log.info(report_line("files", folder))
     adapter = folder / "adapter_best.safetensors"
     if predictions and adapter.exists():
         table = vectors_path(cfg.data.dir, result["split"])
@@ -6361,6 +6462,21 @@ def gap_closed(loss: float, loss_shuffled: float, loss_text: float) -> float | N
     return (loss_shuffled - loss) / (loss_shuffled - loss_text)
 
 
+def validation_gaps(metrics: list[Json]) -> dict[int, float]:
+    """The gap closed on the validation split, over the rows of all tasks, by step; where there is
+    one."""
+    validations = [entry for entry in metrics if {"val_loss", "val_loss_shuffled"} <= entry.keys()]
+    ceilings = [entry["val_loss_text"] for entry in validations if "val_loss_text" in entry]
+    gaps = {}
+    if not ceilings:
+        return gaps
+    for entry in validations:
+        gap = gap_closed(entry["val_loss"], entry["val_loss_shuffled"], ceilings[0])
+        if gap is not None:
+            gaps[entry["step"]] = gap
+    return gaps
+
+
 def describe_gap(result: Json, metrics: list[Json]) -> str:
     """The gap closed of a report, and on the validation split at its first and last validation,
     unless the report is on it, or leaves out tasks: the losses on validation are of all."""
@@ -6374,15 +6490,8 @@ def describe_gap(result: Json, metrics: list[Json]) -> str:
         text = "none: this LLM reads no task's text surely better than another row's vector"
     if result["tasks_left_out"] or result["split"] == "val":
         return text
-    validations = [entry for entry in metrics if {"val_loss", "val_loss_shuffled"} <= entry.keys()]
-    ceilings = [entry["val_loss_text"] for entry in validations if "val_loss_text" in entry]
-    if not ceilings:
-        return text
-    shares = []
-    for entry in validations:
-        share = gap_closed(entry["val_loss"], entry["val_loss_shuffled"], ceilings[0])
-        if share is not None:
-            shares.append(f"{share:.4f} at step {entry['step']}")
+    gaps = validation_gaps(metrics)
+    shares = [f"{gap:.4f} at step {step}" for step, gap in gaps.items()]
     if len(shares) > 1:
         text += f"; on val {shares[0]}, {shares[-1]}"
     return text
@@ -6467,70 +6576,87 @@ def plot_report(path: Path, metrics: list[Json], name: str,
         figure.savefig(temporary, format="png", dpi=100)
 
 
+# 61 characters, which leave 19 for the names of tasks.
 REPORT_COLUMNS = {
-    "rows": "rows", "loss_shuffled": "shuffled", "loss_nearest": "nearest", "loss": "vectors",
-    "loss_text": "text", "gap_closed": "gap closed", "bertscore_composite": "BERTScore",
-    "mrr": "MRR"}
+    "rows": Column("rows", 6, "d"),
+    "loss_shuffled": Column("shuffled", 8, ".3f"),
+    "loss_nearest": Column("nearest", 7, ".3f"),
+    "loss": Column("vector", 7, ".3f"),
+    "loss_text": Column("text", 6, ".3f"),
+    "gap_closed": Column("gap", 6, ".3f"),
+    "bertscore_composite": Column("BERTScore", 9, ".3f"),
+    "mrr": Column("MRR", 5, ".3f")}
 FEWEST_SAMPLES = 20  # a mean of fewer answers says little
+LINES_OF_A_SAMPLE = 4  # of its text, of its answer, at most
+KEY_WIDTH = 21  # of the longest key, a colon and a space
 
 
 def print_report(result: Json, predictions: list[Json],
                  metrics: list[Json]) -> None:
-    """Five answers beside their texts and references, the table, and lines of `key: value`."""
+    """Five answers beside their texts and references, the table, and lines of `key: value`, all
+    within the console's width."""
     lines = [""]
     stride = max(1, len(predictions) // 5)
     for p in predictions[::stride][:5]:
-        lines.append(f"{p['task_type']}: {clip(p['query'])}")
+        lines.append(clip(f"{p['task_type']}: {p['query']}", CONSOLE_WIDTH))
         if "text" in p:
-            lines.append(f"    text        {clip(p['text'])}")
-        lines.append(f"    reference   {clip(p['response'])}")
-        lines.append(f"    prediction  {clip(p['prediction'])}")
-    lines.append("")
+            lines.append(labelled("text", p["text"], LINES_OF_A_SAMPLE))
+        lines.append(labelled("reference", p["response"], LINES_OF_A_SAMPLE))
+        lines.append(labelled("answer", p["prediction"], LINES_OF_A_SAMPLE))
+
     nearest = ", the nearest training text" if "loss_nearest" in result else ""
-    lines.append(f"losses per response token by another row's vector{nearest}, the row's vector "
-                 "and its text")
-    lines.append(report_table(result))
-    lines.append("")
-    lines.append(f"gap_closed: {describe_gap(result, metrics)}")
+    title = (f"losses per response token by another row's vector (shuffled){nearest}, the row's "
+             "vector and its text")
+    lines += ["", textwrap.fill(title, CONSOLE_WIDTH), *report_table(result), ""]
+
     left_out = result["tasks_left_out"]
     if left_out:
-        lines.append(
-            f"left out of it: {len(left_out)} of {len(result['tasks'])} task types, whose text the "
-            f"LLM reads no better than another row's vector: {', '.join(left_out)}")
+        sentence = (f"left out of the gap: {len(left_out)} of {len(result['tasks'])} task types, "
+                    "whose text the LLM reads no better than another row's vector: "
+                    f"{', '.join(left_out)}")
+        lines.append(textwrap.fill(sentence, CONSOLE_WIDTH))
     told_of_nearest = describe_nearest(result)
     if told_of_nearest:
-        lines.append(told_of_nearest)
+        lines.append(textwrap.fill(told_of_nearest, CONSOLE_WIDTH))
+
+    gap = report_line("gap_closed", describe_gap(result, metrics))
+    lines.append(textwrap.fill(gap, CONSOLE_WIDTH, subsequent_indent=" " * KEY_WIDTH))
     for key in REPORT_COLUMNS:
         if key in result and key not in ("rows", "gap_closed"):
-            lines.append(f"{key}: {result[key]:.4f}")
-    lines.append(f"steps: {result['step']}")
-    lines.append(f"adapter_step: {result['adapter_step']}")
+            lines.append(report_line(key, f"{result[key]:.4f}"))
+    lines.append(report_line("steps", result["step"]))
+    lines.append(report_line("adapter_step", result["adapter_step"]))
     log.info("\n".join(lines))
 
 
-def report_table(result: Json) -> str:
-    """All rows, half the width of their intervals, and each task, the best gap first."""
-    pd = import_optional("pandas")
+def report_line(key: str, value: object) -> str:
+    return f"{key + ':':{KEY_WIDTH}}{value}"
+
+
+def report_table(result: Json) -> list[str]:
+    """The lines of all rows, of half the width of their intervals, and of each task, the best gap
+    first."""
+    columns = {key: column for key, column in REPORT_COLUMNS.items() if key in result}
     half_widths = {key: (high - low) / 2 for key, (low, high) in result["intervals"].items()}
-    table_rows = {"all": result, "± 95 %": half_widths | {"rows": ""}}
     by_gap = sorted(result["tasks"].items(),
                     key=lambda item: item[1].get("gap_closed", -math.inf), reverse=True)
+    table_rows = {"all": result, "± 95 %": half_widths}
     for task, values in by_gap:
         if values.get("samples", 0) < FEWEST_SAMPLES:
             values = values | {"bertscore_composite": None, "mrr": None}
         table_rows[task] = values
-    columns = [key for key in REPORT_COLUMNS if key in result]
-    table = pd.DataFrame(list(table_rows.values()), list(table_rows), columns)
-    titles = [REPORT_COLUMNS[key] for key in columns]
-    return table.to_string(
-        header=titles, na_rep="", col_space=9, float_format="{:.3f}".format)
+    width = max(len(name) for name in table_rows)
+    lines = [" " * width + table_header(columns)]
+    for name, values in table_rows.items():
+        lines.append(name.ljust(width) + table_line(columns, values))
+    return lines
 
 
 def print_next_command(adapter: Path, table: Path, prediction: Json) -> None:
     row = prediction["embedding_file_idx"]  # any other may be a zero vector that no row uses
     words = [f"adapter={adapter}", f"embeddings={table}", f"rows=[{row}]",
              f"query={prediction['query']}"]
-    log.info(f"next: {own_program()} generate {shlex.join(words)}")
+    log.info(report_line("next", f"{own_program()} generate {shlex.join(words)}"))
 
 
 def own_program() -> str:
@@ -7250,6 +7376,10 @@ class TrialTrainer(Trainer):
 
     def check_data(self) -> None:
         """The worker has done so."""
+
+    def answer_samples(self) -> list[SampleAnswer]:
+        """None: a trial shows nothing."""
+        return []
 
     def load_llm(self) -> PreTrainedModel:
         return self.worker.load_llm(self.cfg, self.device)

@@ -274,7 +274,7 @@ def test_vectors_that_no_row_uses_may_be_anything(trained, tmp_path):
     assert not np.isnan(reports[1]["mrr"])
     said = command(NO_TABLES, *settings, f"data.dir={data}", f"output.dir={tmp_path / 'run'}",
                    "train.max_steps=0")[1]  # fmt: skip
-    words = shlex.split(said.split("next: python elm.py")[1])
+    words = shlex.split(re.split(r"next: +python elm.py", said)[1])
     code, answers = command(*words)
     assert code == 0
     assert '"row": ' in answers

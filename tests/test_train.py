@@ -1,9 +1,11 @@
 """Training: what a run leaves, stopped and resumed, settings, what goes wrong, W&B."""
 
 import contextlib
+import io
 import json
 import os
 import platform
+import random
 import re
 import shutil
 import signal
@@ -105,25 +107,107 @@ def test_what_a_run_leaves(trained):
     assert "# torch " in (folder / "config.toml").read_text()
 
 
+def named_cells(header: str, line: str) -> dict[str, str]:
+    """The values of a line of a table, by title. Each ends where its title ends."""
+    titles = {title.end(): title.group() for title in re.finditer(r"\S+", header)}
+    return {titles[cell.end()]: cell.group() for cell in re.finditer(r"\S+", line)}
+
+
 def test_the_console_and_the_log_file(brief, tmp_path, capsys):
-    """Zeros are numbers, too; the file has the console's lines with their times."""
+    """A header once, values below it; the file has the console's lines with their times. Where
+    stderr is no terminal there are no bars."""
     path = tmp_path / "log.txt"
     go(brief, "train.max_steps=2", f"output.log_file={path}")
-    said = capsys.readouterr().out
-    number = r"\d[\d.,e+-]*"
-    names = ["loss", "lm_loss", "lr", "grad_norm", "similarity", "tokens_per_second", "memory_gib"]
-    values = "".join(rf"  {name} -?{number}" for name in names)
-    lines = re.findall(rf"^step +1  epoch 0{values}  \d\d:\d\d passed, \d\d:\d\d left$", said, re.M)
-    assert len(lines) == 1
-    assert re.search(rf"^step +0  val_loss {number}  val_loss_shuffled {number}", said, re.M)
+    said, errors = capsys.readouterr()
+    lines = said.splitlines()
+    (first,) = [i for i, line in enumerate(lines) if line.startswith("   step ")]
+    header, *rows = lines[first : first + 5]
+    of_gpu = {"GiB"} if torch.cuda.is_available() else set()
+    assert set(header.split()) == {"step", "loss", "val", "gap", "lr", "tokens/s", "left"} | of_gpu
+    before, one, two, after = [named_cells(header, row) for row in rows]
+    assert [row["step"] for row in (before, one, two, after)] == ["0", "1", "2", "2"]
+    for row in (one, two):
+        assert set(row) == {"step", "loss", "lr", "tokens/s", "left"} | of_gpu
+        assert re.fullmatch(r"\d\.\d{4}", row["loss"])
+        assert re.fullmatch(r"\d\d:\d\d", row["left"])
+    for row in (before, after):
+        assert set(row) - {"gap"} == {"step", "val"}
+    assert two["left"] == "00:00"
+    for line in lines[first:]:
+        assert len(line) <= 80 or str(tmp_path) in line
+    assert "%|" not in errors
+
     in_file = path.read_text().splitlines()
-    assert sum(line.endswith(lines[0]) for line in in_file) == 1
+    assert sum(line.endswith(rows[0]) for line in in_file) == 1
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in in_file[:5])
 
 
-def test_a_number_is_shown_though_it_is_zero():
-    shown = {0.0: "0", 1e-5: "1e-05", 12.3456: "12.35", 4096.0: "4,096", 1234567: "1,234,567"}
-    assert {x: elm.format_number(x) for x in shown} == shown
+def test_the_gap_on_the_console(tmp_path, capsys):
+    """Also where a run goes on: the loss by the texts is measured once, before the first step."""
+    cfg = elm.load_config(None, [f"output.dir={tmp_path}"])
+    losses = {"val_loss": 2.0, "val_loss_shuffled": 3.0, "val_loss_text": 1.0}
+    later = {"val_loss": 1.5, "val_loss_shuffled": 3.0}
+    for step, losses_of_step in ((0, losses), (3, later)):
+        with elm.MetricLog(tmp_path, elm.WandbRun(cfg, None), step, 10, plots=False,
+                           has_drift=False) as log:  # fmt: skip
+            log.write_validation(step, losses_of_step, [])
+    header, line, _, later_line = capsys.readouterr().out.splitlines()
+    assert named_cells(header, line) == {"step": "0", "val": "2.0000", "gap": "0.500"}
+    assert named_cells(header, later_line) == {"step": "3", "val": "1.5000", "gap": "0.750"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bars_are_on_the_terminal_alone(settings, tmp_path):
+    path = tmp_path / "log.txt"
+    terminal = Terminal()
+    with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
+        go(settings, f"output.log_file={path}")
+    assert "steps:" in terminal.getvalue() and "\r" in terminal.getvalue()
+    assert "tokens/s" in path.read_text()
+    assert "steps:" not in path.read_text() and "\r" not in path.read_text()
+
+
+def test_two_answers_are_shown_at_each_validation(settings, data_dir, capsys):
+    """Always to the same rows, each part in one line."""
+    rows = read_jsonl(rows_path(data_dir, "val"))
+    for row in rows:
+        row["response"] += " and more" * 20
+    write_rows(data_dir, "val", rows)
+    go(settings)
+    said = capsys.readouterr().out
+    shown = re.findall(r"^  query      (.*)\n  answer.*\n  reference  (.*)$", said, re.MULTILINE)
+    chosen = [rows[i] for i in sorted(np.random.default_rng(0).permutation(40)[:2])]
+    assert [query for query, _ in shown] == [row["query"] for row in chosen] * 3
+    for (_, reference), row in zip(shown, chosen * 3, strict=True):
+        assert len(reference) <= 67 and reference.endswith("…")
+        assert row["response"].startswith(reference[:-1])
+
+
+class CheckedRandomness(elm.Trainer):
+    def answer_samples(self):
+        before = (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state()))
+        samples = super().answer_samples()
+        after = (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state()))
+        assert before == after and len(samples) == min(2, self.cfg.eval.samples)
+        return samples
+
+
+def test_the_answers_of_validations_change_no_number(settings, tmp_path):
+    found = []
+    for num_samples in (0, 6):
+        out = tmp_path / str(num_samples)
+        more = ["model.dropout=0.1", f"eval.samples={num_samples}", f"output.dir={out}"]
+        CheckedRandomness(elm.load_config(None, [*settings, *more])).run()
+        entries = read_jsonl(out / "metrics.jsonl")
+        for entry in entries:
+            entry.pop("tokens_per_second", None)
+            entry.pop("memory_gib", None)
+        found.append((entries, (out / "adapter_step_6.safetensors").read_bytes()))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
@@ -900,7 +984,8 @@ def test_a_wandb_run_ends_with_the_exit_code(stub_wandb, tmp_path, error, code):
     stub, _ = stub_wandb
     cfg = elm.load_config(None, [f"output.dir={tmp_path}", "wandb.enabled=true"])
     wandb_run = elm.WandbRun(cfg, run_id=None)
-    log = elm.MetricLog(tmp_path, wandb_run, first_step=0, total_steps=1, plots=False)
+    log = elm.MetricLog(tmp_path, wandb_run, first_step=0, total_steps=1, plots=False,
+                        has_drift=False)  # fmt: skip
     expected = pytest.raises(type(error)) if error else contextlib.nullcontext()
     with expected, log:
         if error:
