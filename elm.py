@@ -4830,6 +4830,9 @@ class MetricLog:
         if not torch.cuda.is_available():
             del self._columns["memory_gib"]
         self._has_header = False
+        self._text_loss: float | None = None  # on validation, where it is measured: once
+        for entry in read_metrics(folder / "metrics.jsonl"):
+            self._text_loss = entry.get("val_loss_text", self._text_loss)
         self._bar = progress(None, "steps", total=total_steps, initial=first_step, unit="step")
         self._first_step = first_step
         self._start_time = time.perf_counter()
@@ -4862,8 +4865,10 @@ class MetricLog:
                          samples: list[SampleAnswer]) -> None:
         """Log the losses on validation, and show the samples on the console."""
         self._write(step, losses)
-        metrics_path = self.folder / "metrics.jsonl"
-        gap = run_on_rank0(lambda: validation_gaps(read_metrics(metrics_path)).get(step))
+        self._text_loss = losses.get("val_loss_text", self._text_loss)
+        gap = None
+        if self._text_loss is not None:
+            gap = gap_closed(losses["val_loss"], losses["val_loss_shuffled"], self._text_loss)
         self._show({"step": step, **losses, "gap_closed": gap})
         for sample in samples:
             for label, text in sample._asdict().items():
@@ -6462,21 +6467,6 @@ def gap_closed(loss: float, loss_shuffled: float, loss_text: float) -> float | N
     return (loss_shuffled - loss) / (loss_shuffled - loss_text)
 
 
-def validation_gaps(metrics: list[Json]) -> dict[int, float]:
-    """The gap closed on the validation split, over the rows of all tasks, by step; where there is
-    one."""
-    validations = [entry for entry in metrics if {"val_loss", "val_loss_shuffled"} <= entry.keys()]
-    ceilings = [entry["val_loss_text"] for entry in validations if "val_loss_text" in entry]
-    gaps = {}
-    if not ceilings:
-        return gaps
-    for entry in validations:
-        gap = gap_closed(entry["val_loss"], entry["val_loss_shuffled"], ceilings[0])
-        if gap is not None:
-            gaps[entry["step"]] = gap
-    return gaps
-
-
 def describe_gap(result: Json, metrics: list[Json]) -> str:
     """The gap closed of a report, and on the validation split at its first and last validation,
     unless the report is on it, or leaves out tasks: the losses on validation are of all."""
@@ -6490,8 +6480,15 @@ def describe_gap(result: Json, metrics: list[Json]) -> str:
         text = "none: this LLM reads no task's text surely better than another row's vector"
     if result["tasks_left_out"] or result["split"] == "val":
         return text
-    gaps = validation_gaps(metrics)
-    shares = [f"{gap:.4f} at step {step}" for step, gap in gaps.items()]
+    validations = [entry for entry in metrics if {"val_loss", "val_loss_shuffled"} <= entry.keys()]
+    ceilings = [entry["val_loss_text"] for entry in validations if "val_loss_text" in entry]
+    if not ceilings:
+        return text
+    shares = []
+    for entry in validations:
+        share = gap_closed(entry["val_loss"], entry["val_loss_shuffled"], ceilings[0])
+        if share is not None:
+            shares.append(f"{share:.4f} at step {entry['step']}")
     if len(shares) > 1:
         text += f"; on val {shares[0]}, {shares[-1]}"
     return text

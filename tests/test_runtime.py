@@ -401,6 +401,14 @@ def test_a_process_alone_needs_no_network(run, settings, llm_dir, tmp_path):
     assert "elm: deepspeed.zero_stage = 3: needs a network interface" in done.stderr
 
 
+def test_deepspeed_says_nothing_below_a_warning(run, settings):
+    """Nor that a machine without a GPU has none."""
+    done = run(NO_TABLES, *settings, "eval.samples=0", "deepspeed.zero_stage=3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ZeRO 3" in done.stdout
+    assert not re.search(r"\[(INFO|WARNING)\] \[", done.stdout + done.stderr)
+
+
 # -----------------------------------------------------------------------------
 # Standard streams
 
