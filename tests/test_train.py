@@ -166,9 +166,10 @@ def test_bars_are_on_the_terminal_alone(settings, tmp_path):
     terminal = Terminal()
     with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
         go(settings, f"output.log_file={path}")
-    assert "steps:" in terminal.getvalue() and "\r" in terminal.getvalue()
-    assert "tokens/s" in path.read_text()
-    assert "steps:" not in path.read_text() and "\r" not in path.read_text()
+    assert "steps: 100%|" in terminal.getvalue() and "\r" in terminal.getvalue()
+    in_file = path.read_bytes()
+    assert b"tokens/s" in in_file
+    assert b"%|" not in in_file and b"\r" not in in_file
 
 
 def test_two_answers_are_shown_at_each_validation(settings, data_dir, capsys):
