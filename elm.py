@@ -114,6 +114,7 @@ if TYPE_CHECKING:  # imported where they are used: --help must not wait for them
     import pyarrow.parquet as parquet
     import wandb
     from bert_score import BERTScorer
+    from matplotlib.axes import Axes
     from sentence_transformers import SentenceTransformer
     from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -5761,6 +5762,10 @@ def nll_by_texts(elm: ELM, split: Split, texts: Texts, kind: str, measures: str)
     return np.where(has_loss, by_text.nll, np.nan)
 
 
+def nll_by_own_texts(elm: ELM, split: Split) -> np.ndarray:
+    return nll_by_texts(elm, split, own_texts(split), "texts", "loss_text and gap_closed")
+
+
 def validation_losses(elm: ELM, split: Split, with_text: bool) -> dict[str, float]:
     """Losses per response token by the right and by shuffled vectors and, if asked for, by the
     texts: the ceiling, which does not change during training. It is left out unless every row's
@@ -5863,8 +5868,7 @@ def read_known(train: Split, row_ids: np.ndarray,
 class Measured:
     """The LLM's part of a report, and what retrieval gives in its place."""
 
-    losses: pd.DataFrame  # a row for each of the split's: source, task, tokens, nll, nll_shuffled,
-    #   nll_nearest, nll_text, the last two NaN where there is none
+    losses: pd.DataFrame  # see measure_losses
     sample_ids: np.ndarray  # [samples], the rows that were answered
     answers: list[str]
     shuffled_answers: list[str]  # about other rows' vectors
@@ -5875,28 +5879,35 @@ class Measured:
 def measure(elm: ELM, split: Split, train: Split | None, cfg: EvalConfig) -> Measured:
     """The losses of all rows, and the answers about some, by an ELM in eval mode. All processes
     take part, and get the same. Raises: UserError."""
-    pd = import_optional("pandas")
     vector_ids = split.index["vector_id"]
     other_ids = shuffled_vectors(split)
     sample_ids = pick_samples(split, cfg.samples)
-    own = losses_by_vectors(elm, split, vector_ids)
-    shuffled = losses_by_vectors(elm, split, other_ids)
     retrieved = retrieve(elm, split, train, sample_ids)
-    losses = pd.DataFrame({
-        "source": split.index["source_id"],
-        "task": pd.Categorical.from_codes(split.index["task_id"], split.tasks),
-        "tokens": own.num_tokens,
-        "nll": own.nll,
-        "nll_shuffled": shuffled.nll,
-        "nll_nearest": retrieved.nll,
-        "nll_text": nll_by_texts(
-            elm, split, own_texts(split), "texts", "loss_text and gap_closed")})
+    losses = measure_losses(elm, split, retrieved.nll, nll_by_own_texts(elm, split))
 
     answers = generate_answers(elm, split, sample_ids, vector_ids[sample_ids], cfg.max_new_tokens)
     shuffled_answers = generate_answers(
         elm, split, sample_ids, other_ids[sample_ids], cfg.max_new_tokens)
     return Measured(
         losses, sample_ids, answers, shuffled_answers, retrieved.texts, retrieved.answers)
+
+
+def measure_losses(elm: ELM, split: Split, nll_nearest: np.ndarray,
+                   nll_text: np.ndarray) -> pd.DataFrame:
+    """A row for each of the split's: source, task, tokens, nll, nll_shuffled, nll_nearest,
+    nll_text, by an ELM in eval mode. The last two [N] are given, NaN where there is none: they do
+    not depend on the adapter. All processes take part."""
+    pd = import_optional("pandas")
+    own = losses_by_vectors(elm, split, split.index["vector_id"])
+    shuffled = losses_by_vectors(elm, split, shuffled_vectors(split))
+    return pd.DataFrame({
+        "source": split.index["source_id"],
+        "task": pd.Categorical.from_codes(split.index["task_id"], split.tasks),
+        "tokens": own.num_tokens,
+        "nll": own.nll,
+        "nll_shuffled": shuffled.nll,
+        "nll_nearest": nll_nearest,
+        "nll_text": nll_text})
 
 
 def pick_samples(split: Split, n: int) -> np.ndarray:
@@ -6040,6 +6051,13 @@ def embed_texts(model: SentenceTransformer, texts: list[str], **options: Any) ->
     """n texts -> unit vectors [n, width] fp32 on the CPU. `options` are those of model.encode."""
     vectors = model.encode(texts, convert_to_tensor=True, show_progress_bar=False, **options)
     return F.normalize(vectors.float().cpu(), dim=1)
+
+
+def embedding_function(model: SentenceTransformer, origin: VectorOrigin,
+                       width: int) -> Callable[[list[str]], Tensor]:
+    """That of n texts to unit vectors [n, width], as those of `origin` were made."""
+    prompt = instruction_prompt(origin.instruction)
+    return functools.partial(embed_texts, model, truncate_dim=width, prompt=prompt)
 
 
 def check_embedder_width(model: SentenceTransformer, name: str, width: int) -> None:
@@ -6213,13 +6231,25 @@ def repetition(text: str) -> float:
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
 
 
+class FormScores(NamedTuple):
+    """[n] each."""
+
+    empty_rate: list[float]  # 1 of a text that is empty
+    repetition: list[float]
+
+
+def form_scores(texts: list[str]) -> FormScores:
+    return FormScores([float(not text.strip()) for text in texts],
+                      [repetition(text) for text in texts])
+
+
 def score(measured: Measured, references: list[str], split: Split, cfg: EvalConfig, bf16: bool,
           device: torch.device) -> pd.DataFrame:
     """The scores of the answers, a row for each of measured.sample_ids: BertScores, unless they are
-    off, empty_rate and repetition of the answers and, as NAME_shuffled, of those about shuffled
-    vectors, as NAME_nearest, of the nearest ones of train, NaN where there is none; with an
-    embedder ConsistencyScores of these and, as NAME_reference, of the references. The embedder runs
-    in bf16, if asked for. Each model is freed after its use."""
+    off, and FormScores of the answers and, as NAME_shuffled, of those about shuffled vectors, as
+    NAME_nearest, of the nearest ones of train, NaN where there is none; with an embedder
+    ConsistencyScores of these and, as NAME_reference, of the references. The embedder runs in bf16,
+    if asked for. Each model is freed after its use."""
     pd = import_optional("pandas")
     sample_ids = measured.sample_ids.tolist()
     reference_of = dict(zip(sample_ids, references, strict=True))
@@ -6233,11 +6263,9 @@ def score(measured: Measured, references: list[str], split: Split, cfg: EvalConf
     for suffix, answer_of in answers.items():
         row_ids = list(answer_of)
         texts = list(answer_of.values())
-        values_of = {}
+        values_of = form_scores(texts)._asdict()
         if scorer is not None:
             values_of |= bert_scores(scorer, texts, [reference_of[i] for i in row_ids])._asdict()
-        values_of["empty_rate"] = [float(not text.strip()) for text in texts]
-        values_of["repetition"] = [repetition(text) for text in texts]
         scores = scores.join(pd.DataFrame(values_of, row_ids).add_suffix(suffix))
     del scorer
     free_memory()
@@ -6246,9 +6274,7 @@ def score(measured: Measured, references: list[str], split: Split, cfg: EvalConf
         return scores
 
     model = load_embedder(name, bf16, device, max_tokens=split.origin.max_tokens)
-    embed = functools.partial(
-        embed_texts, model, truncate_dim=split.vectors.shape[1],
-        prompt=instruction_prompt(split.origin.instruction))
+    embed = embedding_function(model, split.origin, split.vectors.shape[1])
     texts_of_suffix = answers | {"_reference": reference_of}
     for suffix, text_of in texts_of_suffix.items():
         row_ids = np.array(list(text_of))
@@ -7026,9 +7052,7 @@ class AnswerScorer:
         the model's vectors are narrower."""
         check_embedder_width(model, "embedder: it", table.shape[1])
         limit_tokens(model, model.max_seq_length, origin.max_tokens)
-        self.embed = functools.partial(
-            embed_texts, model, truncate_dim=table.shape[1],
-            prompt=instruction_prompt(origin.instruction))
+        self.embed = embedding_function(model, origin, table.shape[1])
         num_drawn = min(len(row_ids), NUM_OTHERS + 1)  # one may be the answer's own
         places = np.random.default_rng(0).choice(len(row_ids), num_drawn, replace=False)
         drawn = [row_ids[place] for place in np.sort(places).tolist()]
@@ -7158,16 +7182,38 @@ class AnswerLog:
 # -----------------------------------------------------------------------------
 # Sweep
 #
-# Optuna over the settings of a training, by any number of workers. It maximises the BERTScore
-# composite of eval.samples answers on the validation split.
+# Optuna over the settings of a training, by any number of workers. It looks for the best of one
+# figure that reports on the validation split would have.
+
+# What it can look for: the figures of eval.json that the adapter and the rows' own vectors make.
+# The others are those of baselines and of the data.
+LOSS_METRICS = ("loss", "gap", "gap_closed", "gain_over_nearest")  # without answers
+ANSWER_METRICS = (*BertScores._fields, *FormScores._fields, *ConsistencyScores._fields)
+METRICS = LOSS_METRICS + ANSWER_METRICS
+MINIMIZED_METRICS = ("loss", "empty_rate", "repetition")
+# The split whose texts a metric is measured by. A report has none without them.
+SPLIT_OF_TEXTS = {"gap_closed": "val", "gain_over_nearest": "train"}
 
 
 class StudyConfig(Table):
     name: str = "elm-summary-optimization"  # of the study in the storage
+    metric: str = "bertscore_composite"  # the figure that is optimised, on the validation split:
+    #   bertscore_precision, _recall, _f1 or _composite of eval.samples answers, their consistency,
+    #   mrr or top1 (by the embedder), empty_rate or repetition; or, without answers and scorer,
+    #   gap_closed, loss, gap or gain_over_nearest. The least loss, empty_rate and repetition, and
+    #   the greatest of all others
     trials: PositiveInt = 50  # that all workers together end, also failed and killed ones
     timeout_hours: PositiveFloat = 24.0  # after which this worker begins no other
     storage: str | None = None  # a database URL as Optuna takes it; none: SQLite in output.dir
     seed: Seed = 42  # of the sampler
+
+    @pydantic.field_validator("metric")
+    @classmethod
+    def check_metric(cls, metric: str) -> str:
+        if metric not in METRICS:
+            raise ValueError(f"{clip(metric)} is none of {', '.join(METRICS)}"
+                             f"{did_you_mean(metric, METRICS)}")
+        return metric
 
 
 class SweepConfig(Table):
@@ -7187,14 +7233,22 @@ sweep_log.setLevel(logging.INFO)
 
 HEARTBEAT_SECONDS = 30
 GRACE_SECONDS = 120  # a trial without a heartbeat for so long was killed
+ENDED_STATES = ("COMPLETE", "PRUNED", "FAIL")  # of Optuna's TrialState
+
+
+def training_config(sweep: Sweep, settings: Json, name: str) -> Config:
+    """The training with these settings, by dotted name. Raises: UserError."""
+    fixed = {"output.dir": f"{sweep.output_dir}/{name}", "wandb.run_name": name}
+    return parse_config(apply_overrides({}, sweep.base | settings | fixed))
 
 
 def trial_config(sweep: Sweep, settings: Json, name: str) -> Config:
-    """The training with these settings, by dotted name. It reports on the validation split. Raises:
-    UserError."""
-    fixed = {
-        "eval.split": "val", "output.dir": f"{sweep.output_dir}/{name}", "wandb.run_name": name}
-    return parse_config(apply_overrides({}, sweep.base | settings | fixed))
+    """As training_config, on the validation split, and without answers if the metric needs none:
+    neither scorer nor embedder is asked for then."""
+    settings = settings | {"eval.split": "val"}
+    if sweep.study.metric in LOSS_METRICS:
+        settings["eval.samples"] = 0
+    return training_config(sweep, settings, name)
 
 
 @dataclass(frozen=True)
@@ -7231,8 +7285,11 @@ def load_sweep(path: str, overrides: Iterable[str]) -> Sweep:
         given.study, cfg.output.dir, cfg.output.log_file, settings, flatten(given.space))
 
     errors = []
-    if not cfg.eval.samples or not sweep.space:
-        errors.append("a sweep needs eval.samples above 0 and a [space]")
+    metric = sweep.study.metric
+    if metric in ANSWER_METRICS and not cfg.eval.samples:
+        errors.append(f"study.metric = {metric}: needs eval.samples above 0; gap_closed needs none")
+    if not sweep.space:
+        errors.append("a sweep needs a [space]")
     for key, spec in sweep.space.items():
         try:
             check_space(sweep, key, spec)
@@ -7328,13 +7385,14 @@ def create_study(sweep: Sweep) -> optuna.Study:
     exception_types = (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError,
                        RuntimeError)
     message = f"study.storage: cannot open {address} (study.storage=URL names another database)"
+    direction = "minimize" if sweep.study.metric in MINIMIZED_METRICS else "maximize"
     with user_error(message, *exception_types):
         storage = optuna.storages.RDBStorage(
             url, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
             heartbeat_stale_trial_callback=retry)
         return optuna.create_study(
             study_name=sweep.study.name, storage=storage, load_if_exists=True,
-            direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
+            direction=direction, pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
 
 
 def check_study(study: optuna.Study, sweep: Sweep) -> None:
@@ -7342,6 +7400,7 @@ def check_study(study: optuna.Study, sweep: Sweep) -> None:
     holds trials of another study."""
     folder = Path(sweep.output_dir)
     settings = flatten({"space": sweep.space, "base": sweep.base})
+    settings["study.metric"] = sweep.study.metric
     for key in list(settings):
         if key.startswith(("base.wandb.", "base.output.")):
             del settings[key]
@@ -7357,13 +7416,14 @@ def check_study(study: optuna.Study, sweep: Sweep) -> None:
 
 class TrialTrainer(Trainer):
     """A trial of a sweep: without checkpoints and report, on the worker's LLM and scorer. It
-    reports the scores of its first three quarters to Optuna, for pruning, and returns that of its
+    reports the metric at its first three quarters to Optuna, for pruning, and returns that of its
     best adapter."""
 
     plots = False
 
     def __init__(self, cfg: Config, worker: SweepWorker, trial: optuna.Trial):
         self.worker = worker
+        self.metric = worker.sweep.study.metric
         self.trial = trial
         super().__init__(cfg)
 
@@ -7396,34 +7456,83 @@ class TrialTrainer(Trainer):
         losses = super().validation_losses()
         step = self.state.step
         if 0 < step < self.total_steps:
-            losses["val_bertscore"] = self.validation_bertscore()
-            self.trial.report(losses["val_bertscore"], step // self.eval_steps)
+            value = self.measure_metric()
+            if value is not None:
+                losses.setdefault(f"val_{self.metric}", value)  # val_loss is there
+                self.trial.report(value, step // self.eval_steps)
         return losses
 
-    def validation_bertscore(self) -> float:
-        return self.worker.validation_bertscore(self.elm, self.splits["val"], self.cfg.eval)
+    def measure_metric(self) -> float | None:
+        """The metric as a report on the validation split has it. None where that has none."""
+        split = self.splits["val"]
+        if self.metric in ANSWER_METRICS:
+            return self.worker.score_answers(self.elm, split, self.cfg)
+        was_training = self.elm.training
+        self.elm.eval()  # the adapter does not drop out
+        losses = measure_losses(self.elm, split, self.nll_nearest, self.nll_text)
+        self.elm.train(was_training)
+        return summarize(losses).get(self.metric)
+
+    # Losses by texts, which do not change in training: once, and where the metric needs them.
+
+    @functools.cached_property
+    def nll_nearest(self) -> np.ndarray:
+        split = self.splits["val"]
+        if self.metric != "gain_over_nearest":
+            return np.full(len(split), np.nan)
+        return retrieve(self.elm, split, self.splits["train"], pick_samples(split, 0)).nll
+
+    @functools.cached_property
+    def nll_text(self) -> np.ndarray:
+        split = self.splits["val"]
+        if self.metric != "gap_closed":
+            return np.full(len(split), np.nan)
+        return nll_by_own_texts(self.elm, split)
 
     def report(self) -> Json:
+        """Raises: UserError if a report would lack the metric."""
         self.elm.eval().adapter.load_state_dict(self.state.best_adapter)
-        return {"bertscore_composite": self.validation_bertscore()}
+        value = self.measure_metric()
+        if value is None:
+            split = self.splits[SPLIT_OF_TEXTS[self.metric]]
+            raise UserError(f"no {self.metric}: no text of {split.path} fits, or this LLM reads "
+                            "them no better than other rows' vectors; take study.metric=loss")
+        return {self.metric: value}
 
 
 class SweepWorker:
-    """A process that runs trials, until all workers together have run study.trials. The scorer, and
-    the LLM unless ZeRO 3 shares it out, are kept between trials."""
+    """A process that runs trials, until all workers together have run study.trials. The scorer or
+    the embedder, and the LLM unless ZeRO 3 shares it out, are kept between trials."""
 
     def __init__(self, sweep: Sweep):
         """Opens and checks all that the trials need. Raises: UserError."""
         self.sweep = sweep
+        self.metric = sweep.study.metric
         cfg = trial_config(sweep, {}, "check")
-        device = start_distributed()
+        self.device = start_distributed()
         check_can_write(Path(sweep.output_dir), "output.dir")
         splits = open_inputs(cfg, ("train", "val"), cfg.model.tokens, None)
-        check_data(cfg, splits, device)
+        self.check_can_measure(cfg, splits)
+        check_data(cfg, splits, self.device)
         self.study = open_study(sweep)
-        self.scorer = load_scorer(cfg.eval, device)
+        self.scorer: BERTScorer | None = None
+        if self.metric in BertScores._fields:
+            self.scorer = load_scorer(cfg.eval, self.device)
+        self.load_embedder = functools.lru_cache(maxsize=1)(load_embedder)
         self._llm: PreTrainedModel | None = None
         self._llm_key: tuple[str, bool, Quantization] | None = None
+
+    def check_can_measure(self, cfg: Config, splits: dict[str, Split]) -> None:
+        """Raises: UserError if the metric needs texts that no row has, or an embedder that nothing
+        names."""
+        split = splits[SPLIT_OF_TEXTS.get(self.metric, "val")]
+        if self.metric in SPLIT_OF_TEXTS and not split.index["has_text"].any():
+            raise UserError(f"study.metric = {self.metric}: no row of {split.path} has a text; "
+                            "take loss")
+        embedder = choose_embedder(cfg.eval, split.origin)
+        if self.metric in ConsistencyScores._fields and embedder is None:
+            raise UserError(f"study.metric = {self.metric}: needs the model that made the vectors; "
+                            "name it by base.eval.embedder")
 
     def load_llm(self, cfg: Config, device: torch.device) -> PreTrainedModel:
         key = (cfg.model.llm, cfg.model.bf16, cfg.model.quantization)
@@ -7435,13 +7544,24 @@ class SweepWorker:
             self._llm_key = key
         return self._llm
 
-    def validation_bertscore(self, elm: ELM, split: Split, cfg: EvalConfig) -> float:
-        """The bertscore_composite that a report would find, and nothing else."""
-        row_ids = pick_samples(split, cfg.samples)
+    def score_answers(self, elm: ELM, split: Split, cfg: Config) -> float:
+        """The mean of the metric, one of ANSWER_METRICS, that a report would find, and nothing
+        else."""
+        row_ids = pick_samples(split, cfg.eval.samples)
         vector_ids = split.index["vector_id"][row_ids]
-        answers = generate_answers(elm, split, row_ids, vector_ids, cfg.max_new_tokens)
-        references = [row.response for row in split.read(row_ids)]
-        return float(bert_scores(self.scorer, answers, references).bertscore_composite.mean())
+        answers = generate_answers(elm, split, row_ids, vector_ids, cfg.eval.max_new_tokens)
+        if self.metric in BertScores._fields:
+            references = [row.response for row in split.read(row_ids)]
+            scores = bert_scores(self.scorer, answers, references)
+        elif self.metric in ConsistencyScores._fields:
+            name = choose_embedder(cfg.eval, split.origin)
+            model = self.load_embedder(
+                name, cfg.model.bf16, self.device, max_tokens=split.origin.max_tokens)
+            embed = embedding_function(model, split.origin, split.vectors.shape[1])
+            scores = consistency_scores(answers, embed, split, row_ids)
+        else:
+            scores = form_scores(answers)
+        return float(np.mean(getattr(scores, self.metric)))
 
     def run_trial(self, trial: optuna.Trial) -> float:
         """The objective. Raises: UserError or RuntimeError, kept as the trial's `reason`;
@@ -7453,59 +7573,104 @@ class SweepWorker:
             cfg = trial_config(self.sweep, trial.params, f"trial_{trial.number}")
             trainer = TrialTrainer(cfg, self, trial)
             trial.set_user_attr("eval_steps", trainer.eval_steps)
-            return trainer.run()["bertscore_composite"]
+            return trainer.run()[self.metric]
         except (UserError, RuntimeError) as e:
-            reason = (str(e) or repr(e)).splitlines()[0]
-            trial.set_user_attr("reason", reason)
-            sweep_log.info(f"trial {trial.number} failed: {reason}")
+            trial.set_user_attr("reason", (str(e) or repr(e)).splitlines()[0])
             raise
 
     def run(self) -> None:
         """Raises: UserError if no trial was completed; SystemExit after a signal."""
         optuna = import_optional("optuna")
-        ended_states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED,
-                        optuna.trial.TrialState.FAIL)
-        limit = optuna.study.MaxTrialsCallback(self.sweep.study.trials, states=ended_states)
-        ended = self.study.get_trials(deepcopy=False, states=ended_states)
-        if len(ended) < self.sweep.study.trials:
+        study = self.sweep.study
+        direction = self.study.direction.name.lower()
+        sweep_log.info(
+            f"{study.name}: {study.trials} trials, to {direction} {self.metric} on val")
+        states = tuple(optuna.trial.TrialState[name] for name in ENDED_STATES)
+        limit = optuna.study.MaxTrialsCallback(study.trials, states=states)
+        self.start_time = time.monotonic()
+        self.num_ended_before = self.count_ended()
+        if self.num_ended_before < study.trials:
             self.study.optimize(
-                self.run_trial, timeout=3600 * self.sweep.study.timeout_hours,
+                self.run_trial, timeout=3600 * study.timeout_hours,
                 catch=(UserError, RuntimeError), callbacks=[limit, self.after_trial],
                 gc_after_trial=True)
         else:
             self.write_results()
+            sweep_log.info(self.describe_progress())
         if not self.complete_trials():
-            raise UserError(f"{self.sweep.study.name}: no trial was completed")
+            raise UserError(f"{study.name}: no trial was completed")
+        self.print_next_command()
 
     def after_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         torch.cuda.empty_cache()
         self.write_results()
+        if trial.state.name == "FAIL":
+            reason = trial.user_attrs.get("reason", f"its {self.metric} is not finite")
+            told = f"trial {trial.number} failed: {reason}"
+        else:
+            pruned = ", pruned" if trial.state.name == "PRUNED" else ""
+            told = f"trial {trial.number}: {self.metric} {trial.value:.4f}{pruned}"
+        sweep_log.info(f"{told}; {self.describe_progress()}")
+
+    def count_ended(self) -> int:
+        trials = self.study.get_trials(deepcopy=False)
+        return sum(trial.state.name in ENDED_STATES for trial in trials)
 
     def complete_trials(self) -> list[optuna.trial.FrozenTrial]:
         trials = self.study.get_trials(deepcopy=False)
         return [trial for trial in trials if trial.state.name == "COMPLETE"]
 
     def write_results(self) -> None:
-        """Write trials.jsonl, sweep.png and best.toml of the trials so far, and print the best."""
+        """Write trials.jsonl, and sweep.png and best.toml if a trial is complete."""
         folder = Path(self.sweep.output_dir)
         with locked(folder / ".lock", wait=True):  # other workers write them, too
             trials = self.study.get_trials(deepcopy=False)
             write_text(folder / "trials.jsonl", jsonl(describe_trial(trial) for trial in trials))
-            complete = self.complete_trials()
-            if not complete:
-                sweep_log.info(f"{len(trials)} trials, none is complete yet")
+            if not self.complete_trials():
                 return
             picture = folder / "sweep.png"
             with drawing(picture):
-                plot_sweep(picture, self.study)
-            best = max(complete, key=lambda trial: trial.value)
+                plot_sweep(picture, self.study, self.metric)
+            best = self.study.best_trial
             settings = best.params | {"train.eval_steps": best.user_attrs["eval_steps"]}
-            cfg = trial_config(self.sweep, settings, "best")
-            title = (f"# trial {best.number} of {self.study.study_name}: {best.value!r} on the "
-                     "validation split\n")
+            cfg = training_config(self.sweep, settings, "best")
+            title = (f"# trial {best.number} of {self.study.study_name}: {self.metric} "
+                     f"{best.value!r} on the validation split\n")
             write_text(folder / "best.toml", title + config_text(cfg))
-        sweep_log.info(
-            f"{len(trials)} trials, the best is trial {best.number}: {best.value:.4f}")
+
+    def describe_progress(self) -> str:
+        """How many trials are done and left; in lines below, the best so far with its settings."""
+        num_ended = self.count_ended()
+        num_left = max(0, self.sweep.study.trials - num_ended)
+        text = f"{num_ended} of {self.sweep.study.trials} done, {num_left} left"
+        if num_left:
+            text += f", about {format_seconds(self.seconds_left(num_ended, num_left))}"
+        if not self.complete_trials():
+            return f"{text}; no {self.metric} yet"
+        best = self.study.best_trial
+        words = [f"best {self.metric} {best.value:.4f}, trial {best.number}:"]
+        words += [f"{key}={format_setting(value)}" for key, value in best.params.items()]
+        told = textwrap.fill(
+            " ".join(words), width=80, initial_indent="    ", subsequent_indent="      ",
+            break_long_words=False, break_on_hyphens=False)
+        return f"{text}\n{told}"
+
+    def seconds_left(self, num_ended: int, num_left: int) -> float:
+        """By the speed of all workers since this one began; not beyond its timeout."""
+        passed = time.monotonic() - self.start_time
+        seconds_per_trial = passed / max(1, num_ended - self.num_ended_before)
+        until_timeout = 3600 * self.sweep.study.timeout_hours - passed
+        return max(0, min(seconds_per_trial * num_left, until_timeout))
+
+    def print_next_command(self) -> None:
+        cfg = training_config(self.sweep, self.study.best_trial.params, "best")
+        split = choose_report_split(cfg.eval.split, cfg.data.dir)
+        path = shlex.quote(f"{self.sweep.output_dir}/best.toml")
+        sweep_log.info(f"next, to train the best and report on {split}: python elm.py {path}")
+
+
+def format_setting(value: object) -> str:
+    return format_number(value) if isinstance(value, float) else toml_value(value)
 
 
 def describe_trial(trial: optuna.trial.FrozenTrial) -> Json:
@@ -7521,21 +7686,54 @@ def describe_trial(trial: optuna.trial.FrozenTrial) -> Json:
         "reason": reason}
 
 
-def plot_sweep(path: Path, study: optuna.Study) -> None:
-    """sweep.png: the values of all trials and the best so far."""
-    plot = import_optional("optuna.visualization.matplotlib").plot_optimization_history
-    axes = plot(study, target_name="BERTScore composite, validation")
-    try:
-        with atomic_write(path) as temporary:
-            axes.figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
-    finally:
-        import_optional("matplotlib.pyplot").close(axes.figure)
+def plot_sweep(path: Path, study: optuna.Study, metric: str) -> None:
+    """sweep.png: the metric of all trials with the best so far and, beside it, the importances of
+    the settings, where there are any."""
+    figure_class = import_optional("matplotlib.figure").Figure
+    importances = find_importances(study)
+    figure = figure_class((13 if importances else 6.5, 6), layout="constrained")
+    axes = figure.subplots(1, 2 if importances else 1, squeeze=False)[0]
+    plot_trials(axes[0], study, metric)
+    if importances:
+        axes[1].barh(list(importances), list(importances.values()))
+        axes[1].invert_yaxis()
+        axes[1].set(title="importances of the settings (PED-ANOVA)", xlabel=f"share, for {metric}")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def plot_trials(axes: Axes, study: optuna.Study, metric: str) -> None:
+    pd = import_optional("pandas")
+    trials = study.get_trials(deepcopy=False)
+    numbers = [trial.number for trial in trials]
+    states = pd.Series([trial.state.name for trial in trials], numbers)
+    values = pd.Series([trial.value for trial in trials], numbers, dtype=float)
+    complete = values[states == "COMPLETE"]
+    is_minimized = study.direction.name == "MINIMIZE"
+    best = complete.cummin() if is_minimized else complete.cummax()
+    pruned = values[states == "PRUNED"]
+    axes.plot(best.index, best, drawstyle="steps-post", color="tab:blue", label="best so far")
+    axes.plot(complete.index, complete, "o", color="tab:blue", label="complete")
+    axes.plot(pruned.index, pruned, "x", color="0.6", label="pruned, its last")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(title=study.study_name, xlabel="trial", ylabel=f"{metric}, validation")
+    axes.legend()
+
+
+def find_importances(study: optuna.Study) -> dict[str, float]:
+    """The share of each setting by Optuna's default, PED-ANOVA, the greatest first. Empty where
+    too few trials are complete or all have one value: what it normalises would be equal then."""
+    get_importances = import_optional("optuna.importance").get_param_importances
+    importances = get_importances(study, normalize=False)
+    total = sum(importances.values())
+    if total == 0:
+        return {}
+    return {key: value / total for key, value in importances.items()}
 
 
 def run_sweep(sweep: Sweep) -> None:
     """One worker. Raises: UserError; SystemExit after a signal."""
     check_launched_alone("a worker is one process, so start one for each GPU by hand")
-    import_optional("matplotlib").use("Agg")
     level = log.level
     log.setLevel(logging.WARNING)  # of a trial its warnings alone
     try:
@@ -8040,8 +8238,8 @@ COMMANDS = (
     Command(
         name="sweep", operands={"toml": "SWEEP.TOML"}, config_class=SweepConfig,
         run=run_sweep_file,
-        summary="search settings by Optuna: the best BERTScore composite on validation",
-        example="python elm.py sweep sweep.toml study.trials=20",
+        summary="search settings by Optuna: the best study.metric on validation",
+        example="python elm.py sweep sweep.toml study.trials=20 study.metric=gap_closed",
         less_memory="base.model.grad_checkpoint = true, or base.data.max_seq_length = 512",
         after_stop="the same command goes on, and begins the trial again that was stopped"))
 

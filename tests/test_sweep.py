@@ -1,8 +1,11 @@
 """The sweep: real Optuna storages, several workers, kills."""
 
 import gc
+import itertools
+import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -11,9 +14,20 @@ import time
 from pathlib import Path
 
 import bert_score
+import matplotlib.image
+import numpy as np
 import optuna
 import pytest
-from conftest import NO_TABLES, ROOT, command, read_jsonl, refused
+from conftest import (
+    NO_TABLES,
+    ROOT,
+    command,
+    read_jsonl,
+    refused,
+    rows_path,
+    vectors_path,
+    write_rows,
+)
 from torture import until
 from transformers import AutoModelForCausalLM
 
@@ -93,6 +107,18 @@ def test_a_trial_reports_on_the_validation_split_in_a_folder_of_its_own(sweep_fi
     assert cfg.train.lr == 0.5
 
 
+def test_metrics_are_figures_of_reports(trained):
+    """Each figure of a report is one, or that of a baseline or of the data."""
+    (report, *_) = trained  # without an embedder, and of an LLM that reads no texts
+    figures = {"gap_closed", "gain_over_nearest", *elm.ConsistencyScores._fields}
+    for name, value in report.items():
+        is_of_others = re.search("_(shuffled|nearest|text)$", name)
+        if isinstance(value, float) and not is_of_others:
+            figures.add(name)
+    assert figures == set(elm.METRICS)
+    assert set(elm.MINIMIZED_METRICS) < set(elm.METRICS)
+
+
 def test_bad_input_of_sweep(sweep_file, out, monkeypatch):
     """By kind: settings of the space, the training beneath, the storage, another launcher. Nothing
     is trained, and no password is shown."""
@@ -116,7 +142,13 @@ def test_bad_input_of_sweep(sweep_file, out, monkeypatch):
         ("space.train.seed = .*is set by the sweep itself", "space.train.seed={low=1, high=2}"),
         ("base = 3: must be a table", "base=3"),
         ("study.repeat_best: unknown key", "study.repeat_best=2"),
-        ("needs eval.samples above 0", "base.eval.samples=0"),
+        ("bertscore_composite: needs eval.samples above 0; gap_closed needs none",
+         "base.eval.samples=0"),
+        ("study.metric: gap_close is none of loss, gap, .*, did you mean gap_closed.$",
+         "study.metric=gap_close"),
+        ("study.metric: loss_text is none of loss, gap, .*", "study.metric=loss_text"),
+        ("study.metric = mrr: needs the model that made the vectors; .* base.eval.embedder",
+         "study.metric=mrr"),
         ("^elm: base.config: there is no file nowhere.toml here", "base.config=nowhere.toml"),
         ("data.dir: there is no file .*train_embeddings.safetensors", "base.data.dir=/nowhere"),
         ("eval.bertscore_layers = 9", "base.eval.bertscore_layers=9"),
@@ -138,11 +170,20 @@ def test_bad_input_of_sweep(sweep_file, out, monkeypatch):
     assert not list(out.glob("trial*"))
 
 
+def test_metrics_of_texts_need_texts(sweep_file, out, data_dir):
+    for split, metric in (("val", "gap_closed"), ("train", "gain_over_nearest")):
+        rows = read_jsonl(rows_path(data_dir, split))
+        write_rows(data_dir, split, [row | {"text": None} for row in rows])
+        refused(f"study.metric = {metric}: no row of {rows_path(data_dir, split)} has a text; take "
+                "loss", "sweep", sweep_file, f"study.metric={metric}")
+    assert not list(out.glob("trial*"))
+
+
 def test_a_study_keeps_its_settings(sweep_file, out):
     """The same name with other settings, or another study in the same folder, is refused."""
     elm.open_study(load_sweep(sweep_file))
     elm.open_study(load_sweep(sweep_file, "study.trials=9", "wandb.project=other"))
-    for more in ("space.model.hidden_dim=[8]", "base.train.weight_decay=0.5"):
+    for more in ("space.model.hidden_dim=[8]", "base.train.weight_decay=0.5", "study.metric=loss"):
         key = more.partition("=")[0]
         refused(f"small exists with another {key};", "sweep", sweep_file, more)
     (out / "trial_0").mkdir()
@@ -191,9 +232,8 @@ def test_workers_get_different_samplers(sweep_file):
 # One worker
 
 
-def test_what_a_sweep_leaves_and_going_on(sweep_file, out, capsys, monkeypatch):
-    """Two trials on one LLM and one scorer. best.toml is a training that gives the value again.
-    Started again, nothing is left to do."""
+def test_what_a_sweep_leaves(sweep_file, out, capsys, monkeypatch):
+    """Two trials on one LLM and one scorer."""
     loaded = []
     load_llm = AutoModelForCausalLM.from_pretrained
     make_scorer = bert_score.BERTScorer.__init__
@@ -223,21 +263,144 @@ def test_what_a_sweep_leaves_and_going_on(sweep_file, out, capsys, monkeypatch):
     values = [row["value"] for row in rows]
     best = values.index(max(values))
     said = capsys.readouterr().out
-    assert f"2 trials, the best is trial {best}: {values[best]:.4f}" in said
+    metric = "bertscore_composite"
+    assert f"small: 2 trials, to maximize {metric} on val\n" in said
+    for i, told in enumerate((r"1 of 2 done, 1 left, about \d\d:\d\d", "2 of 2 done, 0 left")):
+        assert re.search(f"trial {i}: {metric} {values[i]:.4f}; {told}\n", said)
+    settings = " ".join(said.rpartition(" done, ")[2].split("\n", 1)[1].split())
+    assert settings.startswith(f"best {metric} {values[best]:.4f}, trial {best}: train.lr=")
+    assert f" train.batch_size={rows[best]['params']['train.batch_size']} " in settings
+    assert max(len(line) for line in said.split("next", 1)[0].splitlines()) <= 80
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     for trial in load_trials(out):  # pruning has measured numbers to go by
         assert sorted(trial.intermediate_values) == [1, 2]
         assert all(0 <= value < 1 for value in trial.intermediate_values.values())
     assert not list(out.glob("trial_*/*.pt"))
 
-    assert (out / "best.toml").read_text().startswith(f"# trial {best} of small: {values[best]!r}")
-    report = elm.train(elm.load_config(str(out / "best.toml")))
-    assert report["bertscore_composite"] == pytest.approx(values[best], rel=1e-12)
-    assert report["split"] == "val"
+    title = f"# trial {best} of small: {metric} {values[best]!r} on the validation split\n"
+    assert (out / "best.toml").read_text().startswith(title)
 
+
+def test_best_toml_and_going_on(sweep_file, out, capsys):
+    """best.toml is a training that reports on test; on the validation split it gives the value
+    again. Started again, nothing is left to do."""
+    best_toml = str(out / "best.toml")
+    next_command = f"next, to train the best and report on test: python elm.py {best_toml}\n"
+    more = ["study.metric=bertscore_f1", "study.trials=1"]
+    assert elm.main(["sweep", str(sweep_file), *more]) == 0
+    assert capsys.readouterr().out.endswith(next_command)
     before = (out / "trials.jsonl").read_bytes()
-    assert elm.main(["sweep", str(sweep_file), "study.trials=2"]) == 0
+    (row,) = read_jsonl(out / "trials.jsonl")
+
+    assert elm.main([best_toml]) == 0
+    assert json.loads((out / "best" / "eval.json").read_bytes())["split"] == "test"
+    on_val = ["eval.split=val", "train.resume=auto"]
+    report = elm.train(elm.load_config(best_toml, on_val))
+    assert report["bertscore_f1"] == pytest.approx(row["value"], rel=1e-12)
+
+    capsys.readouterr()
+    assert elm.main(["sweep", str(sweep_file), *more]) == 0
     assert (out / "trials.jsonl").read_bytes() == before
+    said = capsys.readouterr().out
+    assert "1 of 1 done, 0 left\n" in said
+    assert said.endswith(next_command)
+
+
+@pytest.fixture
+def tiny_data(tmp_path):
+    """The first rows of the embedded data, whose LLM reads texts."""
+    tiny = ROOT / "data/tiny"
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny / "embeddings", folder / "embeddings")
+    (folder / "synthesis").mkdir()
+    for split, num_rows in (("train", 64), ("val", 32)):
+        write_rows(folder, split, read_jsonl(rows_path(tiny, split))[:num_rows])
+    vectors_path(folder, "test").unlink()
+    return folder
+
+
+METRICS_TRIED = ("loss", "gap", "gap_closed", "gain_over_nearest", "repetition", "mrr")
+
+
+def test_the_value_of_a_trial_is_that_of_the_report(tiny_data, tmp_path, monkeypatch):
+    """By one metric of each kind, with the scorer loaded by none, and asked for by none of the
+    losses. Minimised ones have their direction."""
+    monkeypatch.chdir(ROOT)  # train.toml's paths are relative
+    base = {
+        "config": "train.toml", "data.dir": str(tiny_data), "train.max_steps": 4,
+        "train.batch_size": 16, "train.warmup_steps": 0, "eval.samples": 8,
+        "eval.max_new_tokens": 12}
+    tables = {"space.train.lr": [4e-3], "study": {"trials": 1, "name": "small"}, "base": base}
+    path = tmp_path / "sweep.toml"
+    path.write_text("".join(f"{key} = {elm.toml_value(t)}\n" for key, t in tables.items()))
+    values = {}
+    for metric in METRICS_TRIED:
+        folder = tmp_path / metric
+        more = [f"study.metric={metric}", f"output.dir={folder}"]
+        if metric in elm.LOSS_METRICS:
+            more += ["base.eval.samples=0", "base.eval.bertscore_model=/nowhere"]
+        code, said = command("sweep", path, *more)
+        assert code == 0, said
+        (row,) = read_jsonl(folder / "trials.jsonl")
+        values[metric] = row["value"]
+        direction = "minimize" if metric in ("loss", "repetition") else "maximize"
+        assert f"1 trials, to {direction} {metric} on val" in said
+        assert "report on val: python elm.py" in said  # there is no test
+        assert "BERTScore" not in said
+        measured = read_jsonl(folder / "trial_0" / "metrics.jsonl")
+        quarters = [entry["step"] for entry in measured if f"val_{metric}" in entry]
+        assert [step for step in quarters if 0 < step < 4] == [1, 2, 3]
+    report = elm.train(elm.load_config(str(folder / "best.toml"), ["eval.split=val"]))
+    expected = {metric: report[metric] for metric in METRICS_TRIED}
+    assert values == pytest.approx(expected, rel=1e-12)
+    assert values["gap_closed"] > 0.1
+
+
+def test_a_trial_without_the_metric_says_why(sweep_file, out):
+    """A random LLM reads no text."""
+    said = refused("no trial was completed", "sweep", sweep_file, "study.metric=gap_closed",
+                   "study.trials=1")
+    assert re.search("trial 0 failed: no gap_closed: .* no better than other rows' vectors; take "
+                     "study.metric=loss; 1 of 1 done, 0 left; no gap_closed yet", said)
+
+
+def make_study(values, direction: str = "maximize") -> optuna.Study:
+    """Complete trials of a rate that makes the value, and of a width that does not."""
+    study = optuna.create_study(direction=direction, study_name="small")
+    space = {
+        "train.lr": optuna.distributions.FloatDistribution(0, 1),
+        "model.hidden_dim": optuna.distributions.CategoricalDistribution([8, 16])}
+    for value, width in zip(values, itertools.cycle([8, 16])):
+        params = {"train.lr": value, "model.hidden_dim": width}
+        study.add_trial(
+            optuna.trial.create_trial(params=params, distributions=space, value=value))
+    return study
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Optuna, of few trials
+def test_importances_are_shown_where_there_are_any():
+    for values in ([], [0.5], [0.5] * 12):
+        assert elm.find_importances(make_study(values)) == {}
+    importances = elm.find_importances(make_study(np.linspace(0, 1, 20).tolist()))
+    assert list(importances) == ["train.lr", "model.hidden_dim"]
+    assert importances["train.lr"] > 0.8
+    assert sum(importances.values()) == pytest.approx(1)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_picture_fills_its_canvas(tmp_path):
+    """Nothing but a margin is white on any side; the importances have a half of their own."""
+    path = tmp_path / "sweep.png"
+    widths = []
+    for values in ([0.5, 0.5], np.linspace(0, 1, 20).tolist()):
+        elm.plot_sweep(path, make_study(values, "minimize"), "loss")
+        picture = matplotlib.image.imread(path)
+        height, width = picture.shape[:2]
+        drawn_y, drawn_x = np.nonzero((picture[:, :, :3] < 0.9).any(2))
+        assert drawn_x.min() < 0.05 * width and drawn_x.max() > 0.95 * width
+        assert drawn_y.min() < 0.05 * height and drawn_y.max() > 0.95 * height
+        widths.append(width)
+    assert widths[1] == 2 * widths[0]
 
 
 def test_a_picture_never_ends_a_sweep(sweep_file, out, capsys, monkeypatch):
@@ -302,21 +465,25 @@ def test_after_the_timeout_no_trial_is_begun(sweep_file, out):
 
 
 class ScoredByRate(elm.SweepWorker):
-    """Its scores fall with the rate of the trial."""
+    """Its scores fall with the rate of the trial, or rise with it where less is better."""
 
     def run_trial(self, trial):
         self.trial = trial
         return super().run_trial(trial)
 
-    def validation_bertscore(self, model, split, cfg):
-        return 1 - self.trial.params["train.lr"]
+    def score_answers(self, model, split, cfg):
+        rate = self.trial.params["train.lr"]
+        return rate if self.metric in elm.MINIMIZED_METRICS else 1 - rate
 
 
-def test_poor_trials_are_pruned_by_what_was_measured(sweep_file, out):
-    """After four complete trials, who is below the median of those before ends early."""
+@pytest.mark.parametrize("metric", ["bertscore_composite", "repetition"])
+def test_poor_trials_are_pruned_by_what_was_measured(sweep_file, out, capsys, metric):
+    """After four complete trials, who is worse than the median of those before ends early. The best
+    is that of the least rate."""
     rates = [0.4, 0.2, 0.5, 0.3, 0.45, 0.1]
     sweep = load_sweep(
-        sweep_file, 'space={"train.lr" = {low=0.001, high=0.9}}', f"study.trials={len(rates)}")
+        sweep_file, 'space={"train.lr" = {low=0.001, high=0.9}}', f"study.trials={len(rates)}",
+        f"study.metric={metric}")
     enqueue_rates(sweep, rates)
     ScoredByRate(sweep).run()
     trials = load_trials(out)
@@ -326,10 +493,16 @@ def test_poor_trials_are_pruned_by_what_was_measured(sweep_file, out):
     for trial in trials[4:]:
         complete = [t.value for t in trials[: trial.number] if t.state.name == "COMPLETE"]
         is_poor = trial.intermediate_values[1] < statistics.median(complete)
+        if metric == "repetition":
+            is_poor = trial.intermediate_values[1] > statistics.median(complete)
         assert (trial.state.name == "PRUNED") == is_poor
         assert sorted(trial.intermediate_values) == ([1] if is_poor else [1, 2])
     rows = read_jsonl(out / "trials.jsonl")
     assert [row["state"] for row in rows[4:]] == ["pruned", "complete"]
+    assert elm.load_config(str(out / "best.toml")).train.lr == 0.1
+    said = capsys.readouterr().out
+    assert re.search(rf"trial 4: {metric} 0\.\d+, pruned; 5 of 6 done, 1 left", said)
+    assert f"best {metric} {rows[5]['value']:.4f}, trial 5: train.lr=0.1\n" in said
 
 
 class Signalled(elm.SweepWorker):
@@ -340,11 +513,11 @@ class Signalled(elm.SweepWorker):
         self.number = number
         self.scores_left = n
 
-    def validation_bertscore(self, model, split, cfg):
+    def score_answers(self, model, split, cfg):
         self.scores_left -= 1
         if self.scores_left == 0:
             os.kill(os.getpid(), self.number)
-        return super().validation_bertscore(model, split, cfg)
+        return super().score_answers(model, split, cfg)
 
 
 @pytest.mark.parametrize("number, n, stopped", [
@@ -380,7 +553,7 @@ def test_wandb_has_the_objective(sweep_file, out):
     (run_file,) = out.glob("trial_0/wandb/offline-run-*/*.wandb")
     logged = run_file.read_bytes()
     assert b"bertscore_composite" in logged
-    assert b"val_bertscore" in logged
+    assert b"val_bertscore_composite" in logged
 
 
 # -----------------------------------------------------------------------------
