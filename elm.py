@@ -7597,9 +7597,10 @@ class SweepWorker:
         else:
             self.write_results()
             sweep_log.info(self.describe_progress())
-        if not self.complete_trials():
+        best = self.best_trial()
+        if best is None:
             raise UserError(f"{study.name}: no trial was completed")
-        self.print_next_command()
+        self.print_next_command(best)
 
     def after_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         torch.cuda.empty_cache()
@@ -7616,9 +7617,12 @@ class SweepWorker:
         trials = self.study.get_trials(deepcopy=False)
         return sum(trial.state.name in ENDED_STATES for trial in trials)
 
-    def complete_trials(self) -> list[optuna.trial.FrozenTrial]:
+    def best_trial(self) -> optuna.trial.FrozenTrial | None:
+        """The best complete one, the first of equal ones."""
         trials = self.study.get_trials(deepcopy=False)
-        return [trial for trial in trials if trial.state.name == "COMPLETE"]
+        complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+        best_of = min if self.metric in MINIMIZED_METRICS else max
+        return best_of(complete, key=lambda trial: trial.value, default=None)
 
     def write_results(self) -> None:
         """Write trials.jsonl, and sweep.png and best.toml if a trial is complete."""
@@ -7626,12 +7630,12 @@ class SweepWorker:
         with locked(folder / ".lock", wait=True):  # other workers write them, too
             trials = self.study.get_trials(deepcopy=False)
             write_text(folder / "trials.jsonl", jsonl(describe_trial(trial) for trial in trials))
-            if not self.complete_trials():
+            best = self.best_trial()
+            if best is None:
                 return
             picture = folder / "sweep.png"
             with drawing(picture):
                 plot_sweep(picture, self.study, self.metric)
-            best = self.study.best_trial
             settings = best.params | {"train.eval_steps": best.user_attrs["eval_steps"]}
             cfg = training_config(self.sweep, settings, "best")
             title = (f"# trial {best.number} of {self.study.study_name}: {self.metric} "
@@ -7645,9 +7649,9 @@ class SweepWorker:
         text = f"{num_ended} of {self.sweep.study.trials} done, {num_left} left"
         if num_left:
             text += f", about {format_seconds(self.seconds_left(num_ended, num_left))}"
-        if not self.complete_trials():
+        best = self.best_trial()
+        if best is None:
             return f"{text}; no {self.metric} yet"
-        best = self.study.best_trial
         words = [f"best {self.metric} {best.value:.4f}, trial {best.number}:"]
         words += [f"{key}={format_setting(value)}" for key, value in best.params.items()]
         told = textwrap.fill(
@@ -7662,8 +7666,8 @@ class SweepWorker:
         until_timeout = 3600 * self.sweep.study.timeout_hours - passed
         return max(0, min(seconds_per_trial * num_left, until_timeout))
 
-    def print_next_command(self) -> None:
-        cfg = training_config(self.sweep, self.study.best_trial.params, "best")
+    def print_next_command(self, best: optuna.trial.FrozenTrial) -> None:
+        cfg = training_config(self.sweep, best.params, "best")
         split = choose_report_split(cfg.eval.split, cfg.data.dir)
         path = shlex.quote(f"{self.sweep.output_dir}/best.toml")
         sweep_log.info(f"next, to train the best and report on {split}: python elm.py {path}")
@@ -7714,7 +7718,8 @@ def plot_trials(axes: Axes, study: optuna.Study, metric: str) -> None:
     pruned = values[states == "PRUNED"]
     axes.plot(best.index, best, drawstyle="steps-post", color="tab:blue", label="best so far")
     axes.plot(complete.index, complete, "o", color="tab:blue", label="complete")
-    axes.plot(pruned.index, pruned, "x", color="0.6", label="pruned, its last")
+    if len(pruned):
+        axes.plot(pruned.index, pruned, "x", color="0.6", label="pruned, where it ended")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title=study.study_name, xlabel="trial", ylabel=f"{metric}, validation")
     axes.legend()
