@@ -6263,9 +6263,10 @@ def score(measured: Measured, references: list[str], split: Split, cfg: EvalConf
     for suffix, answer_of in answers.items():
         row_ids = list(answer_of)
         texts = list(answer_of.values())
-        values_of = form_scores(texts)._asdict()
+        values_of = {}
         if scorer is not None:
             values_of |= bert_scores(scorer, texts, [reference_of[i] for i in row_ids])._asdict()
+        values_of |= form_scores(texts)._asdict()
         scores = scores.join(pd.DataFrame(values_of, row_ids).add_suffix(suffix))
     del scorer
     free_memory()
@@ -7243,11 +7244,13 @@ def training_config(sweep: Sweep, settings: Json, name: str) -> Config:
 
 
 def trial_config(sweep: Sweep, settings: Json, name: str) -> Config:
-    """As training_config, on the validation split, and without answers if the metric needs none:
-    neither scorer nor embedder is asked for then."""
+    """As training_config, on the validation split, without answers or scorer if the metric needs
+    none: they are not asked for then."""
     settings = settings | {"eval.split": "val"}
     if sweep.study.metric in LOSS_METRICS:
         settings["eval.samples"] = 0
+    if sweep.study.metric not in BertScores._fields:
+        settings["eval.bertscore_model"] = OFF
     return training_config(sweep, settings, name)
 
 
@@ -7288,6 +7291,9 @@ def load_sweep(path: str, overrides: Iterable[str]) -> Sweep:
     metric = sweep.study.metric
     if metric in ANSWER_METRICS and not cfg.eval.samples:
         errors.append(f"study.metric = {metric}: needs eval.samples above 0; gap_closed needs none")
+    if metric in BertScores._fields and cfg.eval.bertscore_model == OFF:
+        errors.append(f"study.metric = {metric}: needs a scorer, and eval.bertscore_model is off; "
+                      "gap_closed needs none")
     if not sweep.space:
         errors.append("a sweep needs a [space]")
     for key, spec in sweep.space.items():
@@ -7670,7 +7676,7 @@ class SweepWorker:
         cfg = training_config(self.sweep, best.params, "best")
         split = choose_report_split(cfg.eval.split, cfg.data.dir)
         path = shlex.quote(f"{self.sweep.output_dir}/best.toml")
-        sweep_log.info(f"next, to train the best and report on {split}: python elm.py {path}")
+        sweep_log.info(f"next, to train the best and report on {split}: {own_program()} {path}")
 
 
 def format_setting(value: object) -> str:

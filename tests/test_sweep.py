@@ -144,6 +144,8 @@ def test_bad_input_of_sweep(sweep_file, out, monkeypatch):
         ("study.repeat_best: unknown key", "study.repeat_best=2"),
         ("bertscore_composite: needs eval.samples above 0; gap_closed needs none",
          "base.eval.samples=0"),
+        ("bertscore_composite: needs a scorer, and eval.bertscore_model is off; gap_closed needs",
+         "base.eval.bertscore_model=off"),
         ("study.metric: gap_close is none of loss, gap, .*, did you mean gap_closed.$",
          "study.metric=gap_close"),
         ("study.metric: loss_text is none of loss, gap, .*", "study.metric=loss_text"),
@@ -323,8 +325,8 @@ METRICS_TRIED = ("loss", "gap", "gap_closed", "gain_over_nearest", "repetition",
 
 
 def test_the_value_of_a_trial_is_that_of_the_report(tiny_data, tmp_path, monkeypatch):
-    """By one metric of each kind, with the scorer loaded by none, and asked for by none of the
-    losses. Minimised ones have their direction."""
+    """By one metric of each kind; none of these asks for the scorer. Minimised ones have their
+    direction."""
     monkeypatch.chdir(ROOT)  # train.toml's paths are relative
     base = {
         "config": "train.toml", "data.dir": str(tiny_data), "train.max_steps": 4,
@@ -339,6 +341,8 @@ def test_the_value_of_a_trial_is_that_of_the_report(tiny_data, tmp_path, monkeyp
         more = [f"study.metric={metric}", f"output.dir={folder}"]
         if metric in elm.LOSS_METRICS:
             more += ["base.eval.samples=0", "base.eval.bertscore_model=/nowhere"]
+        elif metric == "repetition":
+            more += ["base.eval.bertscore_model=/nowhere"]
         code, said = command("sweep", path, *more)
         assert code == 0, said
         (row,) = read_jsonl(folder / "trials.jsonl")
