@@ -7680,7 +7680,7 @@ class SweepWorker:
 
 
 def format_setting(value: object) -> str:
-    return format_number(value) if isinstance(value, float) else toml_value(value)
+    return f"{value:.4g}" if isinstance(value, float) else toml_value(value)
 
 
 def describe_trial(trial: optuna.trial.FrozenTrial) -> Json:
