@@ -34,10 +34,11 @@ def main() -> None:
             losses = elm.measure_losses(model, split, nearest, nll_text)
             result = elm.summarize(losses)
             low, high = result["intervals"]["gap_closed"]
-            print(f"| {Path(path).stem} | {elm.name_precision(model.llm)} | "
-                  f"{result['loss_shuffled']:.3f} | {result['loss']:.3f} | "
-                  f"{result['loss_text']:.3f} | {result['gap_closed']:.3f} ± {(high - low) / 2:.3f} |",
-                  flush=True)
+            cells = [Path(path).stem, elm.name_precision(model.llm)]
+            for key in ("loss_shuffled", "loss", "loss_text"):
+                cells.append(f"{result[key]:.3f}")
+            cells.append(f"{result['gap_closed']:.3f} ± {(high - low) / 2:.3f}")
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
