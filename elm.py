@@ -3797,7 +3797,10 @@ def read_token_embeddings(path: str | Path) -> Tensor | None:
             safe_open(path, framework="pt") as f:
         if TOKEN_EMBEDDINGS not in f.keys():  # noqa: SIM118
             return None
-        return f.get_tensor(TOKEN_EMBEDDINGS)
+        token_embeddings = f.get_tensor(TOKEN_EMBEDDINGS)
+        if token_embeddings.ndim != 2 or not token_embeddings.any():
+            raise UserError(f"{path}: not a whole elm adapter: its {TOKEN_EMBEDDINGS} are damaged")
+        return token_embeddings
 
 
 def find_difference(trained: TrainedLLM, token_embeddings: Tensor | None, elm: ELM) -> str | None:

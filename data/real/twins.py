@@ -2,8 +2,8 @@
 
     python data/real/twins.py LLM ADAPTER ...
 
-A line for each kind of numbers and each adapter's file: the loss per response token by another row's
-vector, by the row's own, and by its text, and the gap closed. No answers.
+A line for each kind of numbers and each adapter's file: the loss per response token by another
+row's vector, by the row's own, and by its text, and the gap closed. No answers.
 """
 
 import sys
