@@ -1297,6 +1297,10 @@ class Prompt:
         (probe_ids,) = self.encode([PROBE_TEXT])
         return sha256_short(json.dumps([self.prefix_ids, self.suffix_ids, self.end_ids, probe_ids]))
 
+    def probe_ids(self) -> Tensor:
+        """The ids that PROBE_TEXT has, each once, ascending: ids that rows have."""
+        return torch.tensor(self.encode([PROBE_TEXT])[0]).unique()
+
     def strip_response(self, response: str) -> str:
         """As the template does."""
         parts = self.template_parts
@@ -3521,8 +3525,9 @@ class ELM(nn.Module):
         if bf16 is None:
             bf16 = trained.bf16
         if quantization is None:
-            is_quantized_already = is_gguf(name) or stored_quantization(name, "llm")
-            quantization = "off" if is_quantized_already else trained.quantization
+            quantization = trained.quantization
+            if quantization != "off" and (is_gguf(name) or stored_quantization(name, "llm")):
+                quantization = "off"
         frozen = load_llm(name, device, bf16, "llm", deepspeed, quantization)
         origin = adapter_origin(metadata, path)
         elm = cls(frozen, adapter.to(device), prompt, origin).eval()
@@ -3784,7 +3789,7 @@ def layer_sizes(llm: PreTrainedModel) -> Json:
 def sample_token_embeddings(llm: PreTrainedModel, prompt: Prompt) -> Tensor:
     """Those of NUM_TOKENS_COMPARED tokens of PROBE_TEXT [n, D] fp16, on the CPU. One tokenizer
     always names the same tokens. Under ZeRO 3 all processes take part."""
-    ids = torch.tensor(prompt.encode([PROBE_TEXT])[0]).unique()
+    ids = prompt.probe_ids()
     chosen = ids[torch.linspace(0, len(ids) - 1, NUM_TOKENS_COMPARED).long()]
     embed = llm.get_input_embeddings()
     return embed(chosen.to(embed.weight.device)).to("cpu", torch.float16)
@@ -3882,8 +3887,7 @@ def check_llm(elm: ELM, max_tokens: int = 0) -> None:
     try:
         if elm.llm.base_model is elm.llm:
             raise ValueError("it has no backbone that gives hidden states (Llama 4)")
-        # Ids that rows have, each once.
-        ids = torch.tensor(elm.prompt.encode([PROBE_TEXT])[0]).unique()
+        ids = elm.prompt.probe_ids()
         check_attention(elm, ids)
         exceeded = [n for n in lengths_of_change(elm.llm) if n < max_tokens]
         if exceeded:
@@ -3997,7 +4001,7 @@ def check_gradient(elm: ELM) -> None:
     no small step against it lowers the loss by about as much as it says."""
     if not is_quantized(elm.llm):
         return
-    ids = torch.tensor(elm.prompt.encode([PROBE_TEXT])[0]).unique()[:LENGTHS_CHECKED[0]]
+    ids = elm.prompt.probe_ids()[:LENGTHS_CHECKED[0]]
     num_soft = len(ids) // 4
     # As in a prompt, no label follows a soft token at once: the loss depends on them through the
     # layers alone, not by the residual stream.
