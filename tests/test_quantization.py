@@ -106,6 +106,23 @@ def test_a_table_is_transformers_own(llm):
     assert elm.weights_hash(again) == elm.weights_hash(loaded)
 
 
+@pytest.mark.parametrize("table", [
+    {"load_in_8bit": True, "llm_int8_skip_modules": ["down_proj", "lm_head"]},
+    {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+     "bnb_4bit_compute_dtype": "float32", "llm_int8_skip_modules": ["down_proj", "lm_head"]},
+    {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+     "bnb_4bit_compute_dtype": "bfloat16"},
+    {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}])
+def test_an_adapter_keeps_the_table_of_its_llm(llm, tmp_path, table, caplog):
+    """Not the short name of another one, by which it would be loaded with other weights."""
+    model = load_elm(llm, table)
+    model.save(tmp_path / "adapter.safetensors")
+    again = elm.ELM.load(tmp_path / "adapter.safetensors")
+    assert elm.quantization_of(again.llm) == elm.quantization_of(model.llm)
+    assert again.trained_for == model.trained_for
+    assert "twin" not in caplog.text
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_is_that_of_dequantised_weights(llm, kind, monkeypatch):
     """At the soft tokens, after passes without a gradient: on a CPU with AVX512-BF16 bitsandbytes
