@@ -604,7 +604,10 @@ def toml_value(value: object) -> str:
 def config_text(cfg: Config) -> str:
     """The resolved config as TOML, under package versions and the git commit as comments."""
     lines = []
-    for package in ("torch", "transformers", "deepspeed", "safetensors"):
+    packages = ["torch", "transformers", "deepspeed", "safetensors"]
+    if cfg.model.quantization != "off":
+        packages.append("bitsandbytes")
+    for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             lines.append(f"# {package} {importlib.metadata.version(package)}")
     if shutil.which("git"):
@@ -2384,6 +2387,7 @@ def read_trained_llm(metadata: Json, path: str | Path) -> TrainedLLM:
             template=llm["template"], template_parts=metadata["prompt"],
             trained_for=dict(metadata["trained_for"]), precision=llm.get("precision", ""),
             sizes=dict(llm.get("sizes", {})), norms_hash=llm.get("norms_hash", ""))
+        check_quantization_kind(trained.quantization)
     check_template_parts(trained.template_parts, path)
     return trained
 
@@ -2654,8 +2658,8 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
     is_quantized = check_quantization(name, key, quantization)
     if deepspeed is not None and deepspeed.zero_stage == 3:
         if is_quantized:
-            raise UserError(f"{key}: deepspeed.zero_stage = 3 shares out no quantised LLM; "
-                            "zero_stage = 0, which loads it whole on each GPU, does")
+            raise UserError(f"{key}: deepspeed.zero_stage = 3 cannot share out a quantised LLM; "
+                            "zero_stage = 0 loads it whole on each GPU")
         llm = load_llm_zero3(name, device, bf16, key, deepspeed)
     elif is_quantized:
         options = {"device_map": {"": device}}
@@ -2709,8 +2713,10 @@ def stored_quantization(name: str, key: str) -> Json | None:
 def check_quantization(name: str, key: str, quantization: Quantization) -> bool:
     """Whether an LLM will be quantised, by load_llm or where it lies. Raises: UserError if by both,
     or if a package is missing."""
-    stored = stored_quantization(name, key)
     own_key = quantization_key(key)
+    with user_error(own_key, ValueError):
+        check_quantization_kind(quantization)
+    stored = stored_quantization(name, key)
     if quantization != "off":
         if is_gguf(name):
             raise UserError(f"{own_key}: {name} is a GGUF file, which is dequantised as it is "
@@ -2821,8 +2827,8 @@ def load_llm_zero3(name: str, device: torch.device, bf16: bool, key: str,
     """The frozen LLM, its parameters shared out among the processes as they are created, so that
     none ever holds the whole LLM. All processes take part. Raises: UserError."""
     if is_gguf(name):
-        raise UserError(f"{key}: deepspeed.zero_stage = 3 shares out no GGUF file; give a folder "
-                        "of transformers")
+        raise UserError(f"{key}: deepspeed.zero_stage = 3 cannot share out a GGUF file; give a "
+                        "folder of transformers")
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     if device.type == "cuda":
         # DeepSpeed takes the GPU of this number. A launcher that shows each process one GPU alone
@@ -2877,12 +2883,23 @@ def is_partitioned(llm: PreTrainedModel) -> bool:
     return hasattr(llm.get_input_embeddings().weight, "ds_id")
 
 
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
+def packed_buffers(llm: nn.Module) -> list[Tensor]:
+    """Weights that are no parameters: GPTQ, AWQ and others pack them in buffers of integers."""
+    buffers = []
+    for module in llm.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            is_kept = name not in module._non_persistent_buffers_set
+            if is_kept and not buffer.is_floating_point():
+                buffers.append(buffer)
+    return buffers
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
     """Its shape, also where ZeRO 3 shares it out."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def whole_numel(parameter: nn.Parameter) -> int:
+def whole_numel(parameter: Tensor) -> int:
     """The number of its elements, also where ZeRO 3 shares them out."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
@@ -2903,8 +2920,8 @@ BYTES_OF_WEIGHTS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDic
 def bytes_of_weights(llm: PreTrainedModel) -> int:
     if llm not in BYTES_OF_WEIGHTS:
         num_bytes = 0
-        for parameter in llm.parameters():
-            num_bytes += whole_numel(parameter) * parameter.element_size()
+        for weight in [*llm.parameters(), *packed_buffers(llm)]:
+            num_bytes += whole_numel(weight) * weight.element_size()
         BYTES_OF_WEIGHTS[llm] = num_bytes
     return BYTES_OF_WEIGHTS[llm]
 
@@ -2961,28 +2978,28 @@ def longrope_length(llm: PreTrainedModel) -> int | None:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A hash of all parameters, see hash_parameters."""
-    return hash_parameters(model.parameters())
+    """A hash of all parameters and packed buffers, see hash_weights."""
+    return hash_weights([*model.parameters(), *packed_buffers(model)])
 
 
 def norms_hash(llm: PreTrainedModel) -> str:
     """A hash of the parameters of one dimension, norms and biases, which methods of quantisation
     leave as they are, most of them."""
-    return hash_parameters(p for p in llm.parameters() if len(whole_shape(p)) == 1)
+    return hash_weights([p for p in llm.parameters() if len(whole_shape(p)) == 1])
 
 
 @torch.no_grad()
-def hash_parameters(parameters: Iterable[nn.Parameter]) -> str:
-    """A hash of 16 to 31 values of each parameter, in bf16, so that it is the same for any dtype.
-    Under ZeRO 3 all processes take part."""
+def hash_weights(weights: list[Tensor]) -> str:
+    """A hash of 16 to 31 values of each tensor, in bf16, so that it is the same for any dtype; ""
+    of none. Under ZeRO 3 all processes take part."""
     samples = []
-    for parameter in parameters:
+    for weight in weights:
         gathered = contextlib.nullcontext()
-        if hasattr(parameter, "ds_id"):
-            gathered = import_optional("deepspeed").zero.GatheredParameters(parameter)
+        if hasattr(weight, "ds_id"):
+            gathered = import_optional("deepspeed").zero.GatheredParameters(weight)
         with gathered:
-            stride = max(1, parameter.numel() // 16)
-            samples.append(parameter.flatten()[::stride].bfloat16().float())  # a copy, no view
+            stride = max(1, weight.numel() // 16)
+            samples.append(weight.flatten()[::stride].bfloat16().float())  # a copy, no view
     if not samples:  # an embedder may have no weights, as a bag of words
         return ""
     return sha256_short(torch.cat(samples).cpu().numpy().tobytes())
@@ -3560,8 +3577,8 @@ class ELM(nn.Module):
         frozen = load_llm(llm, device, bf16, "llm", quantization=quantization)
         adapter = fresh_adapter(frozen, statistics, hidden_dim=hidden_dim, **settings)
         elm = cls(frozen, adapter.to(device), prompt, VectorOrigin(model=embedder))
-        check_llm(elm, min(2048, max_positions(frozen)))
-        check_gradient(elm)
+        check_llm(elm, min(2048, max_positions(frozen)), "llm")
+        check_gradient(elm, "llm")
         return elm
 
     def save(self, path: str | Path, weights: dict[str, Tensor] | None = None,
@@ -3857,13 +3874,14 @@ def check_is_llm_of_training(trained: TrainedLLM, elm: ELM, path: str | Path) ->
                         "trained with")
     others = {key: value for key, value in elm.trained_for.items() if key != WEIGHTS_HASH}
     check_trained_for(trained.trained_for, others, where)
-    if elm.norms_hash == trained.norms_hash:
-        norms = "and the same norms, as a quantised copy has"
-    else:
-        norms = "but other norms, as one that was trained further has"
-    log.warning(f"{path}: trained for {trained.name} ({trained.precision}), whose twin {name} "
-                f"({name_precision(elm.llm)}) is: other weights, the same tokenizer, sizes and "
-                f"token embeddings, {norms}; the adapter's figures are of the LLM of training")
+    # Quantisation and padding leave the norms as they are. So do LoRA and the like.
+    kind = "a copy in other numbers, or one whose matrices alone were trained further"
+    if elm.norms_hash != trained.norms_hash:
+        kind = "one that was trained further"
+    log.warning(f"{path}: trained for {trained.name} ({trained.precision}); {name} "
+                f"({name_precision(elm.llm)}) is a twin of it, with the same tokenizer, sizes and "
+                f"token embeddings and other weights ({kind}); the adapter's figures are of the "
+                "LLM of training")
 
 
 # The check of an LLM
@@ -3876,10 +3894,11 @@ LENGTHS_IN_CONFIG = ("sliding_window", "attention_window_size", "attention_chunk
 
 
 @torch.no_grad()
-def check_llm(elm: ELM, max_tokens: int = 0) -> None:
+def check_llm(elm: ELM, max_tokens: int = 0, key: str = "model.llm") -> None:
     """Try the LLM on short prompts and, where it reads rows of max_tokens in another way, on a long
-    one. Raises: UserError if it cannot read max_tokens, cannot run on packed rows or embeddings, or
-    lets tokens interact other than by causal attention within an example."""
+    one. `key` names it in messages. Raises: UserError if it cannot read max_tokens, cannot run on
+    packed rows or embeddings, or lets tokens interact other than by causal attention within an
+    example."""
     limit = max_positions(elm.llm)
     if max_tokens > limit:
         reason = ""
@@ -3887,11 +3906,12 @@ def check_llm(elm: ELM, max_tokens: int = 0) -> None:
             reason = (": with longer rows its LongRoPE changes short ones, too; "
                       f"data.max_seq_length = {limit}")
         raise UserError(f"data.max_seq_length = {max_tokens}: the LLM reads {limit}{reason}")
-    name = type(elm.llm).__name__
-    message = f"model.llm: {name} cannot be used, as rows are packed and prompts are embeddings"
+    name = f"{type(elm.llm).__name__} ({elm.llm.name_or_path}, {name_precision(elm.llm)})"
+    message = f"{key}: {name} cannot be used, as rows are packed and prompts are embeddings"
     # ValueError is of our checks. The others are what an LLM's code raises that cannot take packed
-    # rows or embeddings (MPT AttributeError, Gemma 4 RuntimeError).
-    foreign = (TypeError, AttributeError, RuntimeError, NotImplementedError)
+    # rows or embeddings (MPT AttributeError, Gemma 4 RuntimeError), or whose output layer is packed
+    # (bitsandbytes AssertionError).
+    foreign = (TypeError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
     try:
         if elm.llm.base_model is elm.llm:
             raise ValueError("it has no backbone that gives hidden states (Llama 4)")
@@ -4003,11 +4023,37 @@ GRADIENT_STEPS = (0.1, 0.03, 0.01)  # tried by check_gradient; relative to the e
 MAX_SLOPE_RATIO = 4  # of the loss along a step to the gradient, either way
 
 
-def check_gradient(elm: ELM) -> None:
+@contextlib.contextmanager
+def modules_without_backward(llm: PreTrainedModel) -> Iterator[list[str]]:
+    """The names of modules with weights that, in passes inside, take an input with a gradient and
+    give an output without one. Only those that autograd calls with one tensor and that return one,
+    as linear layers do."""
+    names = []
+    handles = []
+    for name, module in llm.named_modules():
+
+        def note(module: nn.Module, inputs: tuple[Any, ...], output: Any, name: str = name) -> None:
+            if not torch.is_grad_enabled() or not isinstance(output, Tensor):
+                return
+            has_gradient = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+            if has_gradient and not output.requires_grad:
+                names.append(name)
+
+        if next(module.parameters(), None) is not None or packed_buffers(module):
+            handles.append(module.register_forward_hook(note))
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_gradient(elm: ELM, key: str = "model.llm") -> None:
     """Of a quantised LLM: whether the loss has a gradient at the input embeddings, which all
     training goes by. Kernels for serving may have no backward pass: autograd raises an error, or
-    leaves their layers out. Raises: UserError if the gradient is missing, zero or not finite, or if
-    no small step against it lowers the loss by about as much as it says."""
+    leaves their layers out. `key` names the LLM in messages. Raises: UserError if a layer is left
+    out, if the gradient is zero or not finite, or if no small step against it lowers the loss by
+    about as much as it says."""
     if not is_quantized(elm.llm):
         return
     ids = elm.prompt.probe_ids()[:LENGTHS_CHECKED[0]]
@@ -4027,10 +4073,13 @@ def check_gradient(elm: ELM) -> None:
 
     soft_tokens.requires_grad_()
     name = f"{elm.llm.name_or_path} ({name_precision(elm.llm)})"
-    message = f"model.llm: {name}: an adapter cannot be trained through these weights: "
-    advice = "; nf4 and int8 can (model.quantization), and a GGUF file"
+    message = f"{key}: {name}: an adapter cannot be trained through these weights: "
+    advice = f"; through nf4 and int8 it can ({quantization_key(key)}), and through a GGUF file"
     try:
-        loss = loss_at(soft_tokens)
+        with modules_without_backward(elm.llm) as without_backward:
+            loss = loss_at(soft_tokens)
+        if without_backward:
+            raise UserError(f"{message}{without_backward[0]} has no backward pass{advice}")
         (gradient,) = torch.autograd.grad(loss, soft_tokens)
     except (RuntimeError, NotImplementedError) as e:
         if isinstance(e, torch.OutOfMemoryError) or is_raised_here(e):
@@ -7785,7 +7834,7 @@ class GenerateOptions(Table):
     embeddings: PathStr | None = None  # a .safetensors or .npy file of one table, or a .parquet
     #   file
     text: TextList | None = None  # in place of embeddings: a text, or several, or a .txt file of a
-    #   text a line; each is embedded, and answered about by its vector alone
+    #   text a line; each is embedded, in bf16 where the LLM is, and answered about by its vector
     query: TextList  # about each vector, or several: 'query=["…", "…"]'; <EMB> in it is where the
     #   vector goes
     column: str = VECTOR_COLUMN  # of a .parquet file: the vectors
@@ -7801,7 +7850,7 @@ class GenerateOptions(Table):
     served_model: str | None = None  # the server's name of the LLM, where it has another
     concurrency: PositiveInt = 64  # requests to the server at a time
     llm: PathStr | None = None  # another place of the adapter's LLM; none: the one of training
-    bf16: bool | None = None  # of the LLM; none: as in training
+    bf16: bool | None = None  # of the LLM and the embedder; none: as in training
     quantization: Quantization | None = None  # of the LLM, as model.quantization; none: as in
     #   training, unless it is quantised where it lies
     max_new_tokens: PositiveInt = 256  # of an answer
@@ -7992,12 +8041,21 @@ def check_is_utf8(text: str, key: str) -> None:
         text.encode()
 
 
+def is_txt(text: str) -> bool:
+    """Whether it names a .txt file: no text ends so."""
+    return text.lower().endswith(".txt") and "\n" not in text
+
+
 def read_given_texts(given: Sequence[str]) -> list[str]:
-    """The texts of `text=`: themselves, or, where one word that ends in .txt is given alone, the
-    lines of that file. Raises: UserError at one that is empty."""
+    """The texts of `text=`: themselves, or, where a name that ends in .txt is given alone, the
+    lines of that file. Raises: UserError at one that is empty, and at another file."""
     texts = list(given)
     where = "text"
-    is_file = len(texts) == 1 and re.fullmatch(r"\S+\.txt", texts[0]) is not None
+    is_file = len(texts) == 1 and is_txt(texts[0])
+    for text in texts:
+        if not is_file and (is_txt(text) or os.path.isfile(text)):
+            raise UserError(f"text: {clip(text, 100)} is the name of a file; give one .txt file "
+                            "alone, with a text a line, or texts")
     if is_file:
         where = expand_path(texts[0])
         check_file(where, "text")
@@ -8022,10 +8080,10 @@ def embed_given_texts(texts: list[str], embedder: str | None, origin: VectorOrig
     if name is None:
         raise UserError("text: the adapter does not say which model made its vectors; name it by "
                         "embedder=NAME")
-    warn_of_other_embedder(name, origin)
     model = load_embedder(name, bf16, device, "embedder", origin.max_tokens)
     width = len(adapter.mean)
     check_embedder_width(model, f"embedder: {name}", width)
+    warn_of_other_embedder(name, origin, "the adapter cannot read those of another model")
     vectors = embed_texts(model, texts, truncate_dim=width,
                           prompt=instruction_prompt(origin.instruction))
     del model
@@ -8033,10 +8091,9 @@ def embed_given_texts(texts: list[str], embedder: str | None, origin: VectorOrig
     return vectors
 
 
-def warn_of_other_embedder(name: str, origin: VectorOrigin) -> None:
+def warn_of_other_embedder(name: str, origin: VectorOrigin, consequence: str) -> None:
     if embedders_differ(VectorOrigin(model=name), origin):
-        warn_once(f"embedder = {name}: the vectors are of {origin.model}; cosines of vectors of "
-                  "two models mean nothing")
+        warn_once(f"embedder = {name}: the vectors are of {origin.model}; {consequence}")
 
 
 def origin_of_table(path: Path, metadata: Json, adapter: str) -> VectorOrigin:
@@ -8060,7 +8117,7 @@ def choose_scoring_model(options: GenerateOptions, origin: VectorOrigin) -> str 
                         "vectors; name it by embedder=NAME")
     check_model_name(name, "embedder")
     import_optional("sentence_transformers")
-    warn_of_other_embedder(name, origin)
+    warn_of_other_embedder(name, origin, "cosines of vectors of two models mean nothing")
     return name
 
 

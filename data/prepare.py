@@ -512,7 +512,8 @@ class SynthesizeOptions(Table):
     seed: Seed = 42  # of tasks, queries and sampling
     template: elm.TemplateArguments = {}  # of the chat template: { enable_thinking = false }
     bf16: bool = True  # of the LLM and the embedder
-    quantization: elm.Quantization = "off"  # of the LLM in this process: nf4, int8 or a table
+    quantization: elm.Quantization = "off"  # of the LLM, in this process and in the train.toml
+    #   that is written: nf4, int8 or a table
     fp16: bool = False  # of the vectors, which are fp32 else
 
 

@@ -155,11 +155,16 @@ def test_bad_texts(reader, start, trained, tmp_path, monkeypatch):
     words = ["generate", f"adapter={reader / 'adapter.safetensors'}", "query=What?"]
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "blank.txt").write_text("one\n\nthree\n")
+    (tmp_path / "notes.md").write_text("one")
     (tmp_path / "latin.txt").write_bytes("Caf\u00e9".encode("latin-1"))
     refused("^elm: generate: give either a table of vectors .embeddings=FILE., or texts", *words)
     refused("^elm: generate: give either a table of vectors .embeddings=FILE., or texts", *words,
             "text=x", "embeddings=y")
     refused("^elm: text: there is no file gone.txt here", *words, "text=gone.txt")
+    refused("^elm: text: there is no file my notes.TXT here", *words, "text=my notes.TXT")
+    for more in ('["texts.txt", "blank.txt"]', "notes.md", '["x", "notes.md"]'):
+        refused("^elm: text: .* is the name of a file; give one .txt file alone", *words,
+                f"text={more}")
     refused("^elm: text: empty.txt is empty", *words, "text=empty.txt")
     refused("^elm: blank.txt: line 2 is blank; give a text", *words, "text=blank.txt")
     refused("^elm: text: latin.txt: no text of UTF-8", *words, "text=latin.txt")
@@ -322,7 +327,7 @@ def test_each_mistake_has_its_line():
     [
         (["--version"], f"elm {elm.__version__}\n"),
         (["help"], "    python elm.py generate adapter=PATH embeddings=FILE"),
-        (["help", "generate"], "\n    bf16 = none (true or false, or none)  # of the LLM; "),
+        (["help", "generate"], "\n    bf16 = none (true or false, or none)  # of the LLM and the embedder; "),
         (["--help"], "    python elm.py generate adapter=PATH embeddings=FILE"),
         (["train.toml", "--help"], "\n[train]\n    batch_size = 16 (integer above 0)  # "),
         (["eval", "--help"], "\n    adapter (path)  # a file, a run's folder, or a name"),

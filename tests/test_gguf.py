@@ -32,9 +32,10 @@ def for_llama_cpp(matrix: np.ndarray, num_heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(matrix.shape)
 
 
-def write_gguf(folder: Path, path: Path) -> Path:
-    """A Llama of transformers, whose tokens are bytes, as a GGUF file in fp32. The tokenizer gets
-    one merge, as the format asks for some: of QQ, which no text of these tests has."""
+def write_gguf(folder: Path, path: Path, kind: str = "F32") -> Path:
+    """A Llama of transformers, whose tokens are bytes, as a GGUF file with matrices of a kind. The
+    tokenizer gets one merge, as the format asks for some: of QQ, which no text of these tests
+    has."""
     llm = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = llm.config
@@ -74,7 +75,13 @@ def write_gguf(folder: Path, path: Path) -> Path:
             array = for_llama_cpp(array, config.num_attention_heads)
         if "k_proj" in name:
             array = for_llama_cpp(array, config.num_key_value_heads)
-        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(array))
+        name_in_file = names.get_name(name, (".weight",))
+        if array.ndim == 2 and kind != "F32":
+            matrix_type = gguf.GGMLQuantizationType[kind]
+            packed = gguf.quants.quantize(array, matrix_type)
+            writer.add_tensor(name_in_file, packed, raw_dtype=matrix_type)
+        else:
+            writer.add_tensor(name_in_file, np.ascontiguousarray(array))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -135,6 +142,38 @@ def test_it_answers_about_texts(file):
     assert answer.text
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_one_adapter_reads_the_folder_and_its_files(tmp_path, caplog, kind):
+    """Also in 4 bits; it is trained on a file, or read by one."""
+    # wide enough for the formats, whose blocks have 32 weights, and bitsandbytes', of 64
+    folder = make_llm(tmp_path / "llm", "llama", hidden_size=64, intermediate_size=128)
+    file = write_gguf(folder, tmp_path / f"{kind}.gguf", kind)
+    data = make_data(tmp_path / "data")
+    losses = {}
+    for trained_in, others in ((folder, (file, folder)), (file, (folder, file))):
+        out = tmp_path / f"out {trained_in.name}"
+        settings = make_settings(trained_in, data, out)
+        code, said = command("train", NO_TABLES, *settings, "train.max_steps=2")
+        assert code == 0 and "twin" not in said, said
+        for other in others:
+            caplog.clear()
+            model = elm.ELM.load(out, llm=str(other))
+            is_twin = other != trained_in
+            assert (f"{other} (float32) is a twin of it" in caplog.text) == is_twin
+            with torch.no_grad():
+                vectors = elm.open_vectors(vectors_path(data, "test")).float()
+                loss = model.loss(vectors, "What?", "alpha beta gamma")
+            losses[trained_in.name, other.name] = loss.item()
+        caplog.clear()
+        elm.ELM.load(out, llm=str(folder), quantization="nf4")
+        assert f"{folder} (nf4) is a twin of it" in caplog.text
+    for trained_in in (folder, file):
+        of_folder = losses[trained_in.name, folder.name]
+        of_file = losses[trained_in.name, file.name]
+        assert of_folder != of_file
+        assert of_file == pytest.approx(of_folder, rel=0.05)
+
+
 def test_what_cannot_be_loaded_is_refused(llm, file, tmp_path, monkeypatch):
     settings = make_settings(file, make_data(tmp_path / "data"), tmp_path / "out")
     train = ["train", NO_TABLES, *settings]
@@ -145,8 +184,8 @@ def test_what_cannot_be_loaded_is_refused(llm, file, tmp_path, monkeypatch):
     folder = tmp_path / "folder.gguf"
     folder.mkdir()
     refused(f"^elm: model.llm: {folder} is a folder, not a file", *train, f"model.llm={folder}")
-    refused("^elm: model.llm: deepspeed.zero_stage = 3 shares out no GGUF file; give a folder of "
-            "transformers", *train, "deepspeed.zero_stage=3")
+    refused("^elm: model.llm: deepspeed.zero_stage = 3 cannot share out a GGUF file; give a folder "
+            "of transformers", *train, "deepspeed.zero_stage=3")
     refused("^elm: eval.embedder: .*gguf is a file; give the folder of a model", *train,
             f"eval.embedder={file}")
     monkeypatch.setitem(sys.modules, "gguf", None)

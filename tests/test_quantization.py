@@ -247,10 +247,11 @@ def test_an_adapter_reads_a_twin(trained_in_full, llm, data, tmp_path):
         code, said = command("eval", NO_TABLES, *settings, f"adapter={trained_in_full}",
                              f"report_dir={report}", f"model.quantization={kind}")
         assert code == 0, said
-        assert said.count("whose twin") == 1
-        assert (f"trained for {llm} (float32), whose twin {llm} ({kind}) is: other weights, the "
-                "same tokenizer, sizes and token embeddings, and the same norms, as a quantised "
-                "copy has; the adapter's figures are of the LLM of training") in said
+        assert said.count("is a twin of it") == 1
+        assert (f"trained for {llm} (float32); {llm} ({kind}) is a twin of it, with the same "
+                "tokenizer, sizes and token embeddings and other weights (a copy in other numbers, "
+                "or one whose matrices alone were trained further); the adapter's figures are of "
+                "the LLM of training") in said
         losses[kind] = json.loads((report / "eval.json").read_text())["loss"]
     assert len(set(losses.values())) == 3
     assert losses["nf4"] == pytest.approx(losses["full"], rel=0.05)
@@ -264,7 +265,7 @@ def test_an_adapter_of_few_bits_is_loaded_as_it_was_trained(trained_in, llm, dat
     code, said = command(*words)
     assert code == 0 and "twin" not in said, said
     code, said = command(*words, "quantization=off")
-    assert code == 0 and f"({kind}), whose twin {llm} (float32)" in said, said
+    assert code == 0 and f"({kind}); {llm} (float32) is a twin of it" in said, said
     assert elm.quantization_of(elm.ELM.load(out).llm) == kind
     assert elm.quantization_of(elm.ELM.load(out, quantization="off").llm) == "off"
 
@@ -307,8 +308,8 @@ def test_an_fp8_folder_is_a_twin(trained_in_full, llm, data, tmp_path, caplog):
     folder = make_llm(tmp_path / "fp8", **SHAPE)
     write_fp8(folder)
     model = elm.ELM.load(trained_in_full, llm=str(folder))
-    assert f"whose twin {folder} (float32) is" in caplog.text
-    assert "and the same norms, as a quantised copy has" in caplog.text
+    assert f"{folder} (float32) is a twin of it" in caplog.text
+    assert "(a copy in other numbers, or one" in caplog.text
     full = AutoModelForCausalLM.from_pretrained(llm)
     weight = model.llm.model.layers[0].mlp.down_proj.weight
     assert torch.allclose(weight, full.model.layers[0].mlp.down_proj.weight, rtol=0.07, atol=1e-3)
@@ -350,20 +351,37 @@ def test_what_is_no_twin(trained_in_full, llm, tmp_path):
     load(sibling)
 
 
-def shift_weights(folder, size: float) -> None:
-    """As a little more training would."""
+def shift_weights(folder, size: float, least_dim: int = 1) -> None:
+    """As a little more training would, of tensors of at least so many dimensions."""
     weights = load_file(folder / "model.safetensors")
     torch.manual_seed(3)
     for name in weights:
-        weights[name] += size * torch.randn_like(weights[name])
+        if weights[name].ndim >= least_dim:
+            weights[name] += size * torch.randn_like(weights[name])
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_the_line_tells_a_sibling_from_a_copy(trained_in_full, tmp_path, caplog):
+@pytest.mark.parametrize("least_dim, line", [
+    (1, "(one that was trained further)"),
+    (2, "(a copy in other numbers, or one whose matrices alone were trained further)")])  # as LoRA
+def test_the_line_says_what_a_twin_can_be(trained_in_full, tmp_path, caplog, least_dim, line):
     sibling = make_llm(tmp_path / "sibling", **SHAPE)
-    shift_weights(sibling, 1e-2)
+    shift_weights(sibling, 1e-2, least_dim)
     elm.ELM.load(trained_in_full, llm=str(sibling))
-    assert "but other norms, as one that was trained further has" in caplog.text
+    assert line in caplog.text
+
+
+def test_weights_in_packed_buffers_are_seen(llm):
+    """As GPTQ and AWQ keep them: in the hash and in the bytes."""
+    plain = elm.load_llm(str(llm), CPU, False)
+    hashes = {elm.weights_hash(plain)}
+    for value in (3, 4):
+        packed = elm.load_llm(str(llm), CPU, False)
+        buffer = torch.full((64, 16), value, dtype=torch.int32)
+        packed.model.layers[1].mlp.register_buffer("qweight", buffer)
+        hashes.add(elm.weights_hash(packed))
+        assert elm.bytes_of_weights(packed) == elm.bytes_of_weights(plain) + 64 * 16 * 4
+    assert len(hashes) == 3
 
 
 def test_padding_of_the_vocabulary_does_not_count(trained_in_full, llm, tmp_path, caplog):
@@ -374,7 +392,7 @@ def test_padding_of_the_vocabulary_does_not_count(trained_in_full, llm, tmp_path
     loaded.save_pretrained(padded)
     byte_tokenizer().save_pretrained(padded)
     elm.ELM.load(trained_in_full, llm=str(padded))
-    assert "and the same norms" in caplog.text
+    assert "a copy in other numbers" in caplog.text
 
 
 def test_an_adapter_of_an_early_version(trained_in_full, llm, tmp_path):
@@ -428,26 +446,53 @@ class NoBackward(torch.nn.Module):
         return y
 
 
-@pytest.mark.parametrize("raises", [False, True])
-def test_a_kernel_without_a_backward_pass_is_refused(llm, data, tmp_path, monkeypatch, raises):
+@pytest.mark.parametrize("raises, names", [
+    (False, ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
+    (True, ("mlp.down_proj",)),
+    (False, ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),  # the gradient is not 0
+    (False, ("self_attn.v_proj",))])
+def test_a_kernel_without_a_backward_pass_is_refused(llm, data, tmp_path, monkeypatch, raises,
+                                                     names):
     load_llm = elm.load_llm
 
     def load_without_backward(*arguments, **options):
         loaded = load_llm(*arguments, **options)
-        for layer in loaded.model.layers:
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                setattr(layer.mlp, name, NoBackward(getattr(layer.mlp, name), raises))
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                setattr(layer.self_attn, name, NoBackward(getattr(layer.self_attn, name), raises))
+        layer = loaded.model.layers[1]
+        for name in names:
+            layer.set_submodule(name, NoBackward(layer.get_submodule(name), raises))
         return loaded
 
     monkeypatch.setattr(elm, "load_llm", load_without_backward)
-    reason = "this kernel is for inference" if raises else "gradient at its input has the norm 0"
+    reason = f"model.layers.1.{names[0]} has no backward pass"
+    if raises:
+        reason = "this kernel is for inference"
     settings = make_settings(llm, data, tmp_path / "out")
-    refused(rf"model.llm: {llm} \(nf4\): an adapter cannot be trained through these weights: .*"
-            f"{reason}.*; nf4 and int8 can", "train", NO_TABLES, *settings,
+    refused(rf"model.llm: {llm} \(nf4\): an adapter cannot be trained through these weights: "
+            f"{reason}; through nf4 and int8 it can", "train", NO_TABLES, *settings,
             "model.quantization=nf4")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bits, precision", [(4, "bitsandbytes"), (8, "int8")])
+def test_an_output_layer_that_is_packed_and_tied_is_refused(tmp_path, bits, precision):
+    """By a table that skips no module: it has the embeddings' matrix, which is not packed."""
+    folder = make_llm(tmp_path / "llm", tie_word_embeddings=True, **SHAPE)
+    table = {f"load_in_{bits}bit": True, "llm_int8_skip_modules": ["none"]}
+    reason = rf"llm: Qwen3ForCausalLM \({folder}, {precision}\) cannot be used"
+    with pytest.raises(elm.UserError, match=reason):
+        load_elm(folder, table)
+
+
+def test_kinds_of_other_callers_are_checked(llm, trained_in_full, tmp_path):
+    with pytest.raises(elm.UserError, match="quantization: 'int4' is none of off, nf4, int8"):
+        load_elm(llm, "int4")
+    with pytest.raises(elm.UserError, match="quantization: 4 is none of off, nf4, int8"):
+        elm.ELM.load(trained_in_full, quantization=4)
+    adapter, metadata = elm.Adapter.load(trained_in_full)
+    metadata["llm"]["quantization"] = ["nf4"]
+    with pytest.raises(elm.UserError, match=r"x: does not say which LLM it was trained for: "
+                       r"\['nf4'\] is none of off"):
+        elm.ELM.from_adapter(adapter, metadata, "x")
 
 
 def test_bad_settings(llm, data, tmp_path, monkeypatch):
@@ -461,7 +506,7 @@ def test_bad_settings(llm, data, tmp_path, monkeypatch):
             'model.quantization={quant_method="none such"}')
     refused("model.quantization: no quantization_config of transformers", *train,
             "model.quantization={bits=4}")
-    refused("deepspeed.zero_stage = 3 shares out no quantised LLM", *train,
+    refused("deepspeed.zero_stage = 3 cannot share out a quantised LLM", *train,
             "model.quantization=nf4", "deepspeed.zero_stage=3")
     refused("quantization: is of the LLM in this process", "generate", "adapter=x",
             f"embeddings={vectors_path(data)}", "query=q", "endpoint=http://localhost:1/v1",

@@ -140,7 +140,7 @@ def release(file: str, name: str) -> None:
     report = json.loads((HERE / "runs" / name / "eval.json").read_text("utf-8"))
     model = elm.ELM.load(ROOT / "runs" / "real" / name, llm=find_model(llm))
     model.llm.name_or_path = llm
-    model.origin = elm.VectorOrigin(model=EMBEDDER)
+    model.origin = model.origin.model_copy(update={"model": EMBEDDER})
     figures = {key: report[key] for key in FIGURES}
     model.save(HERE / file, dtype=torch.bfloat16, run=name, figures=figures)
 

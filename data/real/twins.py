@@ -4,10 +4,17 @@
 
 A line for each kind of numbers and each adapter's file: the loss per response token by another
 row's vector, by the row's own, and by its text, and the gap closed. No answers.
+
+    python data/real/twins.py speed LLM ADAPTER
+
+A line for each kind: the memory of the LLM's weights, the seconds of a training pass and of
+answers. The kinds take turns; the median of the rounds, after a first one that does not count.
 """
 
 import sys
+import time
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
@@ -17,10 +24,12 @@ import elm
 HERE = Path(__file__).resolve().parent
 KINDS = ("off", "nf4", "int8")
 MAX_TOKENS = 1024  # data.max_seq_length of train.toml
+NUM_ROWS = 8  # of a pass whose time is taken
+NUM_ANSWERS = 4
+NUM_ROUNDS = 4
 
 
-def main() -> None:
-    llm, *adapters = sys.argv[1:]
+def print_losses(llm: str, adapters: list[str]) -> None:
     loaded = {path: elm.Adapter.load(path)[0] for path in adapters}
     print("| adapter | LLM | shuffled | vector | text | gap closed |\n|---|---|---|---|---|---|")
     for kind in KINDS:
@@ -39,6 +48,40 @@ def main() -> None:
                 cells.append(f"{result[key]:.3f}")
             cells.append(f"{result['gap_closed']:.3f} ± {(high - low) / 2:.3f}")
             print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_speeds(llm: str, adapter: str) -> None:
+    models = {}
+    for kind in KINDS:
+        models[kind] = elm.ELM.load(adapter, llm=llm, bf16=True, quantization=kind)
+    model = models["off"]
+    encoder = elm.Encoder(model.prompt, model.adapter.tokens, MAX_TOKENS)
+    split = elm.open_split(str(HERE), "test", elm.TASKS, encoder)
+    vectors = split.embeddings(split.index["vector_id"][:NUM_ROWS])
+    batch = elm.collate(split.examples(range(NUM_ROWS)), vectors)
+    passes = {kind: [] for kind in KINDS}
+    answers = {kind: [] for kind in KINDS}
+    for _ in range(NUM_ROUNDS):
+        for kind, model in models.items():
+            start = time.perf_counter()
+            model.nll(batch).sum().backward()
+            passes[kind].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            model.generate(vectors[:NUM_ANSWERS], "What is it?", max_new_tokens=16)
+            answers[kind].append(time.perf_counter() - start)
+    print("| LLM | weights, MiB | a pass, s | answers, s |\n|---|---|---|---|")
+    for kind, model in models.items():
+        mib = elm.bytes_of_weights(model.llm) / 2**20
+        print(f"| {elm.name_precision(model.llm)} | {mib:.0f} | {median(passes[kind][1:]):.1f} | "
+              f"{median(answers[kind][1:]):.1f} |")
+    print(f"{NUM_ROWS} rows of {len(batch.input_ids)} tokens; {NUM_ANSWERS} answers of 16 tokens")
+
+
+def main() -> None:
+    if sys.argv[1] == "speed":
+        print_speeds(sys.argv[2], sys.argv[3])
+    else:
+        print_losses(sys.argv[1], sys.argv[2:])
 
 
 if __name__ == "__main__":
