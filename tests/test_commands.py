@@ -327,7 +327,7 @@ def test_each_mistake_has_its_line():
     [
         (["--version"], f"elm {elm.__version__}\n"),
         (["help"], "    python elm.py generate adapter=PATH embeddings=FILE"),
-        (["help", "generate"], "\n    bf16 = none (true or false, or none)  # of the LLM and the embedder; "),
+        (["help", "generate"], "\n    bf16 = none (true or false, or none)  # of the LLM and the "),
         (["--help"], "    python elm.py generate adapter=PATH embeddings=FILE"),
         (["train.toml", "--help"], "\n[train]\n    batch_size = 16 (integer above 0)  # "),
         (["eval", "--help"], "\n    adapter (path)  # a file, a run's folder, or a name"),
