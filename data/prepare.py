@@ -26,7 +26,7 @@ import sys
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -199,8 +199,17 @@ def check_shares(splits: dict[str, str], path: Path) -> None:
     if unknown:
         raise UserError(f"{path}: split = {unknown[0]!r}: it is train, val or test")
     if sizes["train"] < 2 or sizes["val"] < 2 or sizes["test"] == 1:
-        raise UserError(f"{path}: {dict(sizes)} texts; train and val need two, test two or none; "
+        raise UserError(f"{path}: {name_sizes(sizes)}; train and val need two, test two or none; "
                         "give more, or other shares, as split=[0.7, 0.15, 0.15]")
+
+
+def name_sizes(sizes: Mapping[str, int]) -> str:
+    """As "2 texts in train, 1 in val"."""
+    parts = []
+    for split, size in sizes.items():
+        noun = "" if parts else " texts"
+        parts.append(f"{size}{noun} in {split}")
+    return ", ".join(parts)
 
 
 # -----------------------------------------------------------------------------
@@ -713,7 +722,7 @@ def check_answers(rows: list[DraftRow], splits: dict[str, str]) -> None:
         sizes[splits[text]] += 1
     if min(sizes.values()) < 2:
         reasons = ", ".join(sorted(rejected_for))
-        raise UserError(f"model: {sizes} texts have accepted answers, each split needs two; "
+        raise UserError(f"model: {name_sizes(sizes)} have accepted answers; each split needs two; "
                         f"rejected: {reasons or 'none'}")
 
 

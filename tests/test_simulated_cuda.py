@@ -543,12 +543,12 @@ def test_the_warm_start_hardly_grows_with_the_vectors(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_at_the_shape_of_4b_fits_a_card_of_12_gb():
-    """From loading to the report; the warm start, at its largest, needs less than the steps."""
+    """From the weights to the report; the warm start, at its largest, needs less than the steps."""
     card = plan_4b.Card(plan_4b.CARDS[12], in_nf4=False)
     card.run()
     print(card.plan, card.peaks)
     assert list(card.peaks) == [
-        "loading", "warm start", "steps", "losses", "answers", "embedder"]
+        "weights", "warm start", "steps", "losses", "answers", "embedder"]
     assert max(card.peaks, key=card.peaks.get) == "steps"
 
 
