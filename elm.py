@@ -6632,37 +6632,45 @@ def drawing(path: Path) -> Iterator[None]:
 
 def plot_report(path: Path, metrics: list[Json], name: str,
                 result: Json | None = None) -> None:
-    """report.png: the losses over the steps and, with the dict of eval.json, those of each task at
-    the end."""
-    pd = import_optional("pandas")
+    """report.png: the losses over the steps, if there were any, and, with the dict of eval.json,
+    those of each task at the end."""
     figure_class = import_optional("matplotlib.figure").Figure
-    figure = figure_class((13 if result else 6.5, 6), layout="constrained")
-    axes = figure.subplots(1, 2 if result else 1, squeeze=False)[0]
+    num_panels = bool(metrics) + bool(result)
+    figure = figure_class((6.5 * num_panels, 6), layout="constrained")
+    panels = deque(figure.subplots(1, num_panels, squeeze=False)[0])
+    if metrics:
+        plot_curves(panels.popleft(), metrics, name)
+    if result:
+        plot_tasks(panels.popleft(), result)
+        figure.suptitle(f"gap closed: {describe_gap(result, metrics)}")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
 
+
+def plot_curves(axes: Axes, metrics: list[Json], name: str) -> None:
+    pd = import_optional("pandas")
     curves = pd.DataFrame(metrics, columns=["step", *LOSS_COLORS]).astype(float).set_index("step")
     curves["val_loss_text"] = curves["val_loss_text"].max()  # measured once
     for key, color in LOSS_COLORS.items():
         is_measured_often = key in ("val_loss_shuffled", "val_loss")
-        curves[key].dropna().plot(ax=axes[0], color=color, marker="o" if is_measured_often else " ")
-    axes[0].set(ylabel="loss per response token", ylim=(0, None), title=name)
-    axes[0].legend()
+        curves[key].dropna().plot(ax=axes, color=color, marker="o" if is_measured_often else " ")
+    axes.set(ylabel="loss per response token", ylim=(0, None), title=name)
+    axes.legend()
 
-    if result:
-        keys = [key for key in TASK_LOSS_COLORS if key in result]
-        names = []
-        for task, summary in result["tasks"].items():
-            is_small = summary["rows"] < FEWEST_ROWS
-            names.append(f"{task} ({summary['rows']} rows)" if is_small else task)
-        tasks = pd.DataFrame(list(result["tasks"].values()), names, keys)
-        mrr = f", MRR {result['mrr']:.2f}" if "mrr" in result else ""
-        tasks.plot.barh(
-            ax=axes[1], color=[TASK_LOSS_COLORS[key] for key in keys], width=0.8,
-            xlabel="loss per response token",
-            title=f"{result['split']}, {result['rows']} rows{mrr}")
-        axes[1].invert_yaxis()
-        figure.suptitle(f"gap closed: {describe_gap(result, metrics)}")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+
+def plot_tasks(axes: Axes, result: Json) -> None:
+    pd = import_optional("pandas")
+    keys = [key for key in TASK_LOSS_COLORS if key in result]
+    names = []
+    for task, summary in result["tasks"].items():
+        is_small = summary["rows"] < FEWEST_ROWS
+        names.append(f"{task} ({summary['rows']} rows)" if is_small else task)
+    tasks = pd.DataFrame(list(result["tasks"].values()), names, keys)
+    mrr = f", MRR {result['mrr']:.2f}" if "mrr" in result else ""
+    tasks.plot.barh(
+        ax=axes, color=[TASK_LOSS_COLORS[key] for key in keys], width=0.8,
+        xlabel="loss per response token", title=f"{result['split']}, {result['rows']} rows{mrr}")
+    axes.invert_yaxis()
 
 
 # 61 characters, which leave 19 for the names of tasks.
@@ -6713,8 +6721,9 @@ def print_report(result: Json, predictions: list[Json],
     for key in REPORT_COLUMNS:
         if key in result and key not in ("rows", "gap_closed"):
             lines.append(report_line(key, f"{result[key]:.4f}"))
-    lines.append(report_line("steps", result["step"]))
-    lines.append(report_line("adapter_step", result["adapter_step"]))
+    if result["step"] is not None:  # else saved by ELM.save
+        lines.append(report_line("steps", result["step"]))
+        lines.append(report_line("adapter_step", result["adapter_step"]))
     log.info("\n".join(lines))
 
 

@@ -619,7 +619,7 @@ def test_the_picture_has_bars_of_the_nearest_where_they_are_known(
         widths.insert(1, 1.5)
     write_report(tmp_path / "report", data_dir, losses)
     (figure,) = figures
-    _, axes = figure.axes
+    (axes,) = figure.axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == names
     assert [bars[0].get_width() for bars in axes.containers] == pytest.approx(widths)
 

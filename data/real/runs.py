@@ -4,6 +4,7 @@
     python data/real/runs.py smollm2-100      those whose names begin so
     python data/real/runs.py table
     python data/real/runs.py release         the adapters of two runs, as MODEL_CARD.md has them
+    python data/real/runs.py picture         report.png, of the first of these two
 
 A run is data/real/train.toml with some settings in place of its own. It trains in runs/real/NAME,
 where it goes on if it was stopped; of a finished one config.toml, metrics.jsonl and eval.json are
@@ -145,6 +146,13 @@ def release(file: str, name: str) -> None:
     model.save(HERE / file, dtype=torch.bfloat16, run=name, figures=figures)
 
 
+def draw_report(name: str) -> None:
+    """report.png as the run has left it."""
+    folder = HERE / "runs" / name
+    report = json.loads((folder / "eval.json").read_text("utf-8"))
+    elm.plot_report(HERE / "report.png", elm.read_metrics(folder / "metrics.jsonl"), name, report)
+
+
 def main() -> None:
     prefixes = tuple(sys.argv[1:]) or ("",)
     if prefixes == ("table",):
@@ -153,6 +161,9 @@ def main() -> None:
     if prefixes == ("release",):
         for file, name in RELEASED.items():
             release(file, name)
+        return
+    if prefixes == ("picture",):
+        draw_report(next(iter(RELEASED.values())))
         return
     names = [name for name in RUNS if name.startswith(prefixes)]
     if not names:
