@@ -2593,14 +2593,15 @@ def announce_download(name: str, key: str) -> None:
 def load_pretrained(auto_class: Any, name: str, key: str, **options: Any) -> Any:
     """auto_class.from_pretrained(name), of a hub name, a folder or a GGUF file. Raises:
     UserError."""
-    place = name
-    if is_gguf(name):
-        place = str(Path(name).parent)
-        options["gguf_file"] = Path(name).name
-    else:
+    if not is_gguf(name):
         refuse_unmerged(name, key)
-    with report_load_errors(name, key):
-        return auto_class.from_pretrained(place, trust_remote_code=False, **options)
+        with report_load_errors(name, key):
+            return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+    # Of a tokenizer.json that lies beside the file transformers would take the tokenizer.
+    with report_load_errors(name, key), tempfile.TemporaryDirectory() as folder:
+        Path(folder, "llm.gguf").symlink_to(Path(name).resolve())
+        return auto_class.from_pretrained(
+            folder, gguf_file="llm.gguf", trust_remote_code=False, **options)
 
 
 def load_tokenizer(name: str, key: str = "model.llm") -> PreTrainedTokenizerBase:
@@ -2655,17 +2656,18 @@ def load_llm(name: str, device: torch.device, bf16: bool, key: str = "model.llm"
     if bf16 and is_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         gpu = torch.cuda.get_device_name()
         raise UserError(f"{key}: {gpu} has no bf16; load the LLM in fp32, by bf16 = false")
-    is_quantized = check_quantization(name, key, quantization)
+    will_be_quantized = check_quantization(name, key, quantization)
     if deepspeed is not None and deepspeed.zero_stage == 3:
-        if is_quantized:
+        if will_be_quantized:
             raise UserError(f"{key}: deepspeed.zero_stage = 3 cannot share out a quantised LLM; "
                             "zero_stage = 0 loads it whole on each GPU")
         llm = load_llm_zero3(name, device, bf16, key, deepspeed)
-    elif is_quantized:
+    elif will_be_quantized:
         options = {"device_map": {"": device}}
         if quantization != "off":
             options["quantization_config"] = make_quantization_config(quantization, bf16, key)
         llm = load_frozen(name, bf16, key, **options)
+        check_output_layer(llm, name, key)
     else:
         llm = load_frozen(name, bf16, key).to(device)
     if device.type == "cpu":
@@ -2755,7 +2757,25 @@ def make_quantization_config(quantization: Quantization, bf16: bool, key: str) -
         return BitsAndBytesConfig(load_in_8bit=True)
     own_key = quantization_key(key)
     with user_error(f"{own_key}: no quantization_config of transformers", Exception):
-        return AutoQuantizationConfig.from_dict(dict(quantization))
+        config = AutoQuantizationConfig.from_dict(dict(quantization))
+        known = quantization_table(config)
+    for name in quantization:  # transformers ignores what it does not know
+        if name not in known:
+            raise UserError(f"{own_key}: {type(config).__name__} of transformers has no {name!r}"
+                            f"{did_you_mean(name, known)}")
+    return config
+
+
+def check_output_layer(llm: PreTrainedModel, name: str, key: str) -> None:
+    """Raises: UserError if it is packed, as of a table that skips no module, and has the matrix of
+    the token embeddings, which is not."""
+    head = llm.get_output_embeddings()
+    if head is None or type(head) is nn.Linear:
+        return
+    if getattr(head, "weight", None) is llm.get_input_embeddings().weight:
+        raise UserError(f'{quantization_key(key)}: the output layer of {name} is that of its token '
+                        'embeddings, and cannot be packed; set llm_int8_skip_modules = ["lm_head"] '
+                        "in the table")
 
 
 def choose_kernels(llm: PreTrainedModel) -> None:
@@ -2983,9 +3003,13 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def norms_hash(llm: PreTrainedModel) -> str:
-    """A hash of the parameters of one dimension, norms and biases, which methods of quantisation
-    leave as they are, most of them."""
-    return hash_weights([p for p in llm.parameters() if len(whole_shape(p)) == 1])
+    """A hash of the floating-point parameters of one dimension, norms and biases, which most
+    methods of quantisation leave as they are."""
+    chosen = []
+    for parameter in llm.parameters():
+        if len(whole_shape(parameter)) == 1 and parameter.is_floating_point():
+            chosen.append(parameter)
+    return hash_weights(chosen)
 
 
 @torch.no_grad()
@@ -3844,8 +3868,8 @@ def find_difference(trained: TrainedLLM, token_embeddings: Tensor | None, elm: E
         if trained.sizes.get(name) != size:
             return f"its {name} is {size}, not {trained.sizes.get(name)}"
     if token_embeddings.shape != elm.token_embeddings.shape:
-        width = token_embeddings.shape[1]
-        return f"its token embeddings have {elm.token_embeddings.shape[1]} numbers, not {width}"
+        here = list(elm.token_embeddings.shape)
+        return f"its token embeddings are {here}, not {list(token_embeddings.shape)}"
     is_used = token_embeddings.any(1)  # a padding token's may be 0
     cosines = F.cosine_similarity(
         token_embeddings[is_used].float(), elm.token_embeddings[is_used].float())
@@ -3874,10 +3898,11 @@ def check_is_llm_of_training(trained: TrainedLLM, elm: ELM, path: str | Path) ->
                         "trained with")
     others = {key: value for key, value in elm.trained_for.items() if key != WEIGHTS_HASH}
     check_trained_for(trained.trained_for, others, where)
-    # Quantisation and padding leave the norms as they are. So do LoRA and the like.
+    # Most methods of quantisation and padding leave the norms as they are; so do LoRA and the like.
+    # AWQ scales them.
     kind = "a copy in other numbers, or one whose matrices alone were trained further"
     if elm.norms_hash != trained.norms_hash:
-        kind = "one that was trained further"
+        kind = "one that was trained further, or a copy whose norms were scaled, as by AWQ"
     log.warning(f"{path}: trained for {trained.name} ({trained.precision}); {name} "
                 f"({name_precision(elm.llm)}) is a twin of it, with the same tokenizer, sizes and "
                 f"token embeddings and other weights ({kind}); the adapter's figures are of the "
@@ -3909,9 +3934,8 @@ def check_llm(elm: ELM, max_tokens: int = 0, key: str = "model.llm") -> None:
     name = f"{type(elm.llm).__name__} ({elm.llm.name_or_path}, {name_precision(elm.llm)})"
     message = f"{key}: {name} cannot be used, as rows are packed and prompts are embeddings"
     # ValueError is of our checks. The others are what an LLM's code raises that cannot take packed
-    # rows or embeddings (MPT AttributeError, Gemma 4 RuntimeError), or whose output layer is packed
-    # (bitsandbytes AssertionError).
-    foreign = (TypeError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
+    # rows or embeddings (MPT AttributeError, Gemma 4 RuntimeError).
+    foreign = (TypeError, AttributeError, RuntimeError, NotImplementedError)
     try:
         if elm.llm.base_model is elm.llm:
             raise ValueError("it has no backbone that gives hidden states (Llama 4)")
@@ -4026,8 +4050,8 @@ MAX_SLOPE_RATIO = 4  # of the loss along a step to the gradient, either way
 @contextlib.contextmanager
 def modules_without_backward(llm: PreTrainedModel) -> Iterator[list[str]]:
     """The names of modules with weights that, in passes inside, take an input with a gradient and
-    give an output without one. Only those that autograd calls with one tensor and that return one,
-    as linear layers do."""
+    give an output without one. Only of those that are called with tensors by position and return
+    one, as linear layers are."""
     names = []
     handles = []
     for name, module in llm.named_modules():
@@ -5677,8 +5701,9 @@ class Trainer:
         free_memory()
         if rank() > 0:
             return {}
-        return write_report(
-            measured, split, self.cfg, self.device, self.folder, self.folder, header)
+        metrics = read_metrics(self.folder / "metrics.jsonl")
+        return write_report(measured, split, self.cfg, self.device, self.folder, self.folder.name,
+                            metrics, header)
 
 
 def train(settings: Config | str | Path | Json) -> Json:
@@ -6484,10 +6509,10 @@ def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
 
 
 def write_report(measured: Measured, split: Split, cfg: Config, device: torch.device, folder: Path,
-                 run_folder: Path, header: Json) -> Json:
+                 run_name: str, metrics: list[Json], header: Json) -> Json:
     """Score the answers, write predictions.jsonl, eval.json and report.png into `folder`, print the
-    table, and return the dict of eval.json, which begins with `header`. `run_folder` has the
-    metrics of the training. On process 0 alone."""
+    table, and return the dict of eval.json, which begins with `header`. `metrics` are
+    of the training. On process 0 alone."""
     rows = split.read(measured.sample_ids)
     predictions = list_predictions(rows, measured)
     # Before the scores, which may fail.
@@ -6501,10 +6526,9 @@ def write_report(measured: Measured, split: Split, cfg: Config, device: torch.de
     result["tasks"] = summarize_tasks(measured.losses, scores)
     write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
 
-    metrics = read_metrics(run_folder / "metrics.jsonl")
     picture = folder / "report.png"
     with drawing(picture):
-        plot_report(picture, metrics, run_folder.name, result)
+        plot_report(picture, metrics, run_name, result)
     print_report(result, predictions, metrics)
     log.info(report_line("files", folder))
     adapter = folder / "adapter_best.safetensors"
@@ -7918,13 +7942,18 @@ def report_on_adapter(options: EvalOptions) -> Json:
     check_ids_of_rows(splits)
 
     folder.mkdir(parents=True, exist_ok=True)
+    header = {"split": split_name, "step": step, "adapter_step": step,
+              "llm": elm.llm.name_or_path, "precision": name_precision(elm.llm)}
+    is_twin = elm.trained_for[WEIGHTS_HASH] != metadata["trained_for"][WEIGHTS_HASH]
     measured = measure(elm, split, train_split, options.eval)
     del elm, adapter
     free_memory()
     if rank() > 0:
         return {}
-    header = {"split": split_name, "step": step, "adapter_step": step}
-    return write_report(measured, split, options, device, folder, run_folder, header)
+    metrics = []
+    if not is_twin:  # they are of the LLM of training
+        metrics = read_metrics(run_folder / "metrics.jsonl")
+    return write_report(measured, split, options, device, folder, run_folder.name, metrics, header)
 
 
 def generate(options: GenerateOptions) -> None:
@@ -7942,8 +7971,10 @@ def generate(options: GenerateOptions) -> None:
 
     job = {
         "hash of the adapter": sha256_short(find_adapter(options.adapter).read_bytes()),
-        "query": list(options.query), "id": options.id, "bf16": bf16,
-        "quantization": options.quantization,
+        "query": list(options.query), "id": options.id,
+        "llm": options.llm or trained.name, "bf16": bf16,
+        "quantization": trained.quantization if options.quantization is None
+        else options.quantization,
         "max_new_tokens": options.max_new_tokens, "temperature": options.temperature,
         "seed": options.seed, "score": scoring_model,
         "rows": None if options.rows is None else list(options.rows),
@@ -8051,8 +8082,15 @@ def check_is_utf8(text: str, key: str) -> None:
 
 
 def is_txt(text: str) -> bool:
-    """Whether it names a .txt file: no text ends so."""
+    """Whether a text that is given alone is the name of a .txt file."""
     return text.lower().endswith(".txt") and "\n" not in text
+
+
+def is_file_name(text: str) -> bool:
+    """Whether it names a file that is there, or is one word that ends as files of vectors or texts
+    do."""
+    suffixes = r"csv|json|jsonl|md|npy|parquet|safetensors"
+    return os.path.isfile(text) or re.fullmatch(rf"\S+\.({suffixes})", text) is not None
 
 
 def read_given_texts(given: Sequence[str]) -> list[str]:
@@ -8062,11 +8100,12 @@ def read_given_texts(given: Sequence[str]) -> list[str]:
     where = "text"
     is_file = len(texts) == 1 and is_txt(texts[0])
     for text in texts:
-        if not is_file and (is_txt(text) or os.path.isfile(text)):
+        if not is_file and is_file_name(text):
             raise UserError(f"text: {clip(text, 100)} is the name of a file; give one .txt file "
                             "alone, with a text a line, or texts")
     if is_file:
-        where = expand_path(texts[0])
+        with user_error("text", ValueError):
+            where = expand_path(texts[0])
         check_file(where, "text")
         with user_error(f"text: {where}: no text of UTF-8", UnicodeDecodeError):
             content = Path(where).read_text("utf-8-sig")

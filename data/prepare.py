@@ -192,6 +192,9 @@ def pick_split(position: float, shares: Sequence[float]) -> str:
     return SPLITS[bisect.bisect_right(bounds, position * bounds[-1])]
 
 
+FEW_TEXTS = 10  # of a split
+
+
 def check_shares(splits: dict[str, str], path: Path) -> None:
     """Raises: UserError if a split is unknown, or has too few texts for the shuffled control."""
     sizes = Counter(splits.values())
@@ -201,6 +204,10 @@ def check_shares(splits: dict[str, str], path: Path) -> None:
     if sizes["train"] < 2 or sizes["val"] < 2 or sizes["test"] == 1:
         raise UserError(f"{path}: {name_sizes(sizes)}; train and val need two, test two or none; "
                         "give more, or other shares, as split=[0.7, 0.15, 0.15]")
+    if min(sizes.values()) < FEW_TEXTS:
+        elm.log.warning(f"{path}: {name_sizes(sizes)}: some answers will be rejected, and figures "
+                        f"of fewer than {FEW_TEXTS} texts say little; give more, or other shares, "
+                        "as split=[0.7, 0.15, 0.15]")
 
 
 def name_sizes(sizes: Mapping[str, int]) -> str:
@@ -723,7 +730,9 @@ def check_answers(rows: list[DraftRow], splits: dict[str, str]) -> None:
     if min(sizes.values()) < 2:
         reasons = ", ".join(sorted(rejected_for))
         raise UserError(f"model: {name_sizes(sizes)} have accepted answers; each split needs two; "
-                        f"rejected: {reasons or 'none'}")
+                        f"rejected: {reasons or 'none'}; answers so far are kept: give the command "
+                        "again with more texts, other shares, as split=[0.7, 0.15, 0.15], or more "
+                        "max_new_tokens")
 
 
 # The data set
@@ -736,6 +745,7 @@ def synthesize(options: SynthesizeOptions, texts_path: Path, out: Path) -> None:
     elm.check_model_name(options.embedder, "embedder")
     if options.endpoint is None:
         elm.check_model_name(options.model, "model")
+        elm.check_quantization(options.model, "model", options.quantization)
     queries = read_queries(options.queries)
     sources = list(read_texts(texts_path, options.text_column))
     unique = drop_copies(sources)

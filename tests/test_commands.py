@@ -162,7 +162,8 @@ def test_bad_texts(reader, start, trained, tmp_path, monkeypatch):
             "text=x", "embeddings=y")
     refused("^elm: text: there is no file gone.txt here", *words, "text=gone.txt")
     refused("^elm: text: there is no file my notes.TXT here", *words, "text=my notes.TXT")
-    for more in ('["texts.txt", "blank.txt"]', "notes.md", '["x", "notes.md"]'):
+    refused("^elm: text: a path cannot hold a NUL character", *words, 'text="a\\u0000.txt"')
+    for more in ('["blank.txt", "x"]', "notes.md", '["x", "notes.md"]', "gone.jsonl"):
         refused("^elm: text: .* is the name of a file; give one .txt file alone", *words,
                 f"text={more}")
     refused("^elm: text: empty.txt is empty", *words, "text=empty.txt")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from conftest import (
     CHAT,
     CPU,
     NO_TABLES,
+    ROOT,
     command,
     make_data,
     make_llm,
@@ -140,6 +142,20 @@ def test_it_answers_about_texts(file):
     engine = elm.LLMEngine(str(file), False, {}, 8)
     (answer,) = engine.answer([elm.Question("Say it.", "alpha beta")], 0, 0.0)
     assert answer.text
+
+
+def test_what_lies_beside_the_file_is_not_read(llm, file, tmp_path):
+    """As the tokenizer.json of another LLM, which transformers prefers to the file's."""
+    beside = tmp_path / "beside"
+    shutil.copytree(ROOT / "data/tiny/llm", beside)
+    copy = beside / "llm.gguf"
+    shutil.copy(file, copy)
+    alone = elm.load_tokenizer(str(file))
+    found = elm.load_tokenizer(str(copy))
+    assert found.get_vocab() == alone.get_vocab()
+    assert found.chat_template == alone.chat_template
+    wanted = elm.weights_hash(elm.load_llm(str(file), CPU, False))
+    assert elm.weights_hash(elm.load_llm(str(copy), CPU, False)) == wanted
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])

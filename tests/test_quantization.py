@@ -252,7 +252,10 @@ def test_an_adapter_reads_a_twin(trained_in_full, llm, data, tmp_path):
                 "tokenizer, sizes and token embeddings and other weights (a copy in other numbers, "
                 "or one whose matrices alone were trained further); the adapter's figures are of "
                 "the LLM of training") in said
-        losses[kind] = json.loads((report / "eval.json").read_text())["loss"]
+        entries = json.loads((report / "eval.json").read_text())
+        assert entries["llm"] == str(llm) and entries["precision"] == kind
+        assert "on val" not in said  # the training's figures are of the other LLM
+        losses[kind] = entries["loss"]
     assert len(set(losses.values())) == 3
     assert losses["nf4"] == pytest.approx(losses["full"], rel=0.05)
 
@@ -346,9 +349,33 @@ def test_what_is_no_twin(trained_in_full, llm, tmp_path):
     with pytest.raises(elm.UserError, match="no twin: its tokenizer gives other ids"):
         load(other_ids)
 
+    with pytest.raises(elm.UserError, match="no twin: its num_attention_heads is 2, not 4"):
+        load(make_llm(tmp_path / "fewer heads", num_attention_heads=2, **SHAPE))
+    with pytest.raises(elm.UserError, match="no twin: its num_key_value_heads is 4, not 2"):
+        load(make_llm(tmp_path / "more heads", num_key_value_heads=4, **SHAPE))
+
     sibling = make_llm(tmp_path / "sibling", **SHAPE)
     shift_weights(sibling, 1e-3)
     load(sibling)
+
+
+def test_each_threshold_of_a_twin_counts(trained_in_full, llm, tmp_path):
+    """One token of another direction, and all a little turned."""
+    weights = load_file(llm / "model.safetensors")
+    embeddings = weights["model.embed_tokens.weight"]
+    prompt = elm.Prompt(elm.load_tokenizer(str(llm)))
+    torch.manual_seed(5)
+    noise = torch.randn_like(embeddings) * embeddings.norm(dim=1, keepdim=True) / 8  # √64
+    one = embeddings.clone()
+    one[prompt.probe_ids()[0]] *= -1
+    for name, changed, median, least in (
+            ("one", one, "1.000", "-1.000"), ("all", embeddings + 0.3 * noise, "0.9[567]", "0.9")):
+        folder = make_llm(tmp_path / name, **SHAPE)
+        weights["model.embed_tokens.weight"] = changed.contiguous()
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(elm.UserError,
+                           match=rf"cosine {median}\d* in the median, {least}\d* at least"):
+            elm.ELM.load(trained_in_full, llm=str(folder))
 
 
 def shift_weights(folder, size: float, least_dim: int = 1) -> None:
@@ -362,7 +389,7 @@ def shift_weights(folder, size: float, least_dim: int = 1) -> None:
 
 
 @pytest.mark.parametrize("least_dim, line", [
-    (1, "(one that was trained further)"),
+    (1, "(one that was trained further, or a copy whose norms were scaled, as by AWQ)"),
     (2, "(a copy in other numbers, or one whose matrices alone were trained further)")])  # as LoRA
 def test_the_line_says_what_a_twin_can_be(trained_in_full, tmp_path, caplog, least_dim, line):
     sibling = make_llm(tmp_path / "sibling", **SHAPE)
@@ -473,14 +500,53 @@ def test_a_kernel_without_a_backward_pass_is_refused(llm, data, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("bits, precision", [(4, "bitsandbytes"), (8, "int8")])
-def test_an_output_layer_that_is_packed_and_tied_is_refused(tmp_path, bits, precision):
+class ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.factor * gradient, None
+
+
+class WrongBackward(torch.nn.Module):
+    def __init__(self, norm, factor: float):
+        super().__init__()
+        self.norm = norm
+        self.factor = factor
+
+    def forward(self, x):
+        return ScaledGradient.apply(self.norm(x), self.factor)
+
+
+@pytest.mark.parametrize("factor, reason", [
+    (1, None), (-1, "is not that of the loss"), (10, "is not that of the loss"),
+    (0, "has the norm 0.0"), (float("nan"), "has the norm nan")])
+def test_a_wrong_gradient_is_refused(llm, factor, reason):
+    model = load_elm(llm, "nf4")
+    model.llm.model.norm = WrongBackward(model.llm.model.norm, factor)
+    if reason is None:
+        elm.check_gradient(model)
+        return
+    with pytest.raises(elm.UserError, match=f"the gradient at its input {reason}"):
+        elm.check_gradient(model)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_output_layer_that_is_packed_and_tied_is_refused(tmp_path, bits):
     """By a table that skips no module: it has the embeddings' matrix, which is not packed."""
     folder = make_llm(tmp_path / "llm", tie_word_embeddings=True, **SHAPE)
     table = {f"load_in_{bits}bit": True, "llm_int8_skip_modules": ["none"]}
-    reason = rf"llm: Qwen3ForCausalLM \({folder}, {precision}\) cannot be used"
+    reason = f"quantization: the output layer of {folder} is that of its token embeddings"
     with pytest.raises(elm.UserError, match=reason):
         load_elm(folder, table)
+    full = load_elm(folder)
+    full.save(tmp_path / "adapter.safetensors")
+    with pytest.raises(elm.UserError, match=reason):
+        elm.ELM.load(tmp_path / "adapter.safetensors", quantization=table)
+    load_elm(folder, table | {"llm_int8_skip_modules": ["lm_head"]})
 
 
 def test_kinds_of_other_callers_are_checked(llm, trained_in_full, tmp_path):
@@ -506,6 +572,9 @@ def test_bad_settings(llm, data, tmp_path, monkeypatch):
             'model.quantization={quant_method="none such"}')
     refused("model.quantization: no quantization_config of transformers", *train,
             "model.quantization={bits=4}")
+    refused("model.quantization: BitsAndBytesConfig of transformers has no 'bnb_4bit_quant_typ', "
+            "did you mean bnb_4bit_quant_type?", *train,
+            'model.quantization={load_in_4bit=true, bnb_4bit_quant_typ="nf4"}')
     refused("deepspeed.zero_stage = 3 cannot share out a quantised LLM", *train,
             "model.quantization=nf4", "deepspeed.zero_stage=3")
     refused("quantization: is of the LLM in this process", "generate", "adapter=x",
