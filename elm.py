@@ -721,7 +721,9 @@ def import_optional(package: str, extra: str | None = None) -> ModuleType:
     """A module. `extra` is the one of pyproject.toml that brings it. Raises: UserError that says
     what to install."""
     try:
-        return importlib.import_module(package)
+        # Some libraries print as they are imported: the standard output is for answers.
+        with contextlib.redirect_stdout(sys.stderr):
+            return importlib.import_module(package)
     except ModuleNotFoundError as e:
         brought_by = f" (elm's extra {extra!r} brings it)" if extra else ""
         raise UserError(f"{e.name} is not installed: pip install {e.name}{brought_by}") from None

@@ -9,6 +9,11 @@ row's vector, by the row's own, and by its text, and the gap closed. No answers.
 
 A line for each kind: the memory of the LLM's weights, the seconds of a training pass and of
 answers. The kinds take turns; the median of the rounds, after a first one that does not count.
+
+    python data/real/twins.py cosines LLM
+
+The cosines of the token embeddings that an adapter's file keeps with those of copies in few bits,
+and with other tokens'.
 """
 
 import sys
@@ -17,6 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import elm
@@ -74,14 +80,37 @@ def print_speeds(llm: str, adapter: str) -> None:
         mib = elm.bytes_of_weights(model.llm) / 2**20
         print(f"| {elm.name_precision(model.llm)} | {mib:.0f} | {median(passes[kind][1:]):.1f} | "
               f"{median(answers[kind][1:]):.1f} |")
-    print(f"{NUM_ROWS} rows of {len(batch.input_ids)} tokens; {NUM_ANSWERS} answers of 16 tokens")
+    print(f"{NUM_ROWS} rows, {len(batch.input_ids)} tokens; {NUM_ANSWERS} answers of 16 tokens")
+
+
+def print_cosines(llm: str) -> None:
+    import bitsandbytes.functional as bnb
+    import gguf
+
+    model = elm.load_llm(llm, torch.device("cpu"), bf16=False)
+    own = elm.sample_token_embeddings(model, elm.Prompt(elm.load_tokenizer(llm))).float()
+    copies = {"nf4": bnb.dequantize_4bit(*bnb.quantize_4bit(own, quant_type="nf4"))}
+    for name in ("Q4_0", "Q4_1", "Q8_0"):
+        kind = gguf.GGMLQuantizationType[name]
+        packed = gguf.quants.quantize(own.numpy(), kind)
+        copies[name] = torch.from_numpy(gguf.quants.dequantize(packed, kind))
+    copies["other tokens"] = own.roll(1, 0)
+    print("| copy | median | least |\n|---|---|---|")
+    for name, copy in copies.items():
+        cosines = torch.cosine_similarity(own, copy)
+        print(f"| {name} | {cosines.median():.4f} | {cosines.min():.4f} |")
 
 
 def main() -> None:
-    if sys.argv[1] == "speed":
-        print_speeds(sys.argv[2], sys.argv[3])
-    else:
-        print_losses(sys.argv[1], sys.argv[2:])
+    match sys.argv[1:]:
+        case ["cosines", llm]:
+            print_cosines(llm)
+        case ["speed", llm, adapter]:
+            print_speeds(llm, adapter)
+        case [llm, *adapters] if adapters:
+            print_losses(llm, adapters)
+        case _:
+            sys.exit(__doc__)
 
 
 if __name__ == "__main__":
