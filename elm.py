@@ -2597,13 +2597,16 @@ def load_pretrained(auto_class: Any, name: str, key: str, **options: Any) -> Any
     UserError."""
     if not is_gguf(name):
         refuse_unmerged(name, key)
-        with report_load_errors(name, key):
-            return auto_class.from_pretrained(name, trust_remote_code=False, **options)
-    # Of a tokenizer.json that lies beside the file transformers would take the tokenizer.
-    with report_load_errors(name, key), tempfile.TemporaryDirectory() as folder:
-        Path(folder, "llm.gguf").symlink_to(Path(name).resolve())
-        return auto_class.from_pretrained(
-            folder, gguf_file="llm.gguf", trust_remote_code=False, **options)
+    with report_load_errors(name, key), contextlib.ExitStack() as stack:
+        place = name
+        if is_gguf(name):
+            # In a folder of its own: of a tokenizer.json that lies beside the file transformers
+            # would take the tokenizer.
+            place = stack.enter_context(tempfile.TemporaryDirectory())
+            file = Path(name).name
+            Path(place, file).symlink_to(Path(name).resolve())
+            options["gguf_file"] = file
+        return auto_class.from_pretrained(place, trust_remote_code=False, **options)
 
 
 def load_tokenizer(name: str, key: str = "model.llm") -> PreTrainedTokenizerBase:
