@@ -385,7 +385,10 @@ def format_error(error: Json, config_class: type[Table]) -> str:
     if error["type"] == "extra_forbidden":
         # A key of a table is no misspelled table.
         candidates = [k for k in dotted_keys(config_class) if k.count(".") >= key.count(".")]
-        return f"{key}: unknown key{did_you_mean(key, candidates)}"
+        hint = did_you_mean(key, candidates)
+        if not hint and isinstance(error["input"], dict):  # as model.bf16 of another command
+            hint = did_you_mean(f"{key}.{next(iter(error['input']), '')}", candidates)
+        return f"{key}: unknown key{hint}"
     if error["type"] == "missing":
         return f"{key}: is missing"
     if error["type"] == "value_error":  # of a validator of this file
@@ -4057,17 +4060,18 @@ def modules_without_backward(llm: PreTrainedModel) -> Iterator[list[str]]:
     """The names of modules with weights that, in passes inside, take an input with a gradient and
     give an output without one. Only of those that are called with tensors by position and return
     one, as linear layers are."""
+    name_of = {module: name for name, module in llm.named_modules()}
     names = []
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not torch.is_grad_enabled() or not isinstance(output, Tensor):
+            return
+        has_gradient = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        if has_gradient and not output.requires_grad:
+            names.append(name_of[module])
+
     handles = []
-    for name, module in llm.named_modules():
-
-        def note(module: nn.Module, inputs: tuple[Any, ...], output: Any, name: str = name) -> None:
-            if not torch.is_grad_enabled() or not isinstance(output, Tensor):
-                return
-            has_gradient = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-            if has_gradient and not output.requires_grad:
-                names.append(name)
-
+    for module in llm.modules():
         if next(module.parameters(), None) is not None or packed_buffers(module):
             handles.append(module.register_forward_hook(note))
     try:
@@ -6516,7 +6520,7 @@ def summarize(losses: pd.DataFrame, scores: pd.DataFrame | None = None,
 def write_report(measured: Measured, split: Split, cfg: Config, device: torch.device, folder: Path,
                  run_name: str, metrics: list[Json], header: Json) -> Json:
     """Score the answers, write predictions.jsonl, eval.json and report.png into `folder`, print the
-    table, and return the dict of eval.json, which begins with `header`. `metrics` are
+    table, and return the dict of eval.json, which begins with `header`. `metrics` are those
     of the training. On process 0 alone."""
     rows = split.read(measured.sample_ids)
     predictions = list_predictions(rows, measured)
@@ -6664,7 +6668,7 @@ def plot_report(path: Path, metrics: list[Json], name: str,
     """report.png: the losses over the steps, if there were any, and, with the dict of eval.json,
     those of each task at the end."""
     figure_class = import_optional("matplotlib.figure").Figure
-    num_panels = bool(metrics) + bool(result)
+    num_panels = 2 if metrics and result else 1
     figure = figure_class((6.5 * num_panels, 6), layout="constrained")
     panels = deque(figure.subplots(1, num_panels, squeeze=False)[0])
     if metrics:
@@ -7968,6 +7972,9 @@ def generate(options: GenerateOptions) -> None:
     adapter, metadata = Adapter.load(options.adapter)
     trained = read_trained_llm(metadata, options.adapter)
     bf16 = trained.bf16 if options.bf16 is None else options.bf16
+    quantization = options.quantization
+    if quantization is None:
+        quantization = trained.quantization
     device = start_distributed()
     given = open_given_vectors(options, adapter, metadata, bf16, device)
     row_ids = choose_rows(options.rows, len(given.table))
@@ -7977,9 +7984,7 @@ def generate(options: GenerateOptions) -> None:
     job = {
         "hash of the adapter": sha256_short(find_adapter(options.adapter).read_bytes()),
         "query": list(options.query), "id": options.id,
-        "llm": options.llm or trained.name, "bf16": bf16,
-        "quantization": trained.quantization if options.quantization is None
-        else options.quantization,
+        "llm": options.llm or trained.name, "bf16": bf16, "quantization": quantization,
         "max_new_tokens": options.max_new_tokens, "temperature": options.temperature,
         "seed": options.seed, "score": scoring_model,
         "rows": None if options.rows is None else list(options.rows),

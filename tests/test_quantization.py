@@ -575,6 +575,8 @@ def test_bad_settings(llm, data, tmp_path, monkeypatch):
     refused("model.quantization: BitsAndBytesConfig of transformers has no 'bnb_4bit_quant_typ', "
             "did you mean bnb_4bit_quant_type?", *train,
             'model.quantization={load_in_4bit=true, bnb_4bit_quant_typ="nf4"}')
+    refused("model: unknown key, did you mean quantization?", "generate", "adapter=x",
+            f"embeddings={vectors_path(data)}", "query=q", "model.quantization=nf4")
     refused("deepspeed.zero_stage = 3 cannot share out a quantised LLM", *train,
             "model.quantization=nf4", "deepspeed.zero_stage=3")
     refused("quantization: is of the LLM in this process", "generate", "adapter=x",
