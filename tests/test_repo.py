@@ -137,7 +137,7 @@ def test_toml_of_the_readme_is_a_config(tmp_path):
     (text,) = re.findall(r"^```toml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     (tmp_path / "mine.toml").write_text(text)
     cfg = elm.load_config(str(tmp_path / "mine.toml"))
-    assert cfg.data.dir == "data/mine" and cfg.train.lr == 1e-3
+    assert cfg.data.dir == "data/large" and cfg.train.lr == 1e-3
 
 
 def test_readme_names_every_key():
