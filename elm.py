@@ -7205,11 +7205,11 @@ class AnswerFile:
         self.path = path
         self.num_answers = 0
         self.last_answered: int | None = None
-        job_path = path.with_name(f"{path.name}.job")
+        self.job_path = path.with_name(f"{path.name}.job")
         if not path.exists():
-            write_text(job_path, json.dumps(job, indent=1) + "\n")
+            self._write_job(job)
             return
-        check_is_job(path, job_path, job)
+        self._check_job(job)
         end = 0
         with open(path, "rb") as f:
             for line in f:
@@ -7241,20 +7241,34 @@ class AnswerFile:
         """Raises: UserError if the file cannot be written."""
         append_text(self.path, jsonl(entries))
 
+    def add_to_job(self, key: str, value: str) -> None:
+        """What is known when the LLM is loaded. Raises: UserError if the answers are of another
+        value."""
+        stored = self._read_job()
+        if key in stored:
+            self._check_job({key: value})
+        else:
+            self._write_job(stored | {key: value})
 
-def check_is_job(path: Path, job_path: Path, job: Json) -> None:
-    """Raises: UserError unless the answers at `path` are of this job."""
-    if not job_path.exists():
-        raise UserError(f"out: {path} exists, but no {job_path} says of which job; choose another "
-                        "file")
-    with user_error(f"{job_path}: is broken", OSError, ValueError):
-        stored = dict(json.loads(job_path.read_text("utf-8")))
-    for key, value in job.items():
-        if stored.get(key) != value:
-            was = clip(json.dumps(stored.get(key), ensure_ascii=False), 100)
-            now = clip(json.dumps(value, ensure_ascii=False), 100)
-            raise UserError(f"out: {path} has answers of another job: {key} was {was} and is {now} "
-                            "here; choose another file")
+    def _read_job(self) -> Json:
+        if not self.job_path.exists():
+            raise UserError(f"out: {self.path} exists, but no {self.job_path} says of which job; "
+                            "choose another file")
+        with user_error(f"{self.job_path}: is broken", OSError, ValueError):
+            return dict(json.loads(self.job_path.read_text("utf-8")))
+
+    def _write_job(self, job: Json) -> None:
+        write_text(self.job_path, json.dumps(job, indent=1) + "\n")
+
+    def _check_job(self, job: Json) -> None:
+        """Raises: UserError unless the answers are of this job."""
+        stored = self._read_job()
+        for key, value in job.items():
+            if stored.get(key) != value:
+                was = clip(json.dumps(stored.get(key), ensure_ascii=False), 100)
+                now = clip(json.dumps(value, ensure_ascii=False), 100)
+                raise UserError(f"out: {self.path} has answers of another job: {key} was {was} and "
+                                f"is {now} here; choose another file")
 
 
 class AnswerLog:
@@ -7983,8 +7997,7 @@ def generate(options: GenerateOptions) -> None:
 
     job = {
         "hash of the adapter": sha256_short(find_adapter(options.adapter).read_bytes()),
-        "query": list(options.query), "id": options.id,
-        "llm": options.llm or trained.name, "bf16": bf16, "quantization": quantization,
+        "query": list(options.query), "id": options.id, "bf16": bf16, "quantization": quantization,
         "max_new_tokens": options.max_new_tokens, "temperature": options.temperature,
         "seed": options.seed, "score": scoring_model,
         "rows": None if options.rows is None else list(options.rows),
@@ -8007,6 +8020,8 @@ def generate(options: GenerateOptions) -> None:
             zero = DeepSpeedConfig(zero_stage=options.zero_stage)
             elm = ELM.from_adapter(adapter, metadata, options.adapter, options.llm, bf16, zero,
                                    options.quantization)
+            llm_hash = elm.trained_for[WEIGHTS_HASH]  # a twin's are other answers
+            run_on_rank0(lambda: file.add_to_job(WEIGHTS_HASH, llm_hash) if file else None)
             answers = answer_by_llm(elm, questions_from, num_done, options.max_new_tokens,
                                     options.temperature, options.seed)
         else:

@@ -354,7 +354,8 @@ def write_report(folder: Path, data_dir: Path, losses: pd.DataFrame) -> dict:
     measured = elm.Measured(losses, np.arange(0), [], [], {}, {})
     cfg = elm.load_config(None, ["eval.samples=0", f"data.dir={data_dir}"])
     header = {"split": "test", "step": 3, "adapter_step": 3}
-    return elm.write_report(measured, split, cfg, CPU, folder, folder, header)
+    metrics = elm.read_metrics(folder / "metrics.jsonl")
+    return elm.write_report(measured, split, cfg, CPU, folder, folder.name, metrics, header)
 
 
 def write_validations(folder: Path) -> None:
@@ -473,6 +474,8 @@ def test_eval_repeats_the_report_of_training_to_the_byte(trained, tmp_path, caps
     best_step = report["adapter_step"]
     beside = copy / f"eval_test_step_{best_step}"
     written = json.loads((beside / "eval.json").read_text())
+    assert f"model.llm={written.pop('llm')}" in settings
+    assert written.pop("precision") == "float32"
     assert written | {"step": report["step"]} == report
     assert "gap_closed" not in written
     for name in ("predictions.jsonl", "report.png"):

@@ -1047,7 +1047,10 @@ def test_an_elm_is_whole_after_its_report(trained, tmp_path):
     before = use()
     measured = elm.measure(model, split, splits["train"], cfg.eval)
     header = {key: report[key] for key in ("split", "step", "adapter_step")}
-    assert elm.write_report(measured, split, cfg, CPU, tmp_path, folder, header) == report
+    metrics = elm.read_metrics(folder / "metrics.jsonl")
+    again = elm.write_report(
+        measured, split, cfg, CPU, tmp_path, folder.name, metrics, header)
+    assert again == report
     assert use() == before and math.isfinite(before[0])
 
 

@@ -260,6 +260,24 @@ def test_an_adapter_reads_a_twin(trained_in_full, llm, data, tmp_path):
     assert losses["nf4"] == pytest.approx(losses["full"], rel=0.05)
 
 
+def test_answers_of_a_twin_are_another_job(trained_in_full, data, tmp_path):
+    """A command that goes on with another LLM would mix the answers of two."""
+    sibling = make_llm(tmp_path / "sibling", **SHAPE)
+    shift_weights(sibling, 1e-3)
+    out = tmp_path / "answers.jsonl"
+    words = ["generate", f"adapter={trained_in_full}", f"embeddings={vectors_path(data, 'test')}",
+             "query=What?", "max_new_tokens=4", f"out={out}"]
+    assert command(*words)[0] == 0
+    whole = out.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:3]))
+    refused(f"out: {out} has answers of another job: hash of the LLM's weights was", *words,
+            f"llm={sibling}")
+    assert out.read_bytes() == b"".join(lines[:3])
+    assert command(*words)[0] == 0
+    assert out.read_bytes() == whole
+
+
 def test_an_adapter_of_few_bits_is_loaded_as_it_was_trained(trained_in, llm, data, tmp_path):
     """By generate and ELM.load; `off` gives the whole LLM, a twin."""
     kind, _, out = trained_in
