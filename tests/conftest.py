@@ -1,5 +1,6 @@
 """Small real things for the tests: random LLMs of several architectures, a byte tokenizer, data."""
 
+import importlib.util
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -99,6 +101,14 @@ def make_data(folder: Path, num_rows=40, num_vectors=10, width=12, scale=1.0) ->
                 for i in range(num_rows)]
         write_rows(folder, split, rows)
     return folder
+
+
+def load_script(path: str) -> ModuleType:
+    """A script of the repository as a module: its folder is on no path."""
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def vectors_path(folder: Path, split: str = "train") -> Path:

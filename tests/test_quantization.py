@@ -13,6 +13,7 @@ from conftest import (
     byte_tokenizer,
     command,
     go,
+    load_script,
     make_data,
     make_llm,
     make_settings,
@@ -622,17 +623,10 @@ def test_it_answers_about_texts(llm):
 def test_thresholds_lie_between_twins_and_strangers():
     """Token embeddings in 4 bits by the blocks of GGUF and nf4 are above them; those of other
     tokens of the tiny LLM are below."""
-    import bitsandbytes.functional as bnb
-    import gguf
-
     loaded = elm.load_llm(str(ROOT / "data/tiny/llm"), CPU, False)
     prompt = elm.Prompt(elm.load_tokenizer(str(ROOT / "data/tiny/llm")))
     own = elm.sample_token_embeddings(loaded, prompt).float()
-    copies = {"nf4": bnb.dequantize_4bit(*bnb.quantize_4bit(own, quant_type="nf4"))}
-    for name in ("Q4_0", "Q4_1", "Q8_0"):
-        kind = gguf.GGMLQuantizationType[name]
-        packed = gguf.quants.quantize(own.numpy(), kind)
-        copies[name] = torch.from_numpy(gguf.quants.dequantize(packed, kind))
+    copies = load_script("data/real/twins.py").copies_in_few_bits(own)
     for name, copy in copies.items():
         cosines = torch.cosine_similarity(own, copy)
         assert cosines.median() > elm.LEAST_MEDIAN_COSINE, name

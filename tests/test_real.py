@@ -1,12 +1,11 @@
 """The real data set, data/real: what its README says about it."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, read_jsonl, rows_path, vectors_path
+from conftest import ROOT, load_script, read_jsonl, rows_path, vectors_path
 
 import elm
 
@@ -14,15 +13,7 @@ REAL = ROOT / "data" / "real"
 NUM_TEXTS = {"train": 2000, "val": 100, "test": 200}
 
 
-def load_script(name: str):
-    """A script of data/real as a module: the folder is on no path."""
-    spec = importlib.util.spec_from_file_location(f"real_{name}", REAL / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-runs = load_script("runs")
+runs = load_script("data/real/runs.py")
 
 
 def test_its_splits_share_no_package_and_every_row_keeps_its_own():
@@ -86,7 +77,7 @@ def test_marked_answers_are_rows_of_it_unless_a_rule_drops_them():
 
 
 def test_its_rules_keep_every_row_of_it():
-    choose = load_script("choose")
+    choose = load_script("data/real/choose.py")
     for split in NUM_TEXTS:
         for fields in read_jsonl(rows_path(REAL, split)):
             assert choose.dropped_by(elm.Row(**fields)) is None
@@ -94,7 +85,7 @@ def test_its_rules_keep_every_row_of_it():
 
 def test_its_rules_drop_what_is_marked_so():
     """By the texts of other rows about the same packages, where there are any."""
-    choose = load_script("choose")
+    choose = load_script("data/real/choose.py")
     text_of = {}
     for split in NUM_TEXTS:
         for fields in read_jsonl(rows_path(REAL, split)):

@@ -83,17 +83,23 @@ def print_speeds(llm: str, adapter: str) -> None:
     print(f"{NUM_ROWS} rows, {len(batch.input_ids)} tokens; {NUM_ANSWERS} answers of 16 tokens")
 
 
-def print_cosines(llm: str) -> None:
+def copies_in_few_bits(embeddings: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of token embeddings, by the blocks of nf4 and GGUF, dequantised."""
     import bitsandbytes.functional as bnb
     import gguf
 
-    model = elm.load_llm(llm, torch.device("cpu"), bf16=False)
-    own = elm.sample_token_embeddings(model, elm.Prompt(elm.load_tokenizer(llm))).float()
-    copies = {"nf4": bnb.dequantize_4bit(*bnb.quantize_4bit(own, quant_type="nf4"))}
+    copies = {"nf4": bnb.dequantize_4bit(*bnb.quantize_4bit(embeddings, quant_type="nf4"))}
     for name in ("Q4_0", "Q4_1", "Q8_0"):
         kind = gguf.GGMLQuantizationType[name]
-        packed = gguf.quants.quantize(own.numpy(), kind)
+        packed = gguf.quants.quantize(embeddings.numpy(), kind)
         copies[name] = torch.from_numpy(gguf.quants.dequantize(packed, kind))
+    return copies
+
+
+def print_cosines(llm: str) -> None:
+    model = elm.load_llm(llm, torch.device("cpu"), bf16=False)
+    own = elm.sample_token_embeddings(model, elm.Prompt(elm.load_tokenizer(llm))).float()
+    copies = copies_in_few_bits(own)
     copies["other tokens"] = own.roll(1, 0)
     print("| copy | median | least |\n|---|---|---|")
     for name, copy in copies.items():
