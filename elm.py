@@ -6670,11 +6670,11 @@ def plot_report(path: Path, metrics: list[Json], name: str,
     figure_class = import_optional("matplotlib.figure").Figure
     num_panels = 2 if metrics and result else 1
     figure = figure_class((6.5 * num_panels, 6), layout="constrained")
-    panels = deque(figure.subplots(1, num_panels, squeeze=False)[0])
+    panels = figure.subplots(1, num_panels, squeeze=False)[0]
     if metrics:
-        plot_curves(panels.popleft(), metrics, name)
+        plot_curves(panels[0], metrics, name)
     if result:
-        plot_tasks(panels.popleft(), result)
+        plot_tasks(panels[-1], result)
         figure.suptitle(f"gap closed: {describe_gap(result, metrics)}")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
@@ -7209,7 +7209,7 @@ class AnswerFile:
         if not path.exists():
             self._write_job(job)
             return
-        self._check_job(job)
+        self._check_job(self._read_job(), job)
         end = 0
         with open(path, "rb") as f:
             for line in f:
@@ -7246,7 +7246,7 @@ class AnswerFile:
         value."""
         stored = self._read_job()
         if key in stored:
-            self._check_job({key: value})
+            self._check_job(stored, {key: value})
         else:
             self._write_job(stored | {key: value})
 
@@ -7260,9 +7260,8 @@ class AnswerFile:
     def _write_job(self, job: Json) -> None:
         write_text(self.job_path, json.dumps(job, indent=1) + "\n")
 
-    def _check_job(self, job: Json) -> None:
-        """Raises: UserError unless the answers are of this job."""
-        stored = self._read_job()
+    def _check_job(self, stored: Json, job: Json) -> None:
+        """Raises: UserError unless the answers, of the stored job, are of this one."""
         for key, value in job.items():
             if stored.get(key) != value:
                 was = clip(json.dumps(stored.get(key), ensure_ascii=False), 100)
